@@ -1,0 +1,304 @@
+"""Everything that crosses a socket between nodes and tracker (the control plane).
+
+Messages are msgpack maps with a ``type`` tag; decoding validates every field. Unknown fields are
+ignored, so that neighbouring versions can talk during a rolling upgrade. ``VersionId`` is the
+32-byte id of a file version: no path ever crosses the network, except in the answer to
+``StatusRequest``, where no path is needed either.
+
+Bit masks of chunks travel as little-endian bytes (``chunks.mask_to_bytes``).
+
+Limits: one message is at most ``MESSAGE_MAX_BYTES`` long, one ``Have`` names at most
+``HAVE_CHUNKS_MAX`` chunks; senders split.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from swarmcache.errors import BadMessage
+
+MESSAGE_MAX_BYTES = 1 << 20
+HAVE_CHUNKS_MAX = 8192
+REPLICAS_MAX = 8192
+PROTOCOL_VERSION = 1
+LOADS_MAX = 64
+WAITING_MAX = 1024
+
+VersionId = Annotated[bytes, Meta(min_length=32, max_length=32)]
+NodeId = Annotated[str, Meta(min_length=1, max_length=255)]
+Name = Annotated[str, Meta(max_length=1024)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(gt=0)]
+Port = Annotated[int, Meta(gt=0, lt=65536)]
+Mask = Annotated[bytes, Meta(max_length=MESSAGE_MAX_BYTES // 4)]
+
+
+class Message(Struct, tag_field="type", frozen=False):
+    """Base of all messages."""
+
+
+class NodeAddress(Struct, frozen=True):
+    """How to reach a node: ``node`` is the advertised ``host:port`` of its control server."""
+
+    node: NodeId
+    data_port: Port
+    name: Name = ""
+
+
+class DiskStatus(Struct, frozen=True):
+    """Room on the disk (or disks) of a node's cache, in bytes."""
+
+    capacity_bytes: Count = 0
+    free_bytes: Count = 0
+    used_bytes: Count = 0
+    file_count: Count = 0
+
+
+class HeldLease(Struct, frozen=True):
+    """A lease as its holder remembers it, told to a tracker that may have forgotten it."""
+
+    lease_id: Count
+    version_id: VersionId
+    file_server: Name
+    user: Name
+    first: Count
+    count: Positive
+
+
+# --- node -> tracker ----------------------------------------------------------------------------
+
+
+class Register(Message, tag="register"):
+    """First message on a tracker connection. ``clock_s`` is the node's own clock."""
+
+    address: NodeAddress
+    clock_s: float
+    leases: Annotated[list[HeldLease], Meta(max_length=LOADS_MAX)] = []
+    disk: DiskStatus = DiskStatus()
+    protocol: int = PROTOCOL_VERSION
+
+
+class Join(Message, tag="join"):
+    """The node wants this file version. ``held`` are the chunks that it has already.
+
+    ``can_read`` says that it has an open descriptor of the source. ``chunk_size_bytes`` is a
+    proposal: the first one to join decides, ``Joined`` tells.
+    """
+
+    version_id: VersionId
+    file_server: Name
+    user: Name
+    size_bytes: Positive
+    chunk_size_bytes: Positive
+    held: Mask = b""
+    can_read: bool = True
+
+
+class Leave(Message, tag="leave"):
+    """The node no longer wants, holds or serves this file version."""
+
+    version_id: VersionId
+
+
+class Replicas(Message, tag="replicas"):
+    """Complete, verified copies that the node holds."""
+
+    version_ids: Annotated[list[VersionId], Meta(max_length=REPLICAS_MAX)]
+
+
+class RangeRead(Message, tag="range_read"):
+    """The leased range was read, digested and is being served. Ends the lease."""
+
+    lease_id: Count
+    version_id: VersionId
+    read_bytes: Count
+    elapsed_s: float
+
+
+class RangeFailed(Message, tag="range_failed"):
+    """The lease ends early: only the chunks in ``held`` were read. ``reason`` is for people."""
+
+    lease_id: Count
+    version_id: VersionId
+    held: Mask
+    reason: Name
+    source_changed: bool = False
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """Renews all leases of the node. ``clock_s`` is the node's own clock when it was sent."""
+
+    clock_s: float
+    disk: DiskStatus = DiskStatus()
+
+
+class Holding(Message, tag="holding"):
+    """Answer to ``Query``: which of the chunks in question the node has."""
+
+    version_id: VersionId
+    query_id: Count
+    held: Mask
+
+
+class ReportCorrupt(Message, tag="report_corrupt"):
+    """A peer delivered bytes that do not have the digest that it announced."""
+
+    version_id: VersionId
+    node: NodeId
+
+
+class StatusRequest(Message, tag="status_request"):
+    """Asks for the state of the whole cluster."""
+
+    request_id: Count
+
+
+# --- tracker -> node ----------------------------------------------------------------------------
+
+
+class Registered(Message, tag="registered"):
+    """The tracker knows the node now. ``until_s``: end of its held leases, on the node's clock."""
+
+    lease_s: float
+    until_s: float
+    adopted: list[int] = []
+
+
+class Joined(Message, tag="joined"):
+    """The node is in the swarm, whose chunks have this size."""
+
+    version_id: VersionId
+    chunk_size_bytes: Positive
+
+
+class Peers(Message, tag="peers"):
+    """Nodes to exchange chunks of this file version with. Both sides of a pair are told."""
+
+    version_id: VersionId
+    peers: Annotated[list[NodeAddress], Meta(max_length=LOADS_MAX)]
+
+
+class Lease(Message, tag="lease"):
+    """Read this range of chunks from the file server, until ``until_s`` on the node's clock."""
+
+    lease_id: Count
+    version_id: VersionId
+    first: Count
+    count: Positive
+    until_s: float
+
+
+class Renewed(Message, tag="renewed"):
+    """Answer to ``Heartbeat``. All leases of the node now end at ``until_s`` (node's clock).
+
+    ``waiting`` are the node's swarms that wait for a slot of their file server.
+    """
+
+    until_s: float
+    waiting: Annotated[list[VersionId], Meta(max_length=WAITING_MAX)] = []
+
+
+class Query(Message, tag="query"):
+    """Which of these chunks do you have? Asked when a node that was to have them is gone."""
+
+    version_id: VersionId
+    query_id: Count
+    wanted: Mask
+
+
+class Revoked(Message, tag="revoked"):
+    """The source is no longer this file version: drop what was fetched of it."""
+
+    version_id: VersionId
+    reason: Name
+
+
+class Status(Message, tag="status"):
+    """The state of the cluster, as plain data (see ``TrackerState.status``)."""
+
+    request_id: Count
+    cluster: dict[str, Any]
+
+
+class Refused(Message, tag="refused"):
+    """The tracker cannot do what the node asked; names what and why."""
+
+    reason: Name
+    version_id: bytes = b""
+
+
+# --- node <-> node ------------------------------------------------------------------------------
+
+
+class Have(Message, tag="have"):
+    """The sender has these chunks now. ``digests`` are theirs, 32 bytes each, in the same order.
+
+    An empty ``Have`` says that the sender is in the swarm.
+    """
+
+    version_id: VersionId
+    chunks: Annotated[list[Count], Meta(max_length=HAVE_CHUNKS_MAX)]
+    digests: bytes
+
+
+class Gone(Message, tag="gone"):
+    """The sender has left the swarm of this file version and serves nothing of it."""
+
+    version_id: VersionId
+
+
+ToTracker = (
+    Register
+    | Join
+    | Leave
+    | Replicas
+    | RangeRead
+    | RangeFailed
+    | Heartbeat
+    | Holding
+    | ReportCorrupt
+    | StatusRequest
+)
+FromTracker = Registered | Joined | Peers | Lease | Renewed | Query | Revoked | Status | Refused
+BetweenNodes = Have | Gone
+
+_encoder = msgspec.msgpack.Encoder()
+_to_tracker: msgspec.msgpack.Decoder[ToTracker] = msgspec.msgpack.Decoder(ToTracker)
+_from_tracker: msgspec.msgpack.Decoder[FromTracker] = msgspec.msgpack.Decoder(FromTracker)
+_between_nodes: msgspec.msgpack.Decoder[BetweenNodes] = msgspec.msgpack.Decoder(BetweenNodes)
+
+
+def encode(message: Message) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_tracker(data: bytes) -> ToTracker:
+    """Decode what a node sent to the tracker. Raises BadMessage."""
+    return _decode(_to_tracker, data)
+
+
+def decode_from_tracker(data: bytes) -> FromTracker:
+    """Decode what the tracker sent to a node. Raises BadMessage."""
+    return _decode(_from_tracker, data)
+
+
+def decode_between_nodes(data: bytes) -> BetweenNodes:
+    """Decode what another node sent. Raises BadMessage."""
+    message = _decode(_between_nodes, data)
+    if isinstance(message, Have) and len(message.digests) != 32 * len(message.chunks):
+        raise BadMessage("a Have must carry one 32-byte digest per chunk")
+    return message
+
+
+Decoded = TypeVar("Decoded")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Decoded], data: bytes) -> Decoded:
+    try:
+        return decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise BadMessage(f"not a message: {error}") from error
