@@ -1,0 +1,451 @@
+"""One file version on its way to this node: which chunk to ask whom for, and whom to tell.
+
+Pure logic: not responsible for sending or receiving in any way. ``peer_state.py`` feeds it what
+happened and carries its requests out of the machine.
+
+A chunk is missing, in flight (asked of one or more peers), being read (in a range leased to this
+node) or held (on disk, digest right). Sets of chunks are bit masks.
+
+Invariant: every chunk is in exactly one of these four states; a chunk is asked only of a peer that
+announced it with the digest that we expect, at most once per peer, and of two peers at once only
+when nothing else is left to ask for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from swarmcache.chunk_picker import ChunkPicker
+from swarmcache.chunks import (
+    DIGEST_BYTES,
+    ChunkLayout,
+    FileVersion,
+    chunks_in,
+    full_mask,
+    mask_of,
+    range_mask,
+)
+from swarmcache.messages import HAVE_CHUNKS_MAX, Have, NodeAddress
+from swarmcache.peer_events import FetchChunk, TellPeer
+
+# Chunks in flight: enough to keep the link busy for WINDOW_S at the rate seen so far. Fewer make
+# each one come sooner (and be passed on sooner), more hide the delays of slow peers.
+WINDOW_S = 0.15
+WINDOW_MIN = 6
+# Requests to one peer at once: the second one waits at the peer while the first one is sent.
+PEER_FLIGHTS_MIN = 2
+RATE_TAU_S = 0.5
+# Announcements of one download are collected this long at the most: 33 messages per second and
+# neighbour, whatever the rate.
+ANNOUNCE_INTERVAL_S = 0.03
+# A request is repeated at another peer when nothing else is left to ask for and it has taken this
+# many times the usual time.
+HEDGE_FACTOR = 3.0
+HEDGE_MIN_S = 0.2
+STALL_S = 2.0
+DEADLINE_S = 5.0
+DEADLINE_RATE_BYTES_PER_S = 256 * 1024
+BUSY_BACKOFF_S = 0.05
+FAILURE_BACKOFF_S = 1.0
+FAILURE_BACKOFF_MAX_S = 30.0
+
+
+@dataclass(slots=True)
+class PeerView:
+    """What a download knows of one neighbour.
+
+    ``mask``: chunks that it has. ``source``: it may be asked (not distrusted). ``service_s``: how
+    long a chunk from it takes, smoothed.
+    """
+
+    address: NodeAddress
+    mask: int = 0
+    source: bool = True
+    flights: set[int] = field(default_factory=set)
+    service_s: float = 0.0
+    failures: int = 0
+    not_before_s: float = 0.0
+
+
+class Download:
+    """The chunks of one file version, and the neighbours that have them."""
+
+    def __init__(self, version: FileVersion, layout: ChunkLayout, rng: Random) -> None:
+        self.version = version
+        self.layout = layout
+        self.chunk_count = layout.chunk_count
+        self.peers: dict[str, PeerView] = {}
+        self.held = 0
+        self.from_peers_bytes = 0
+        self.from_file_server_bytes = 0
+        self.recovered_bytes = 0
+        self.hedges = 0
+        self.conflicts = 0
+        self._full = full_mask(self.chunk_count)
+        self._missing = self._full
+        self._reading = 0
+        self._flights: dict[int, dict[str, float]] = {}
+        self._flight_count = 0
+        self._digests: list[bytes | None] = [None] * self.chunk_count
+        self._picker = ChunkPicker(self.chunk_count, rng)
+        self._rng = rng
+        self._fresh = 0
+        self._announced_s = -math.inf
+        self._rate_bytes_per_s = 0.0
+        self._rate_at_s = 0.0
+        self._service_s = 0.0
+
+    # --- what is known ---------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """All chunks are held."""
+        return self.held == self._full
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """The digests of all chunks of a complete download."""
+        assert self.complete, "digests of a file that is not complete"
+        return tuple(digest for digest in self._digests if digest is not None)
+
+    @property
+    def unreachable(self) -> int:
+        """Mask of the missing chunks that no neighbour has."""
+        return self._missing & ~self._picker.available
+
+    # --- neighbours ------------------------------------------------------------------------------
+
+    def add_peer(self, address: NodeAddress, *, source: bool) -> list[TellPeer]:
+        """A neighbour is there (or introduced once more): tells it all that this node holds."""
+        if address.node not in self.peers:
+            self.peers[address.node] = PeerView(address, source=source)
+        return [TellPeer(address.node, have) for have in self._haves(self.held & ~self._fresh)]
+
+    def remove_peer(self, node: str) -> None:
+        """A neighbour is gone. Chunks in flight from it end in their own events."""
+        peer = self.peers.pop(node, None)
+        if peer is not None:
+            self._forget_chunks(peer, peer.mask)
+
+    def distrust(self, node: str) -> None:
+        """Never ask this neighbour again; it may still ask us."""
+        peer = self.peers.get(node)
+        if peer is not None and peer.source:
+            self._forget_chunks(peer, peer.mask)
+            peer.source = False
+
+    def peer_has(self, node: str, chunks: Sequence[int], digests: bytes) -> None:
+        """A neighbour announced chunks, with their digests in the same order.
+
+        The first digest heard of a chunk counts until all who announced it are gone; a neighbour
+        with another one is not taken for a holder of that chunk.
+        """
+        peer = self.peers.get(node)
+        if peer is None:
+            return
+        mask = 0
+        for position, chunk in enumerate(chunks):
+            if chunk >= self.chunk_count:
+                self.conflicts += 1
+                continue
+            digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
+            known = self._digests[chunk]
+            if known is None and peer.source:
+                self._digests[chunk] = digest
+            elif known != digest:
+                self.conflicts += 1
+                continue
+            mask |= 1 << chunk
+        mask &= ~peer.mask
+        peer.mask |= mask
+        if peer.source:
+            self._picker.add(mask)
+
+    def peer_is_complete(self, node: str) -> bool:
+        """This neighbour holds every chunk."""
+        peer = self.peers.get(node)
+        return peer is not None and peer.mask == self._full
+
+    # --- what happened to chunks -----------------------------------------------------------------
+
+    def recovered(self, digests: dict[int, bytes]) -> None:
+        """Chunks that an earlier life of the daemon left on disk."""
+        for chunk, digest in digests.items():
+            self._digests[chunk] = digest
+            self._hold(chunk)
+            self.recovered_bytes += self.layout.length_bytes(chunk)
+
+    def read_begins(self, first: int, count: int) -> None:
+        """This node reads a leased range itself; what it holds of it, it reads again."""
+        mask = range_mask(first, count) & self._full & self._missing
+        self._missing ^= mask
+        self._reading |= mask
+
+    def read_ends(self, first: int, count: int) -> None:
+        """The lease has ended; what was not read is missing again."""
+        mask = range_mask(first, count) & self._reading
+        self._reading ^= mask
+        self._missing |= mask
+
+    def chunk_read(self, chunk: int, digest: bytes) -> None:
+        """A chunk of a leased range is on disk. What was read here overrules what was heard."""
+        known = self._digests[chunk]
+        if known is not None and known != digest:
+            self.conflicts += 1
+            for peer in self.peers.values():
+                self._forget_chunks(peer, peer.mask & 1 << chunk)
+        self._digests[chunk] = digest
+        self.from_file_server_bytes += self.layout.length_bytes(chunk)
+        self._hold(chunk)
+
+    def chunk_arrived(self, chunk: int, node: str, now_s: float) -> None:
+        """A chunk from a peer is on disk."""
+        assert node in self._flights.get(chunk, {}), "a chunk arrived that was not asked for"
+        self._hold(chunk)
+        elapsed_s = self._land(chunk, node, now_s)
+        length_bytes = self.layout.length_bytes(chunk)
+        self.from_peers_bytes += length_bytes
+        self._note_rate(length_bytes, now_s)
+        self._service_s = _smooth(self._service_s, elapsed_s)
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.failures = 0
+            peer.service_s = _smooth(peer.service_s, elapsed_s)
+
+    def chunk_absent(self, chunk: int, node: str, now_s: float) -> None:
+        """The peer does not have the chunk after all."""
+        self._land(chunk, node, now_s)
+        peer = self.peers.get(node)
+        if peer is not None:
+            self._forget_chunks(peer, peer.mask & 1 << chunk)
+
+    def peer_busy(self, chunk: int, node: str, now_s: float) -> None:
+        """The peer has no upload slot left: ask it again a little later."""
+        self._land(chunk, node, now_s)
+        self._back_off(node, now_s + BUSY_BACKOFF_S)
+
+    def peer_failed(self, chunk: int, node: str, now_s: float) -> None:
+        """The peer stalled, reset or refused: leave it for others, longer each time."""
+        self._land(chunk, node, now_s)
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.failures += 1
+            wait_s = FAILURE_BACKOFF_S * 2 ** (peer.failures - 1)
+            self._back_off(node, now_s + min(wait_s, FAILURE_BACKOFF_MAX_S))
+
+    def chunk_corrupt(self, chunk: int, node: str, now_s: float) -> None:
+        """The peer delivered wrong bytes: it is not asked again."""
+        self._land(chunk, node, now_s)
+        self.distrust(node)
+
+    # --- what to do ------------------------------------------------------------------------------
+
+    def requests(self, now_s: float, flights_max: int) -> list[FetchChunk]:
+        """Chunks to ask for now, at most ``flights_max``; they count as in flight from here on."""
+        requests: list[FetchChunk] = []
+        room = min(flights_max, self._window(now_s) - self._flight_count)
+        while room > 0:
+            request = self._next_request(now_s) or self._next_hedge(now_s)
+            if request is None:
+                break
+            requests.append(request)
+            room -= 1
+        return requests
+
+    def announcements(self, now_s: float) -> list[TellPeer]:
+        """Tell every neighbour that lacks them the chunks that came since the last time."""
+        if not self._fresh or now_s < self._announced_s + ANNOUNCE_INTERVAL_S:
+            return []
+        self._announced_s = now_s
+        fresh, self._fresh = self._fresh, 0
+        haves: dict[int, list[Have]] = {}
+        told: list[TellPeer] = []
+        for node, peer in self.peers.items():
+            mask = fresh & ~peer.mask
+            if not mask:
+                continue
+            if mask not in haves:
+                haves[mask] = self._haves(mask)
+            told.extend(TellPeer(node, have) for have in haves[mask])
+        return told
+
+    def wake_at_s(self, now_s: float) -> float | None:
+        """When ``requests`` or ``announcements`` may have something new without any event."""
+        at_s = math.inf
+        if self._fresh:
+            at_s = self._announced_s + ANNOUNCE_INTERVAL_S
+        if self._missing or self._flights:
+            for peer in self.peers.values():
+                if peer.not_before_s > now_s:
+                    at_s = min(at_s, peer.not_before_s)
+        if self._flights and not self._missing & self._picker.available:
+            since_s = min(min(flights.values()) for flights in self._flights.values())
+            hedge_at_s = since_s + self._hedge_after_s()
+            if hedge_at_s > now_s:
+                at_s = min(at_s, hedge_at_s)
+        return None if at_s == math.inf else at_s
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _haves(self, mask: int) -> list[Have]:
+        chunks = list(chunks_in(mask))
+        version_id = self.version.version_id
+        return [
+            Have(version_id, part, b"".join(self._digest_of(chunk) for chunk in part))
+            for start in range(0, max(len(chunks), 1), HAVE_CHUNKS_MAX)
+            for part in (chunks[start : start + HAVE_CHUNKS_MAX],)
+        ]
+
+    def _digest_of(self, chunk: int) -> bytes:
+        digest = self._digests[chunk]
+        assert digest is not None, "a held chunk without a digest"
+        return digest
+
+    def _hold(self, chunk: int) -> None:
+        bit = 1 << chunk
+        if self.held & bit:
+            return
+        self.held |= bit
+        self._missing &= ~bit
+        self._reading &= ~bit
+        self._fresh |= bit
+
+    def _land(self, chunk: int, node: str, now_s: float) -> float:
+        """A request has ended; the chunk is missing again unless somebody else is asked for it."""
+        flights = self._flights.get(chunk, {})
+        since_s = flights.pop(node, None)
+        if since_s is None:
+            return 0.0
+        self._flight_count -= 1
+        if not flights:
+            del self._flights[chunk]
+            if not (self.held | self._reading) >> chunk & 1:
+                self._missing |= 1 << chunk
+                if not self._picker.available >> chunk & 1:
+                    self._digests[chunk] = None
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.flights.discard(chunk)
+        return now_s - since_s
+
+    def _forget_chunks(self, peer: PeerView, mask: int) -> None:
+        peer.mask &= ~mask
+        if not peer.source:
+            return
+        self._picker.remove(mask)
+        for chunk in chunks_in(mask & ~self._picker.available & self._missing):
+            self._digests[chunk] = None
+
+    def _back_off(self, node: str, until_s: float) -> None:
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.not_before_s = until_s
+
+    def _note_rate(self, length_bytes: int, now_s: float) -> None:
+        decay = math.exp((self._rate_at_s - now_s) / RATE_TAU_S)
+        self._rate_bytes_per_s = self._rate_bytes_per_s * decay + length_bytes / RATE_TAU_S
+        self._rate_at_s = now_s
+
+    def _window(self, now_s: float) -> int:
+        decay = math.exp((self._rate_at_s - now_s) / RATE_TAU_S)
+        wanted_bytes = self._rate_bytes_per_s * decay * WINDOW_S
+        return max(WINDOW_MIN, math.ceil(wanted_bytes / self.layout.chunk_size_bytes))
+
+    def _usable(self, now_s: float) -> list[PeerView]:
+        sources = [peer for peer in self.peers.values() if peer.source and peer.mask]
+        flights_max = max(PEER_FLIGHTS_MIN, -(-self._window(now_s) // max(len(sources), 1)))
+        return [
+            peer
+            for peer in sources
+            if len(peer.flights) < flights_max and peer.not_before_s <= now_s
+        ]
+
+    def _next_request(self, now_s: float) -> FetchChunk | None:
+        if not self._missing & self._picker.available:
+            return None
+        usable = self._usable(now_s)
+        reach = 0
+        for peer in usable:
+            reach |= peer.mask
+        chunk = self._picker.pick(self._missing & reach)
+        if chunk is None:
+            return None
+        self._missing ^= 1 << chunk
+        return self._ask(chunk, self._best(usable, chunk), now_s)
+
+    def _next_hedge(self, now_s: float) -> FetchChunk | None:
+        """Nothing new is left to ask for: ask a second peer for the request that takes longest."""
+        if self._missing & self._picker.available or not self._flights:
+            return None
+        overdue_s = now_s - self._hedge_after_s()
+        late = [
+            (next(iter(flights.values())), chunk)
+            for chunk, flights in self._flights.items()
+            if len(flights) == 1 and next(iter(flights.values())) <= overdue_s
+        ]
+        for _, chunk in sorted(late):
+            asked = self._flights[chunk]
+            others = [
+                peer
+                for peer in self._usable(now_s)
+                if peer.mask >> chunk & 1 and peer.address.node not in asked
+            ]
+            if others:
+                self.hedges += 1
+                return self._ask(chunk, self._best(others, chunk), now_s)
+        return None
+
+    def _hedge_after_s(self) -> float:
+        return max(HEDGE_MIN_S, HEDGE_FACTOR * self._service_s)
+
+    def _best(self, peers: Iterable[PeerView], chunk: int) -> PeerView:
+        """The peer that is expected to deliver the chunk first; chance decides among equals."""
+        usual_s = self._service_s or 1.0
+        random = self._rng.random
+        return min(
+            (peer for peer in peers if peer.mask >> chunk & 1),
+            key=lambda peer: (
+                (len(peer.flights) + 1) * (peer.service_s or usual_s) + 0.1 * usual_s * random()
+            ),
+        )
+
+    def _ask(self, chunk: int, peer: PeerView, now_s: float) -> FetchChunk:
+        node = peer.address.node
+        self._flights.setdefault(chunk, {})[node] = now_s
+        self._flight_count += 1
+        peer.flights.add(chunk)
+        length_bytes = self.layout.length_bytes(chunk)
+        return FetchChunk(
+            self.version.version_id,
+            chunk,
+            length_bytes,
+            self._digest_of(chunk),
+            peer.address,
+            deadline_s=DEADLINE_S + length_bytes / DEADLINE_RATE_BYTES_PER_S,
+            stall_s=STALL_S,
+        )
+
+    def check(self) -> None:
+        """Assert the invariant."""
+        self._picker.check()
+        flying = mask_of(self._flights) & ~self.held & ~self._reading
+        assert not self.held & self._missing, "a held chunk is missing"
+        assert not self.held & self._reading, "a held chunk is being read"
+        assert not self._reading & self._missing, "a chunk being read is missing"
+        assert not flying & self._missing, "a chunk in flight is missing"
+        assert self.held | self._missing | self._reading | flying == self._full, "a chunk is lost"
+        assert self._flight_count == sum(len(flights) for flights in self._flights.values())
+        for chunk in chunks_in(self.held):
+            assert self._digests[chunk] is not None, "a held chunk without a digest"
+        available = 0
+        for peer in self.peers.values():
+            available |= peer.mask if peer.source else 0
+        assert available == self._picker.available, "the picker counts holders that are not there"
+
+
+def _smooth(old: float, new: float) -> float:
+    """Exponential smoothing with weight 1/4, from the first value on."""
+    return new if old == 0.0 else old + (new - old) / 4

@@ -1,0 +1,445 @@
+"""What a node's machine is told (events) and what it wants done (effects).
+
+The shell (``peer.py``) and the simulator both carry out effects and turn results into events. One
+event per way in which a thing can end; bytes of chunks never appear here, only their numbers.
+
+Effects and events are treated as read-only although they are not frozen: creating a frozen one
+costs three times as much, and a simulated cluster creates millions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from swarmcache.chunks import FileVersion
+from swarmcache.messages import BetweenNodes, DiskStatus, FromTracker, NodeAddress, ToTracker
+
+# --- events: local clients ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class FileWanted:
+    """A local client wants this file version. ``can_read``: it handed over an open descriptor.
+
+    ``chunk_size_bytes`` is what this node proposes. Not raised for files that are cached already.
+    """
+
+    request: int
+    version: FileVersion
+    file_server: str
+    user: str
+    chunk_size_bytes: int
+    can_read: bool = True
+
+
+@dataclass(slots=True)
+class RequestGone:
+    """The client of this request went away or got another answer. Its download goes on."""
+
+    request: int
+
+
+@dataclass(slots=True)
+class StatusWanted:
+    """A local client wants the state of the cluster."""
+
+    request: int
+
+
+# --- events: the cache --------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class SpaceReserved:
+    """Room for the whole file is set aside. Recovered chunks follow as ``ChunkRecovered``."""
+
+    version_id: bytes
+    chunk_size_bytes: int
+
+
+@dataclass(slots=True)
+class SpaceRefused:
+    """There is no room for the file, or the disk failed. ``reason`` is for people."""
+
+    version_id: bytes
+    reason: str
+
+
+@dataclass(slots=True)
+class ChunksRecovered:
+    """All that an earlier life of the daemon left of this file, each chunk digested anew."""
+
+    version_id: bytes
+    digests: dict[int, bytes]
+
+
+@dataclass(slots=True)
+class FilePublished:
+    """The file is complete, in place and servable."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class PublishFailed:
+    """The complete file could not be put in place."""
+
+    version_id: bytes
+    reason: str
+
+
+@dataclass(slots=True)
+class WriteFailed:
+    """The disk refused a chunk: the download cannot go on here.
+
+    Comes before the event that ends the effect (``PeerUnreachable`` or ``RangeReadFailed``).
+    """
+
+    version_id: bytes
+    reason: str
+
+
+@dataclass(slots=True)
+class ReplicaDropped:
+    """A cached copy is no longer there (evicted, tampered with, removed)."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class ManifestLoaded:
+    """The digests of a replica, in order of the chunks; empty where there is none any more."""
+
+    version_id: bytes
+    digests: tuple[bytes, ...]
+
+
+# --- events: the tracker ------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class TrackerConnected:
+    """An authenticated connection to the tracker is up."""
+
+
+@dataclass(slots=True)
+class TrackerLost:
+    """The connection to the tracker is gone, or could not be made. ``reason`` is for people."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class TrackerSaid:
+    """A message from the tracker."""
+
+    message: FromTracker
+
+
+# --- events: peers ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class PeerConnected:
+    """An authenticated control connection with this peer is up, whoever dialled."""
+
+    address: NodeAddress
+
+
+@dataclass(slots=True)
+class PeerLost:
+    """The control connection with this peer is gone, or dialling failed."""
+
+    node: str
+    reason: str
+
+
+@dataclass(slots=True)
+class PeerSaid:
+    """A message from a peer."""
+
+    node: str
+    message: BetweenNodes
+
+
+# --- events: chunks fetched from peers ----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ChunkArrived:
+    """The chunk came from this peer, has its digest and is on disk."""
+
+    version_id: bytes
+    chunk: int
+    node: str
+
+
+@dataclass(slots=True)
+class ChunkCorrupt:
+    """This peer delivered bytes that do not have the digest that it announced."""
+
+    version_id: bytes
+    chunk: int
+    node: str
+
+
+@dataclass(slots=True)
+class ChunkAbsent:
+    """This peer does not have the chunk, contrary to what it announced."""
+
+    version_id: bytes
+    chunk: int
+    node: str
+
+
+@dataclass(slots=True)
+class PeerBusy:
+    """This peer has no upload slot left for the chunk just now."""
+
+    version_id: bytes
+    chunk: int
+    node: str
+
+
+@dataclass(slots=True)
+class PeerUnreachable:
+    """The chunk did not come: connection refused, reset, stalled or past its deadline."""
+
+    version_id: bytes
+    chunk: int
+    node: str
+    reason: str
+
+
+# --- events: chunks read from the file server ---------------------------------------------------
+
+
+@dataclass(slots=True)
+class ChunkRead:
+    """A chunk of a leased range was read, digested and is on disk."""
+
+    version_id: bytes
+    lease_id: int
+    chunk: int
+    digest: bytes
+
+
+@dataclass(slots=True)
+class RangeReadDone:
+    """The whole leased range was read."""
+
+    version_id: bytes
+    lease_id: int
+    read_bytes: int
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class RangeReadFailed:
+    """Reading the range ended early: lease run out, I/O error, or (``source_changed``) the source
+    is no longer this file version."""
+
+    version_id: bytes
+    lease_id: int
+    reason: str
+    source_changed: bool = False
+
+
+@dataclass(slots=True)
+class TimePassed:
+    """``wake_at_s`` has come."""
+
+
+@dataclass(slots=True)
+class DiskMeasured:
+    """The disk's state, told to the tracker with the next heartbeat."""
+
+    disk: DiskStatus
+
+
+PeerEvent: TypeAlias = (
+    FileWanted
+    | RequestGone
+    | StatusWanted
+    | SpaceReserved
+    | SpaceRefused
+    | ChunksRecovered
+    | FilePublished
+    | PublishFailed
+    | WriteFailed
+    | ReplicaDropped
+    | ManifestLoaded
+    | TrackerConnected
+    | TrackerLost
+    | TrackerSaid
+    | PeerConnected
+    | PeerLost
+    | PeerSaid
+    | ChunkArrived
+    | ChunkCorrupt
+    | ChunkAbsent
+    | PeerBusy
+    | PeerUnreachable
+    | ChunkRead
+    | RangeReadDone
+    | RangeReadFailed
+    | TimePassed
+    | DiskMeasured
+)
+
+
+# --- effects ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class TellTracker:
+    """Send a message to the tracker. Dropped where the connection is gone (``TrackerLost``)."""
+
+    message: ToTracker
+
+
+@dataclass(slots=True)
+class TellPeer:
+    """Send a message to a peer whose connection is up."""
+
+    node: str
+    message: BetweenNodes
+
+
+@dataclass(slots=True)
+class DialPeer:
+    """Open a control connection. Ends in ``PeerConnected`` or ``PeerLost``."""
+
+    address: NodeAddress
+
+
+@dataclass(slots=True)
+class HangUp:
+    """Close the control connection with this peer. No ``PeerLost`` follows."""
+
+    node: str
+
+
+@dataclass(slots=True)
+class ReserveSpace:
+    """Set room aside for the file. Ends in ``SpaceReserved`` or ``SpaceRefused``; after the former
+    comes ``ChunksRecovered``."""
+
+    version: FileVersion
+    chunk_size_bytes: int
+
+
+@dataclass(slots=True)
+class FetchChunk:
+    """Get a chunk from a peer, check it, write it. Ends in exactly one of the five chunk events.
+
+    ``deadline_s`` is how long the whole may take, ``stall_s`` how long without a byte.
+    """
+
+    version_id: bytes
+    chunk: int
+    length_bytes: int
+    digest: bytes
+    address: NodeAddress
+    deadline_s: float
+    stall_s: float
+
+
+@dataclass(slots=True)
+class ReadRange:
+    """Read a leased range from the file server through the client's descriptor.
+
+    Ends in ``RangeReadDone`` or ``RangeReadFailed``. The reader asks
+    ``PeerState.may_read(lease_id, now_s)`` before every piece.
+    """
+
+    version_id: bytes
+    lease_id: int
+    first: int
+    count: int
+
+
+@dataclass(slots=True)
+class PublishFile:
+    """All chunks are there: put the file in place. Ends in ``FilePublished`` or ``PublishFailed``."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class DropPartial:
+    """Forget what was fetched, published or not. ``keep``: leave a partial file on disk, for a
+    later attempt to resume. Nothing else is under way for this file version when this is asked
+    for."""
+
+    version_id: bytes
+    keep: bool
+
+
+@dataclass(slots=True)
+class LoadManifest:
+    """Read a replica's digests. Ends in ``ManifestLoaded``."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class AnnounceReplicas:
+    """Send all replicas of the cache to the tracker (``Replicas`` messages)."""
+
+
+@dataclass(slots=True)
+class AnswerCached:
+    """Answer this request with the cached copy."""
+
+    request: int
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class AnswerOriginal:
+    """Answer this request with the original path; ``reason`` is for people.
+
+    ``source_changed``: the client may ask again, for the file version that is there now.
+    """
+
+    request: int
+    version_id: bytes
+    reason: str
+    source_changed: bool = False
+
+
+@dataclass(slots=True)
+class AnswerStatus:
+    """Answer a ``StatusWanted``. ``cluster`` is None where the tracker cannot be asked."""
+
+    request: int
+    cluster: dict[str, object] | None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class DistrustPeer:
+    """Close the data connections with a peer that delivered wrong bytes."""
+
+    node: str
+
+
+PeerEffect: TypeAlias = (
+    TellTracker
+    | TellPeer
+    | DialPeer
+    | HangUp
+    | ReserveSpace
+    | FetchChunk
+    | ReadRange
+    | PublishFile
+    | DropPartial
+    | LoadManifest
+    | AnnounceReplicas
+    | AnswerCached
+    | AnswerOriginal
+    | AnswerStatus
+    | DistrustPeer
+)

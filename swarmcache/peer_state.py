@@ -1,0 +1,998 @@
+"""What a node does next.
+
+Pure logic: no socket, disk, clock or chance of its own. The shell (``peer.py``) and the simulator
+feed it events and carry out the effects that it returns.
+
+It holds one ``Download`` per file version that is wanted and not yet complete, one ``Seed`` per
+complete one that neighbours are interested in, the leases of this node, and the neighbours. Of two
+neighbours the one with the lower node id dials.
+
+Invariants: a request is answered exactly once; every download that somebody waits for either makes
+progress, or waits for a slot that the tracker says is taken, or is answered with the original path
+within ``stall_s``; this node reads from a file server only under a lease, and by its own clock
+stops before the tracker may give that lease away; what was fetched of a file version is dropped
+only when nothing that was asked for it (a chunk, a range, room, putting it in place) is under way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from swarmcache.chunks import (
+    ChunkLayout,
+    FileVersion,
+    mask_from_bytes,
+    mask_to_bytes,
+    range_mask,
+)
+from swarmcache.download import Download
+from swarmcache.messages import (
+    HAVE_CHUNKS_MAX,
+    BetweenNodes,
+    DiskStatus,
+    FromTracker,
+    Gone,
+    Have,
+    Heartbeat,
+    HeldLease,
+    Holding,
+    Join,
+    Joined,
+    Lease,
+    Leave,
+    Message,
+    NodeAddress,
+    Peers,
+    Query,
+    RangeFailed,
+    RangeRead,
+    Refused,
+    Register,
+    Registered,
+    Renewed,
+    Replicas,
+    ReportCorrupt,
+    Revoked,
+    Status,
+    StatusRequest,
+)
+from swarmcache.peer_events import (
+    AnnounceReplicas,
+    AnswerCached,
+    AnswerOriginal,
+    AnswerStatus,
+    ChunkAbsent,
+    ChunkArrived,
+    ChunkCorrupt,
+    ChunkRead,
+    ChunksRecovered,
+    DialPeer,
+    DiskMeasured,
+    DistrustPeer,
+    DropPartial,
+    FilePublished,
+    FileWanted,
+    HangUp,
+    LoadManifest,
+    ManifestLoaded,
+    PeerBusy,
+    PeerConnected,
+    PeerEffect,
+    PeerEvent,
+    PeerLost,
+    PeerSaid,
+    PeerUnreachable,
+    PublishFailed,
+    PublishFile,
+    RangeReadDone,
+    RangeReadFailed,
+    ReadRange,
+    ReplicaDropped,
+    RequestGone,
+    ReserveSpace,
+    SpaceRefused,
+    SpaceReserved,
+    StatusWanted,
+    TellPeer,
+    TellTracker,
+    TimePassed,
+    TrackerConnected,
+    TrackerLost,
+    TrackerSaid,
+    WriteFailed,
+)
+from swarmcache.timers import Timers
+
+FLIGHTS_MAX = 16
+DOWNLOADS_MAX = 4096
+HEARTBEAT_BUSY_S = 1.0
+HEARTBEAT_IDLE_S = 10.0
+REDIAL_S = 1.0
+REDIAL_MAX_S = 30.0
+# A connection that no swarm needs any more is kept this long for the next one.
+LINGER_S = 30.0
+# While the local disk works on a file (reserving, digesting what an earlier life left, putting it
+# in place) nothing else can make progress: that much more patience.
+DISK_PATIENCE = 12
+# A download that nobody waits for is given up after this long without progress; what it has stays
+# on disk for the next request.
+ABANDON_S = 60.0
+
+
+@dataclass(slots=True)
+class Fetching:
+    """A wanted file version with everything that is not about chunks.
+
+    ``download`` is None until the disk has set room aside. ``blocked``: an earlier attempt at the
+    same file version must end first. ``requests``: who waits for it, and since when.
+    """
+
+    version: FileVersion
+    file_server: str
+    user: str
+    chunk_size_bytes: int
+    can_read: bool
+    progress_at_s: float
+    download: Download | None = None
+    blocked: bool = False
+    joined: bool = False
+    on_disk: bool = False
+    publishing: bool = False
+    waiting_for_slot: bool = False
+    requests: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Seed:
+    """A complete file version and the neighbours that may want chunks of it."""
+
+    digests: tuple[bytes, ...] | None
+    nodes: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """Another node that shares at least one swarm with this one, or did until recently."""
+
+    address: NodeAddress
+    versions: set[bytes] = field(default_factory=set)
+    up: bool = False
+    dialling: bool = False
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class NodeLease:
+    """A range of chunks that this node may read, until ``PeerState.lease_until_s``."""
+
+    version_id: bytes
+    first: int
+    count: int
+    file_server: str
+    user: str
+
+
+class PeerState:
+    """The node's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``."""
+
+    def __init__(
+        self,
+        address: NodeAddress,
+        rng: Random,
+        *,
+        peers_max: int = 40,
+        stall_s: float = 5.0,
+        buffers_bytes_max: int = 48 << 20,
+    ) -> None:
+        self.address = address
+        self.tracker_connected = False
+        self.lease_until_s = 0.0
+        self._rng = rng
+        self._peers_max = peers_max
+        self._stall_s = stall_s
+        self._buffers_bytes_max = buffers_bytes_max
+        self._fetching: dict[bytes, Fetching] = {}
+        self._seeds: dict[bytes, Seed] = {}
+        self._leases: dict[int, NodeLease] = {}
+        self._neighbours: dict[str, Neighbour] = {}
+        self._distrusted: set[str] = set()
+        self._requests: dict[int, bytes] = {}
+        self._status_requests: set[int] = set()
+        self._flights: dict[tuple[bytes, int, str], int] = {}
+        self._flight_bytes = 0
+        self._starved: dict[bytes, None] = {}
+        self._busy: dict[bytes, int] = {}
+        self._ending: dict[bytes, bool] = {}
+        self._timers: Timers[bytes | str] = Timers()
+        self._heartbeat_at_s: float | None = None
+        self._heartbeat_sent_s = 0.0
+        self._disk = DiskStatus()
+        self._tracker_reason = "no connection to the tracker yet"
+
+    # --- the three calls of every machine -------------------------------------------------------
+
+    def handle(self, event: PeerEvent, now_s: float) -> list[PeerEffect]:
+        """Apply one event; return what must now be done, in order."""
+        effects: list[PeerEffect] = []
+        match event:
+            case ChunkArrived() | ChunkCorrupt() | ChunkAbsent() | PeerBusy() | PeerUnreachable():
+                self._handle_fetch_end(event, now_s, effects)
+            case PeerSaid():
+                self._handle_peer_said(event.node, event.message, now_s, effects)
+            case TrackerSaid():
+                self._handle_tracker_said(event.message, now_s, effects)
+            case ChunkRead() | RangeReadDone() | RangeReadFailed():
+                self._handle_reading(event, now_s, effects)
+            case TimePassed():
+                self._handle_time(now_s, effects)
+            case PeerConnected() | PeerLost():
+                self._handle_connection(event, now_s, effects)
+            case TrackerConnected() | TrackerLost():
+                self._handle_tracker_connection(event, now_s, effects)
+            case FileWanted() | RequestGone() | StatusWanted():
+                self._handle_client(event, now_s, effects)
+            case _:
+                self._handle_disk(event, now_s, effects)
+        return effects
+
+    def wake_at_s(self) -> float | None:
+        """When ``TimePassed`` is next due. Ask again after every ``handle``."""
+        at_s = self._timers.next_at_s()
+        if self._heartbeat_at_s is None:
+            return at_s
+        return self._heartbeat_at_s if at_s is None else min(at_s, self._heartbeat_at_s)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        self._timers.check()
+        for request, version_id in self._requests.items():
+            assert request in self._fetching[version_id].requests, "a request would be forgotten"
+        for version_id, fetching in self._fetching.items():
+            for request in fetching.requests:
+                assert self._requests[request] == version_id, "a request would be answered twice"
+            if fetching.download is not None:
+                fetching.download.check()
+        for lease in self._leases.values():
+            assert lease.version_id in self._fetching, "a lease for nothing that is wanted"
+        for node, neighbour in self._neighbours.items():
+            assert node == neighbour.address.node, "a neighbour under another's name"
+            assert not (neighbour.up and neighbour.dialling), "dialling a neighbour that is up"
+        assert len(self._flights) <= FLIGHTS_MAX, "more requests in flight than allowed"
+        assert self._flight_bytes == sum(self._flights.values()), "flying bytes miscounted"
+        for version_id in self._ending:
+            assert self._busy[version_id] > 0, "an ended download would never be dropped"
+
+    # --- asked by the shell ---------------------------------------------------------------------
+
+    def may_read(self, lease_id: int, now_s: float) -> bool:
+        """Whether this lease still holds, by this node's clock. Safe to call from any thread."""
+        return lease_id in self._leases and now_s < self.lease_until_s
+
+    def fetching(self, version_id: bytes) -> Fetching | None:
+        """The state of one wanted file version, for progress displays."""
+        return self._fetching.get(version_id)
+
+    def downloads(self) -> Iterable[Fetching]:
+        """All file versions that are wanted and not complete."""
+        return self._fetching.values()
+
+    def neighbours(self) -> Iterable[tuple[str, bool, bool]]:
+        """Every neighbour: node, whether connected, whether distrusted."""
+        known = {node: neighbour.up for node, neighbour in self._neighbours.items()}
+        for node in sorted(known.keys() | self._distrusted):
+            yield node, known.get(node, False), node in self._distrusted
+
+    # --- local clients --------------------------------------------------------------------------
+
+    def _handle_client(
+        self,
+        event: FileWanted | RequestGone | StatusWanted,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> None:
+        match event:
+            case FileWanted():
+                self._want(event, now_s, effects)
+            case RequestGone():
+                version_id = self._requests.pop(event.request, None)
+                if version_id is not None:
+                    del self._fetching[version_id].requests[event.request]
+                    self._arm(version_id, now_s)
+                self._status_requests.discard(event.request)
+            case StatusWanted():
+                if not self.tracker_connected:
+                    effects.append(AnswerStatus(event.request, None, self._tracker_reason))
+                    return
+                self._status_requests.add(event.request)
+                self._tell(StatusRequest(event.request), effects)
+
+    def _want(self, event: FileWanted, now_s: float, effects: list[PeerEffect]) -> None:
+        version_id = event.version.version_id
+        fetching = self._fetching.get(version_id)
+        if fetching is None:
+            if len(self._fetching) >= DOWNLOADS_MAX:
+                reason = f"this node fetches {DOWNLOADS_MAX} files already"
+                effects.append(AnswerOriginal(event.request, version_id, reason))
+                return
+            fetching = Fetching(
+                event.version,
+                event.file_server,
+                event.user,
+                event.chunk_size_bytes,
+                event.can_read,
+                progress_at_s=now_s,
+            )
+            self._fetching[version_id] = fetching
+            self._drop_seed(version_id)
+            self._reserve(fetching, effects)
+        elif event.can_read and not fetching.can_read:
+            fetching.can_read = True
+            if fetching.joined:
+                self._join(fetching, effects)
+        fetching.requests[event.request] = now_s
+        self._requests[event.request] = version_id
+        self._beat(now_s)
+        self._arm(version_id, now_s)
+
+    # --- what is under way ----------------------------------------------------------------------
+
+    def _reserve(self, fetching: Fetching, effects: list[PeerEffect]) -> None:
+        version_id = fetching.version.version_id
+        fetching.blocked = version_id in self._busy
+        if not fetching.blocked:
+            self._begin(version_id)
+            effects.append(ReserveSpace(fetching.version, fetching.chunk_size_bytes))
+
+    def _begin(self, version_id: bytes) -> None:
+        """Something is asked of the shell that will end in an event."""
+        self._busy[version_id] = self._busy.get(version_id, 0) + 1
+
+    def _end(self, version_id: bytes, effects: list[PeerEffect]) -> None:
+        """That event has come."""
+        self._busy[version_id] -= 1
+        if self._busy[version_id]:
+            return
+        del self._busy[version_id]
+        if version_id in self._ending:
+            effects.append(DropPartial(version_id, self._ending.pop(version_id)))
+        fetching = self._fetching.get(version_id)
+        if fetching is not None and fetching.blocked:
+            self._reserve(fetching, effects)
+
+    def _drop(self, version_id: bytes, effects: list[PeerEffect], *, keep: bool) -> None:
+        if version_id in self._busy:
+            self._ending[version_id] = keep
+        else:
+            effects.append(DropPartial(version_id, keep))
+
+    def _answer_original(
+        self,
+        fetching: Fetching,
+        reason: str,
+        effects: list[PeerEffect],
+        *,
+        source_changed: bool = False,
+    ) -> None:
+        version_id = fetching.version.version_id
+        for request in fetching.requests:
+            del self._requests[request]
+            effects.append(AnswerOriginal(request, version_id, reason, source_changed))
+        fetching.requests.clear()
+
+    # --- the cache ------------------------------------------------------------------------------
+
+    def _handle_disk(
+        self,
+        event: SpaceReserved
+        | SpaceRefused
+        | ChunksRecovered
+        | FilePublished
+        | PublishFailed
+        | WriteFailed
+        | ReplicaDropped
+        | ManifestLoaded
+        | DiskMeasured,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> None:
+        match event:
+            case SpaceReserved() | ChunksRecovered():
+                self._handle_space(event, now_s, effects)
+            case FilePublished():
+                self._handle_published(event.version_id, now_s, effects)
+            case SpaceRefused() | PublishFailed():
+                self._give_up(event.version_id, event.reason, now_s, effects)
+                self._end(event.version_id, effects)
+            case WriteFailed():
+                self._give_up(event.version_id, event.reason, now_s, effects)
+            case ReplicaDropped():
+                self._drop_seed(event.version_id)
+                self._tell(Leave(event.version_id), effects)
+            case ManifestLoaded():
+                self._handle_manifest(event, effects)
+            case DiskMeasured():
+                self._disk = event.disk
+
+    def _handle_space(
+        self, event: SpaceReserved | ChunksRecovered, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        fetching = self._fetching.get(event.version_id)
+        stale = fetching is None or fetching.blocked
+        if isinstance(event, ChunksRecovered):
+            self._end(event.version_id, effects)
+        if fetching is None or stale:
+            return
+        fetching.progress_at_s = now_s
+        if isinstance(event, SpaceReserved):
+            fetching.chunk_size_bytes = event.chunk_size_bytes
+            layout = ChunkLayout(fetching.version.size_bytes, event.chunk_size_bytes)
+            fetching.download = Download(fetching.version, layout, self._rng)
+            return
+        assert fetching.download is not None, "recovered chunks before there is room"
+        fetching.download.recovered(event.digests)
+        fetching.on_disk = True
+        if fetching.version.size_bytes and self.tracker_connected:
+            self._join(fetching, effects)
+        for neighbour in self._neighbours.values():
+            if neighbour.up and event.version_id in neighbour.versions:
+                self._greet(neighbour, event.version_id, effects)
+        self._go_on(event.version_id, now_s, effects)
+
+    def _handle_published(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        fetching = self._fetching.get(version_id)
+        if fetching is None or not fetching.publishing:
+            self._end(version_id, effects)
+            return
+        assert fetching.download is not None, "published without a download"
+        effects.extend(fetching.download.announcements(math.inf))
+        del self._fetching[version_id]
+        self._end(version_id, effects)
+        for request in fetching.requests:
+            del self._requests[request]
+            effects.append(AnswerCached(request, version_id))
+        if fetching.version.size_bytes:
+            self._tell(Replicas([version_id]), effects)
+        self._forget_timer(version_id)
+        seed = Seed(fetching.download.digests)
+        for node in list(fetching.download.peers):
+            if fetching.download.peer_is_complete(node):
+                effects.append(TellPeer(node, Gone(version_id)))
+                self._part(node, version_id, now_s)
+            else:
+                seed.nodes.add(node)
+        if seed.nodes:
+            self._seeds[version_id] = seed
+
+    def _give_up(
+        self,
+        version_id: bytes,
+        reason: str,
+        now_s: float,
+        effects: list[PeerEffect],
+        *,
+        source_changed: bool = False,
+        keep: bool = False,
+    ) -> None:
+        """End a download without a result."""
+        fetching = self._fetching.pop(version_id, None)
+        if fetching is None:
+            return
+        self._answer_original(fetching, reason, effects, source_changed=source_changed)
+        self._forget_timer(version_id)
+        for lease_id, lease in list(self._leases.items()):
+            if lease.version_id == version_id:
+                del self._leases[lease_id]
+                held = self._held_of(fetching, lease) if keep else b""
+                self._tell(RangeFailed(lease_id, version_id, held, reason, source_changed), effects)
+        if fetching.joined:
+            self._tell(Leave(version_id), effects)
+        for node, neighbour in self._neighbours.items():
+            if version_id in neighbour.versions:
+                if neighbour.up:
+                    effects.append(TellPeer(node, Gone(version_id)))
+                self._part(node, version_id, now_s)
+        if not fetching.blocked:
+            self._drop(version_id, effects, keep=keep)
+
+    # --- seeds ----------------------------------------------------------------------------------
+
+    def _handle_manifest(self, event: ManifestLoaded, effects: list[PeerEffect]) -> None:
+        seed = self._seeds.get(event.version_id)
+        if seed is None:
+            return
+        if not event.digests:
+            self._drop_seed(event.version_id)
+            self._tell(Leave(event.version_id), effects)
+            return
+        seed.digests = event.digests
+        for node in sorted(seed.nodes):
+            if self._neighbours[node].up:
+                self._tell_all(node, event.version_id, event.digests, effects)
+
+    def _tell_all(
+        self, node: str, version_id: bytes, digests: tuple[bytes, ...], effects: list[PeerEffect]
+    ) -> None:
+        for start in range(0, len(digests), HAVE_CHUNKS_MAX):
+            part = digests[start : start + HAVE_CHUNKS_MAX]
+            chunks = list(range(start, start + len(part)))
+            effects.append(TellPeer(node, Have(version_id, chunks, b"".join(part))))
+
+    def _drop_seed(self, version_id: bytes) -> None:
+        seed = self._seeds.pop(version_id, None)
+        if seed is not None:
+            for node in seed.nodes:
+                self._neighbours[node].versions.discard(version_id)
+
+    # --- the tracker ----------------------------------------------------------------------------
+
+    def _tell(self, message: Message, effects: list[PeerEffect]) -> None:
+        if self.tracker_connected:
+            effects.append(TellTracker(message))  # type: ignore[arg-type]
+
+    def _handle_tracker_connection(
+        self, event: TrackerConnected | TrackerLost, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        if isinstance(event, TrackerLost):
+            self.tracker_connected = False
+            self._tracker_reason = event.reason
+            self._heartbeat_at_s = None
+            for fetching in self._fetching.values():
+                fetching.joined = False
+                fetching.waiting_for_slot = False
+            for request in sorted(self._status_requests):
+                effects.append(AnswerStatus(request, None, event.reason))
+            self._status_requests.clear()
+            return
+        self.tracker_connected = True
+        leases = [
+            HeldLease(
+                lease_id, lease.version_id, lease.file_server, lease.user, lease.first, lease.count
+            )
+            for lease_id, lease in self._leases.items()
+        ]
+        self._tell(Register(self.address, now_s, leases, self._disk), effects)
+        self._heartbeat_sent_s = now_s
+        for fetching in self._fetching.values():
+            if fetching.on_disk and fetching.version.size_bytes:
+                self._join(fetching, effects)
+        effects.append(AnnounceReplicas())
+        self._beat(now_s)
+
+    def _join(self, fetching: Fetching, effects: list[PeerEffect]) -> None:
+        assert fetching.download is not None, "joining before there is room on the disk"
+        fetching.joined = True
+        self._tell(
+            Join(
+                fetching.version.version_id,
+                fetching.file_server,
+                fetching.user,
+                fetching.version.size_bytes,
+                fetching.chunk_size_bytes,
+                mask_to_bytes(fetching.download.held),
+                fetching.can_read,
+            ),
+            effects,
+        )
+
+    def _beat(self, now_s: float) -> None:
+        """(Re)schedule the heartbeat: often while leases or downloads hang on it."""
+        if self.tracker_connected:
+            busy = self._leases or self._fetching
+            period_s = HEARTBEAT_BUSY_S if busy else HEARTBEAT_IDLE_S
+            self._heartbeat_at_s = max(now_s, self._heartbeat_sent_s + period_s)
+
+    def _handle_tracker_said(
+        self, message: FromTracker, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        match message:
+            case Peers():
+                for address in message.peers[: self._peers_max]:
+                    self._meet(address, message.version_id, now_s, effects)
+                self._go_on(message.version_id, now_s, effects)
+            case Lease():
+                self._handle_lease(message, now_s, effects)
+            case Renewed():
+                self.lease_until_s = message.until_s
+                waiting = set(message.waiting)
+                for version_id, fetching in self._fetching.items():
+                    fetching.waiting_for_slot = version_id in waiting
+                    if fetching.waiting_for_slot:
+                        fetching.progress_at_s = now_s
+                        self._arm(version_id, now_s)
+            case Registered():
+                self.lease_until_s = message.until_s
+                for lease_id in set(self._leases) - set(message.adopted):
+                    self._end_lease(lease_id)
+            case Joined():
+                self._handle_joined(message, now_s, effects)
+            case Query():
+                held = self._held_mask(message.version_id) & mask_from_bytes(message.wanted)
+                answer = Holding(message.version_id, message.query_id, mask_to_bytes(held))
+                self._tell(answer, effects)
+            case Revoked():
+                self._drop_seed(message.version_id)
+                self._give_up(
+                    message.version_id, message.reason, now_s, effects, source_changed=True
+                )
+            case Refused():
+                if message.version_id:
+                    self._give_up(message.version_id, message.reason, now_s, effects)
+            case Status():
+                if message.request_id in self._status_requests:
+                    self._status_requests.remove(message.request_id)
+                    effects.append(AnswerStatus(message.request_id, message.cluster))
+
+    def _handle_joined(self, message: Joined, now_s: float, effects: list[PeerEffect]) -> None:
+        fetching = self._fetching.get(message.version_id)
+        if fetching is None or message.chunk_size_bytes == fetching.chunk_size_bytes:
+            return
+        # Others cut this file differently (their setting differs): begin again, their way.
+        fetching.chunk_size_bytes = message.chunk_size_bytes
+        fetching.download = None
+        fetching.on_disk = False
+        self._drop(message.version_id, effects, keep=False)
+        self._reserve(fetching, effects)
+        self._arm(message.version_id, now_s)
+
+    def _held_mask(self, version_id: bytes) -> int:
+        fetching = self._fetching.get(version_id)
+        if fetching is not None:
+            return fetching.download.held if fetching.download is not None else 0
+        seed = self._seeds.get(version_id)
+        return range_mask(0, len(seed.digests)) if seed is not None and seed.digests else 0
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    def _handle_lease(self, message: Lease, now_s: float, effects: list[PeerEffect]) -> None:
+        fetching = self._fetching.get(message.version_id)
+        self.lease_until_s = max(self.lease_until_s, message.until_s)
+        download = fetching.download if fetching is not None and fetching.on_disk else None
+        fits = download is not None and message.first + message.count <= download.chunk_count
+        if fetching is None or download is None or not fits or not fetching.can_read:
+            failed = RangeFailed(message.lease_id, message.version_id, b"", "cannot read it here")
+            self._tell(failed, effects)
+            return
+        self._leases[message.lease_id] = NodeLease(
+            message.version_id,
+            message.first,
+            message.count,
+            fetching.file_server,
+            fetching.user,
+        )
+        download.read_begins(message.first, message.count)
+        fetching.waiting_for_slot = False
+        self._begin(message.version_id)
+        effects.append(
+            ReadRange(message.version_id, message.lease_id, message.first, message.count)
+        )
+        self._beat(now_s)
+
+    def _end_lease(self, lease_id: int) -> NodeLease | None:
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            fetching = self._fetching.get(lease.version_id)
+            if fetching is not None and fetching.download is not None:
+                fetching.download.read_ends(lease.first, lease.count)
+        return lease
+
+    def _held_of(self, fetching: Fetching, lease: NodeLease) -> bytes:
+        if fetching.download is None:
+            return b""
+        return mask_to_bytes(fetching.download.held & range_mask(lease.first, lease.count))
+
+    def _handle_reading(
+        self,
+        event: ChunkRead | RangeReadDone | RangeReadFailed,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> None:
+        if not isinstance(event, ChunkRead):
+            self._end(event.version_id, effects)
+        fetching = self._fetching.get(event.version_id)
+        download = fetching.download if fetching is not None else None
+        if fetching is None or download is None:
+            return
+        match event:
+            case ChunkRead():
+                download.chunk_read(event.chunk, event.digest)
+                fetching.progress_at_s = now_s
+            case RangeReadDone():
+                if self._end_lease(event.lease_id) is not None:
+                    done = RangeRead(
+                        event.lease_id, event.version_id, event.read_bytes, event.elapsed_s
+                    )
+                    self._tell(done, effects)
+            case RangeReadFailed():
+                if event.source_changed:
+                    self._give_up(
+                        event.version_id, event.reason, now_s, effects, source_changed=True
+                    )
+                    return
+                lease = self._end_lease(event.lease_id)
+                if lease is not None:
+                    held = self._held_of(fetching, lease)
+                    failed = RangeFailed(event.lease_id, event.version_id, held, event.reason)
+                    self._tell(failed, effects)
+        self._go_on(event.version_id, now_s, effects)
+
+    # --- neighbours -----------------------------------------------------------------------------
+
+    def _meet(
+        self, address: NodeAddress, version_id: bytes, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        """Share a swarm with this node from now on."""
+        if address.node == self.address.node:
+            return
+        neighbour = self._neighbours.get(address.node)
+        if neighbour is None:
+            neighbour = self._neighbours[address.node] = Neighbour(address)
+        neighbour.address = address
+        neighbour.versions.add(version_id)
+        if neighbour.up:
+            self._greet(neighbour, version_id, effects)
+        elif not neighbour.dialling and self.address.node < address.node:
+            self._dial(neighbour, effects)
+        self._timers.set(address.node, None)
+
+    def _dial(self, neighbour: Neighbour, effects: list[PeerEffect]) -> None:
+        neighbour.dialling = True
+        effects.append(DialPeer(neighbour.address))
+
+    def _greet(self, neighbour: Neighbour, version_id: bytes, effects: list[PeerEffect]) -> None:
+        """Tell a neighbour all that this node holds of a file version that both are in."""
+        node = neighbour.address.node
+        fetching = self._fetching.get(version_id)
+        if fetching is not None:
+            if fetching.download is not None:
+                source = node not in self._distrusted
+                told = fetching.download.add_peer(neighbour.address, source=source)
+                effects.extend(told)
+            return
+        seed = self._seeds.get(version_id)
+        if seed is None:
+            self._seeds[version_id] = Seed(None, {node})
+            effects.append(LoadManifest(version_id))
+            return
+        seed.nodes.add(node)
+        if seed.digests is not None:
+            self._tell_all(node, version_id, seed.digests, effects)
+
+    def _part(self, node: str, version_id: bytes, now_s: float) -> None:
+        """There is nothing left to exchange with this neighbour in this swarm."""
+        neighbour = self._neighbours.get(node)
+        if neighbour is None:
+            return
+        neighbour.versions.discard(version_id)
+        fetching = self._fetching.get(version_id)
+        if fetching is not None and fetching.download is not None:
+            fetching.download.remove_peer(node)
+        seed = self._seeds.get(version_id)
+        if seed is not None:
+            seed.nodes.discard(node)
+            if not seed.nodes:
+                del self._seeds[version_id]
+        if not neighbour.versions:
+            self._timers.set(node, now_s + LINGER_S)
+
+    def _handle_connection(
+        self, event: PeerConnected | PeerLost, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        if isinstance(event, PeerConnected):
+            self._handle_connected(event.address, now_s, effects)
+            return
+        neighbour = self._neighbours.get(event.node)
+        if neighbour is None:
+            return
+        neighbour.dialling = False
+        neighbour.up = False
+        for version_id in sorted(neighbour.versions):
+            fetching = self._fetching.get(version_id)
+            if fetching is None:
+                self._part(event.node, version_id, now_s)
+            elif fetching.download is not None:
+                fetching.download.remove_peer(event.node)
+                self._go_on(version_id, now_s, effects)
+        if neighbour.versions:
+            neighbour.failures += 1
+            wait_s = min(REDIAL_S * 2 ** (neighbour.failures - 1), REDIAL_MAX_S)
+            self._timers.set(event.node, now_s + wait_s)
+        else:
+            del self._neighbours[event.node]
+            self._timers.set(event.node, None)
+
+    def _handle_connected(
+        self, address: NodeAddress, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        neighbour = self._neighbours.get(address.node)
+        if neighbour is None:
+            # It heard of us from the tracker before we heard of it.
+            neighbour = self._neighbours[address.node] = Neighbour(address)
+            self._timers.set(address.node, now_s + LINGER_S)
+        neighbour.address = address
+        neighbour.dialling = False
+        neighbour.up = True
+        neighbour.failures = 0
+        for version_id in sorted(neighbour.versions):
+            self._greet(neighbour, version_id, effects)
+            self._go_on(version_id, now_s, effects)
+
+    def _handle_peer_said(
+        self, node: str, message: BetweenNodes, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        neighbour = self._neighbours.get(node)
+        if neighbour is None:
+            return
+        version_id = message.version_id
+        match message:
+            case Have():
+                fetching = self._fetching.get(version_id)
+                if fetching is None or fetching.download is None:
+                    return
+                if node not in fetching.download.peers:
+                    # It was introduced to us before we were introduced to it.
+                    self._meet(neighbour.address, version_id, now_s, effects)
+                fetching.download.peer_has(node, message.chunks, message.digests)
+                self._go_on(version_id, now_s, effects)
+            case Gone():
+                self._part(node, version_id, now_s)
+
+    # --- chunks ---------------------------------------------------------------------------------
+
+    def _handle_fetch_end(
+        self,
+        event: ChunkArrived | ChunkCorrupt | ChunkAbsent | PeerBusy | PeerUnreachable,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> None:
+        self._flight_bytes -= self._flights.pop((event.version_id, event.chunk, event.node))
+        self._end(event.version_id, effects)
+        if isinstance(event, ChunkCorrupt):
+            self._distrust(event.node, event.version_id, effects)
+        fetching = self._fetching.get(event.version_id)
+        if fetching is not None and fetching.download is not None:
+            download = fetching.download
+            match event:
+                case ChunkArrived():
+                    download.chunk_arrived(event.chunk, event.node, now_s)
+                    fetching.progress_at_s = now_s
+                case ChunkCorrupt():
+                    download.chunk_corrupt(event.chunk, event.node, now_s)
+                case ChunkAbsent():
+                    download.chunk_absent(event.chunk, event.node, now_s)
+                case PeerBusy():
+                    download.peer_busy(event.chunk, event.node, now_s)
+                case PeerUnreachable():
+                    download.peer_failed(event.chunk, event.node, now_s)
+            self._go_on(event.version_id, now_s, effects)
+        self._feed_starved(now_s, effects)
+
+    def _distrust(self, node: str, version_id: bytes, effects: list[PeerEffect]) -> None:
+        """Wrong bytes came from this peer: it is not asked again, in any swarm."""
+        if node in self._distrusted:
+            return
+        self._distrusted.add(node)
+        for fetching in self._fetching.values():
+            if fetching.download is not None:
+                fetching.download.distrust(node)
+        self._tell(ReportCorrupt(version_id, node), effects)
+        effects.append(DistrustPeer(node))
+
+    def _feed_starved(self, now_s: float, effects: list[PeerEffect]) -> None:
+        """Room in flight has become free: let the downloads ask that found none."""
+        for version_id in list(self._starved):
+            if self._room(1) <= 0:
+                return
+            del self._starved[version_id]
+            self._go_on(version_id, now_s, effects)
+
+    def _room(self, chunk_size_bytes: int) -> int:
+        """How many more chunks of this size may be in flight."""
+        left_bytes = self._buffers_bytes_max - self._flight_bytes
+        return min(FLIGHTS_MAX - len(self._flights), left_bytes // chunk_size_bytes)
+
+    def _go_on(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        """Ask for what can be asked for, tell what came, put in place what is complete."""
+        fetching = self._fetching.get(version_id)
+        if fetching is None or fetching.download is None or not fetching.on_disk:
+            return
+        download = fetching.download
+        if not download.complete:
+            self._request(fetching, download, now_s, effects)
+        elif not fetching.publishing:
+            fetching.publishing = True
+            self._begin(version_id)
+            effects.append(PublishFile(version_id))
+        effects.extend(download.announcements(now_s))
+        self._arm(version_id, now_s)
+
+    def _request(
+        self, fetching: Fetching, download: Download, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        version_id = fetching.version.version_id
+        room = self._room(download.layout.chunk_size_bytes)
+        requests = download.requests(now_s, room)
+        if len(requests) >= room:
+            self._starved[version_id] = None
+        for request in requests:
+            self._begin(version_id)
+            flight = (version_id, request.chunk, request.address.node)
+            self._flights[flight] = request.length_bytes
+            self._flight_bytes += request.length_bytes
+        effects.extend(requests)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def _patience_s(self, fetching: Fetching) -> float:
+        disk_works = not fetching.on_disk or fetching.publishing
+        return self._stall_s * (DISK_PATIENCE if disk_works else 1)
+
+    def _arm(self, version_id: bytes, now_s: float) -> None:
+        """(Re)schedule the next look at one download."""
+        fetching = self._fetching[version_id]
+        if fetching.requests:
+            oldest_s = min(fetching.requests.values())
+            at_s = max(fetching.progress_at_s, oldest_s) + self._patience_s(fetching)
+        else:
+            at_s = fetching.progress_at_s + ABANDON_S
+        if fetching.download is not None and fetching.on_disk:
+            wake_at_s = fetching.download.wake_at_s(now_s)
+            at_s = at_s if wake_at_s is None else min(at_s, wake_at_s)
+        self._timers.set_by(version_id, at_s)
+
+    def _forget_timer(self, version_id: bytes) -> None:
+        self._timers.set(version_id, None)
+        self._starved.pop(version_id, None)
+
+    def _handle_time(self, now_s: float, effects: list[PeerEffect]) -> None:
+        if self._heartbeat_at_s is not None and self._heartbeat_at_s <= now_s:
+            self._tell(Heartbeat(now_s, self._disk), effects)
+            self._heartbeat_sent_s = now_s
+            self._beat(now_s)
+        for key in self._timers.pop_due(now_s):
+            if isinstance(key, bytes):
+                self._look_after(key, now_s, effects)
+            else:
+                self._look_after_neighbour(key, effects)
+
+    def _look_after(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        fetching = self._fetching[version_id]
+        stalled_s = now_s - fetching.progress_at_s
+        if not fetching.requests and stalled_s >= ABANDON_S:
+            self._give_up(version_id, "nobody waits for it", now_s, effects, keep=True)
+            return
+        self._answer_stalled(fetching, now_s, effects)
+        self._go_on(version_id, now_s, effects)
+        self._arm(version_id, now_s)
+
+    def _answer_stalled(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
+        patience_s = self._patience_s(fetching)
+        version_id = fetching.version.version_id
+        for request, since_s in list(fetching.requests.items()):
+            if now_s - max(since_s, fetching.progress_at_s) >= patience_s:
+                del fetching.requests[request]
+                del self._requests[request]
+                reason = f"no progress for {patience_s:g} s: {self._why_stalled(fetching)}"
+                effects.append(AnswerOriginal(request, version_id, reason))
+
+    def _why_stalled(self, fetching: Fetching) -> str:
+        if not fetching.on_disk or fetching.publishing:
+            return "the disk of the cache does not answer"
+        if not self.tracker_connected:
+            return self._tracker_reason
+        if fetching.download is not None and not fetching.download.unreachable:
+            return "the peers that have the missing chunks do not answer"
+        return "no peer has the missing chunks, and none could be read from the file server"
+
+    def _look_after_neighbour(self, node: str, effects: list[PeerEffect]) -> None:
+        neighbour = self._neighbours.get(node)
+        if neighbour is None or neighbour.dialling:
+            return
+        if not neighbour.versions:
+            del self._neighbours[node]
+            if neighbour.up:
+                effects.append(HangUp(node))
+        elif not neighbour.up and self.address.node < node:
+            self._dial(neighbour, effects)

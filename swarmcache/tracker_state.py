@@ -1,0 +1,873 @@
+"""Who holds what, and who may read which chunks from a file server.
+
+Pure logic: no socket, disk, clock or chance of its own. The shell (``tracker.py``) and the
+simulator feed it events and carry out the effects that it returns.
+
+All state is soft: nodes announce themselves, their downloads, their replicas and the leases they
+hold whenever they connect. Only one thing cannot be learnt by waiting for announcements: whether a
+lease is still out whose holder has not come back yet. So grants are journalled, and a restarted
+tracker grants nothing until every lease of the journal was announced again or must have run out.
+
+For every chunk of a swarm the tracker knows one *guardian*, a connected node that has it. A chunk
+whose guardian is gone is asked for among the neighbours of that guardian (only they can have it
+from there), and read from the file server again only if none of them has it.
+
+Invariants: every chunk of a swarm is unread, leased, asked for, or guarded by a connected member; a
+lease that is out has a slot in its file server's ledger; a node's leases end on its own clock
+``LEASE_MARGIN_S`` before they end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+
+from swarmcache.chunks import ChunkLayout, full_mask, mask_from_bytes, range_mask
+from swarmcache.messages import (
+    LOADS_MAX,
+    PROTOCOL_VERSION,
+    WAITING_MAX,
+    DiskStatus,
+    FromTracker,
+    Heartbeat,
+    HeldLease,
+    Holding,
+    Join,
+    Joined,
+    Lease,
+    Leave,
+    NodeAddress,
+    Peers,
+    Query,
+    RangeFailed,
+    RangeRead,
+    Refused,
+    Register,
+    Registered,
+    Renewed,
+    Replicas,
+    ReportCorrupt,
+    Revoked,
+    Status,
+    StatusRequest,
+    ToTracker,
+)
+from swarmcache.slot_ledger import SlotLedger
+from swarmcache.timers import Timers
+from swarmcache.tracker_events import (
+    CloseSession,
+    JournalEnd,
+    JournalGrant,
+    NodeConnected,
+    NodeLost,
+    NodeSaid,
+    Tell,
+    TimePassed,
+    TrackerEffect,
+    TrackerEvent,
+)
+
+# A dead node's slot is free again after this long; a holder renews three times within it.
+LEASE_S = 3.0
+# How much earlier the holder stops: one piece of a chunk from a slow server, and clocks that run at
+# slightly different rates (500 ppm, the worst that NTP corrects, is 1.5 ms here).
+LEASE_MARGIN_S = 0.5
+# How long reading one range should take. Longer ones lose more when a holder dies, shorter ones ask
+# the tracker more often.
+RANGE_S = 0.5
+RANGE_FIRST_BYTES = 4 << 20
+QUERY_S = 1.0
+NODE_SILENT_S = 30.0
+READ_FAILURES_MAX = 3
+CHUNK_COUNT_MAX = 1 << 21
+
+
+@dataclass(slots=True)
+class Node:
+    """A connected node. ``clock_s`` is what its clock showed at ``clock_at_s`` of ours, or less."""
+
+    session: int
+    address: NodeAddress
+    connected_s: float
+    clock_s: float
+    clock_at_s: float
+    disk: DiskStatus
+    replicas: set[bytes] = field(default_factory=set)
+    swarms: set[bytes] = field(default_factory=set)
+    leases: set[int] = field(default_factory=set)
+    read_bytes_per_s: float = 0.0
+
+
+@dataclass(slots=True)
+class LeasedRange:
+    """Chunks that a node is reading. ``void``: the node is gone, its chunks are others' business."""
+
+    lease_id: int
+    version_id: bytes
+    file_server: str
+    node: str
+    first: int
+    count: int
+    void: bool = False
+
+    @property
+    def mask(self) -> int:
+        """The chunks as a bit mask."""
+        return range_mask(self.first, self.count)
+
+
+@dataclass(slots=True)
+class Member:
+    """One node in one swarm."""
+
+    can_read: bool
+    complete: bool
+    neighbours: set[str] = field(default_factory=set)
+    guarded: int = 0
+    failures: int = 0
+    reading: bool = False
+
+
+@dataclass(slots=True)
+class Search:
+    """Chunks whose guardian is gone, and the nodes that have not yet said whether they have them."""
+
+    version_id: bytes
+    wanted: int
+    waiting: set[str]
+
+
+@dataclass(slots=True)
+class Swarm:
+    """The nodes that hold or fetch chunks of one file version, while somebody fetches."""
+
+    version_id: bytes
+    file_server: str
+    user: str
+    layout: ChunkLayout
+    unread: int
+    members: dict[str, Member] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    searches: set[int] = field(default_factory=set)
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody fetches it still."""
+        return any(not member.complete for member in self.members.values())
+
+
+@dataclass(slots=True)
+class FileServer:
+    """One file server: its slots, and how fast a slot reads."""
+
+    ledger: SlotLedger
+    read_bytes: int = 0
+    read_bytes_per_s: float = 0.0
+
+
+class TrackerState:
+    """The tracker's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
+
+    ``earlier_leases`` (lease id -> node) is what the journal says may still be out; lease ids begin
+    at ``first_lease_id``, above all that were ever used.
+    """
+
+    def __init__(
+        self,
+        rng: Random,
+        *,
+        slots_max: Callable[[str], int],
+        peers_max: int = 40,
+        earlier_leases: Mapping[int, str] | None = None,
+        first_lease_id: int = 1,
+        now_s: float = 0.0,
+    ) -> None:
+        self._rng = rng
+        self._slots_max = slots_max
+        self._peers_max = peers_max
+        self._earlier = dict(earlier_leases or {})
+        self._quarantine_until_s = now_s + LEASE_S if self._earlier else now_s
+        self._next_lease_id = first_lease_id
+        self._next_query_id = 1
+        self._sessions: dict[int, Node | None] = {}
+        self._nodes: dict[str, Node] = {}
+        self._swarms: dict[bytes, Swarm] = {}
+        self._replicas: dict[bytes, set[str]] = {}
+        self._servers: dict[str, FileServer] = {}
+        self._ranges: dict[int, LeasedRange] = {}
+        self._searches: dict[int, Search] = {}
+        self._corrupt: dict[str, int] = {}
+        self._timers: Timers[str | int] = Timers()
+
+    # --- the three calls of every machine -------------------------------------------------------
+
+    def handle(self, event: TrackerEvent, now_s: float) -> list[TrackerEffect]:
+        """Apply one event; return what must now be done, in order."""
+        effects: list[TrackerEffect] = []
+        match event:
+            case NodeSaid():
+                self._handle_said(event.session, event.message, now_s, effects)
+            case NodeConnected():
+                self._sessions[event.session] = None
+                self._timers.set(event.session, now_s + NODE_SILENT_S)
+            case NodeLost():
+                node = self._sessions.pop(event.session, None)
+                self._timers.set(event.session, None)
+                if node is not None:
+                    self._lose_node(node, now_s, effects)
+            case TimePassed():
+                self._handle_time(now_s, effects)
+        return effects
+
+    def wake_at_s(self) -> float | None:
+        """When ``TimePassed`` is next due. Ask again after every ``handle``."""
+        times_s = [server.ledger.next_expiry_s() for server in self._servers.values()]
+        times_s.append(self._timers.next_at_s())
+        if self._earlier:
+            times_s.append(self._quarantine_until_s)
+        return min((at_s for at_s in times_s if at_s is not None), default=None)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        self._timers.check()
+        for server in self._servers.values():
+            server.ledger.check()
+            for lease_id in server.ledger.leases:
+                assert lease_id in self._ranges, "a slot is taken by nobody's lease"
+        for lease_id, leased in self._ranges.items():
+            ledger = self._servers[leased.file_server].ledger
+            assert lease_id in ledger.leases, "a lease is out without a slot"
+        for swarm in self._swarms.values():
+            self._check_swarm(swarm)
+
+    def _check_swarm(self, swarm: Swarm) -> None:
+        known = swarm.unread
+        for leased in self._ranges.values():
+            if leased.version_id == swarm.version_id and not leased.void:
+                known |= leased.mask
+        for query_id in swarm.searches:
+            known |= self._searches[query_id].wanted
+        for node, member in swarm.members.items():
+            assert node in self._nodes, "a member is not connected"
+            assert swarm.version_id in self._nodes[node].swarms, "a node forgot its swarm"
+            known |= member.guarded
+            for other in member.neighbours:
+                assert node in swarm.members[other].neighbours, "neighbours on one side only"
+        assert known == full_mask(swarm.layout.chunk_count), "a chunk is lost"
+        assert sorted(swarm.order) == sorted(swarm.members), "members and their order differ"
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _handle_said(
+        self, session: int, message: ToTracker, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        if session not in self._sessions:
+            return
+        self._timers.set(session, now_s + NODE_SILENT_S)
+        node = self._sessions[session]
+        if isinstance(message, Register):
+            self._register(session, message, now_s, effects)
+            return
+        if node is None:
+            effects.append(CloseSession(session, "the first message must be a register"))
+            return
+        match message:
+            case Heartbeat():
+                self._heartbeat(node, message, now_s, effects)
+            case Join():
+                self._join(node, message, now_s, effects)
+            case Leave():
+                self._leave(node, message.version_id, now_s, effects)
+            case Replicas():
+                for version_id in message.version_ids:
+                    self._add_replica(node, version_id, now_s, effects)
+            case RangeRead():
+                self._range_read(node, message, now_s, effects)
+            case RangeFailed():
+                self._range_failed(node, message, now_s, effects)
+            case Holding():
+                self._holding(node, message, now_s, effects)
+            case ReportCorrupt():
+                self._corrupt[message.node] = self._corrupt.get(message.node, 0) + 1
+            case StatusRequest():
+                effects.append(Tell(session, Status(message.request_id, self.status(now_s))))
+
+    def _tell(self, node: str, message: FromTracker, effects: list[TrackerEffect]) -> None:
+        effects.append(Tell(self._nodes[node].session, message))
+
+    # --- nodes ----------------------------------------------------------------------------------
+
+    def _register(
+        self, session: int, message: Register, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        if message.protocol != PROTOCOL_VERSION:
+            reason = f"protocol {message.protocol}, expected {PROTOCOL_VERSION}"
+            effects.append(CloseSession(session, reason))
+            return
+        name = message.address.node
+        former = self._nodes.get(name)
+        if former is not None:
+            self._sessions[former.session] = None
+            self._lose_node(former, now_s, effects)
+            if former.session != session:
+                effects.append(CloseSession(former.session, "the node registered anew"))
+        node = Node(session, message.address, now_s, message.clock_s, now_s, message.disk)
+        self._sessions[session] = node
+        self._nodes[name] = node
+        adopted = [lease.lease_id for lease in message.leases if self._adopt(node, lease, now_s)]
+        for lease_id, holder in list(self._earlier.items()):
+            if holder == name:
+                del self._earlier[lease_id]
+                if lease_id not in adopted:
+                    effects.append(JournalEnd(lease_id))
+        registered = Registered(LEASE_S, self._until_s(node, now_s), adopted)
+        effects.append(Tell(session, registered))
+        self._grant_all(now_s, effects)
+
+    def _adopt(self, node: Node, lease: HeldLease, now_s: float) -> bool:
+        """Whether a lease that the node says it holds is (still, or again) out."""
+        until_s = now_s + LEASE_S
+        leased = self._ranges.get(lease.lease_id)
+        if leased is None and lease.lease_id in self._earlier:
+            ledger = self._server(lease.file_server).ledger
+            name = node.address.node
+            ledger.adopt(lease.lease_id, lease.version_id, name, lease.user, until_s)
+            leased = self._ranges[lease.lease_id] = LeasedRange(
+                lease.lease_id, lease.version_id, lease.file_server, name, lease.first, lease.count
+            )
+        elif leased is None or leased.node != node.address.node:
+            return False
+        leased.void = False
+        node.leases.add(lease.lease_id)
+        self._servers[leased.file_server].ledger.renew(leased.node, until_s)
+        swarm = self._swarms.get(leased.version_id)
+        if swarm is not None:
+            swarm.unread &= ~leased.mask
+        return True
+
+    def _until_s(self, node: Node, now_s: float) -> float:
+        """When a lease renewed now ends on the node's own clock."""
+        return node.clock_s + (now_s - node.clock_at_s) + LEASE_S - LEASE_MARGIN_S
+
+    def _heartbeat(
+        self, node: Node, message: Heartbeat, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        node.clock_s = message.clock_s
+        node.clock_at_s = now_s
+        node.disk = message.disk
+        for lease_id in node.leases:
+            ledger = self._servers[self._ranges[lease_id].file_server].ledger
+            ledger.renew(node.address.node, now_s + LEASE_S)
+        waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
+        renewed = Renewed(self._until_s(node, now_s), sorted(waiting)[:WAITING_MAX])
+        effects.append(Tell(node.session, renewed))
+
+    def _waits(self, version_id: bytes) -> bool:
+        """This swarm has chunks to read and gets no slot, since others have them all."""
+        swarm = self._swarms.get(version_id)
+        if swarm is None or not swarm.unread:
+            return False
+        ledger = self._server(swarm.file_server).ledger
+        others = [lease for lease in ledger.leases.values() if lease.claim != version_id]
+        return not ledger.free and bool(others)
+
+    def _lose_node(self, node: Node, now_s: float, effects: list[TrackerEffect]) -> None:
+        """The node is gone. Its slots stay taken until its leases must have run out."""
+        name = node.address.node
+        if self._nodes.get(name) is node:
+            del self._nodes[name]
+        for version_id in node.replicas:
+            holders = self._replicas[version_id]
+            holders.discard(name)
+            if not holders:
+                del self._replicas[version_id]
+        for version_id in sorted(node.swarms):
+            orphaned = 0
+            for lease_id in node.leases:
+                leased = self._ranges[lease_id]
+                if leased.version_id == version_id and not leased.void:
+                    leased.void = True
+                    orphaned |= leased.mask
+            self._remove_member(self._swarms[version_id], name, orphaned, now_s, effects)
+        for query_id, search in list(self._searches.items()):
+            if name in search.waiting:
+                self._search_answered(query_id, name, 0, effects)
+        self._grant_all(now_s, effects)
+
+    # --- swarms ---------------------------------------------------------------------------------
+
+    def _join(self, node: Node, message: Join, now_s: float, effects: list[TrackerEffect]) -> None:
+        version_id = message.version_id
+        layout = ChunkLayout(message.size_bytes, message.chunk_size_bytes)
+        if layout.chunk_count > CHUNK_COUNT_MAX:
+            reason = f"{layout.chunk_count} chunks; at most {CHUNK_COUNT_MAX} are possible"
+            effects.append(Tell(node.session, Refused(reason, version_id)))
+            return
+        swarm = self._swarms.get(version_id)
+        if swarm is None:
+            swarm = self._create_swarm(message, layout)
+        name = node.address.node
+        member = swarm.members.get(name)
+        if member is None:
+            member = self._add_member(swarm, node, complete=False)
+        member.can_read = message.can_read
+        member.complete = False
+        if layout == swarm.layout:
+            found = mask_from_bytes(message.held) & swarm.unread
+            member.guarded |= found
+            swarm.unread ^= found
+        effects.append(Tell(node.session, Joined(version_id, swarm.layout.chunk_size_bytes)))
+        self._introduce(swarm, name, effects)
+        self._reclaim(swarm)
+        self._grant(swarm.file_server, now_s, effects)
+
+    def _create_swarm(self, message: Join, layout: ChunkLayout) -> Swarm:
+        version_id = message.version_id
+        unread = full_mask(layout.chunk_count)
+        swarm = Swarm(version_id, message.file_server, message.user, layout, unread)
+        self._swarms[version_id] = swarm
+        holders = sorted(self._replicas.get(version_id, ()))
+        if len(holders) > self._peers_max:
+            holders = self._rng.sample(holders, self._peers_max)
+        for holder in holders:
+            self._add_member(swarm, self._nodes[holder], complete=True)
+        for leased in self._ranges.values():
+            if leased.version_id == version_id and not leased.void:
+                swarm.unread &= ~leased.mask
+        return swarm
+
+    def _add_member(self, swarm: Swarm, node: Node, *, complete: bool) -> Member:
+        name = node.address.node
+        member = Member(can_read=False, complete=complete)
+        swarm.members[name] = member
+        swarm.order.append(name)
+        node.swarms.add(swarm.version_id)
+        if complete:
+            member.guarded |= swarm.unread
+            swarm.unread = 0
+        return member
+
+    def _introduce(self, swarm: Swarm, name: str, effects: list[TrackerEffect]) -> None:
+        """Give a member neighbours (those it has count anew) and tell both sides."""
+        member = swarm.members[name]
+        chosen = sorted(member.neighbours) + self._choose_peers(swarm, name)
+        for other in chosen:
+            member.neighbours.add(other)
+            swarm.members[other].neighbours.add(name)
+            self._tell(other, Peers(swarm.version_id, [self._nodes[name].address]), effects)
+        addresses = [self._nodes[other].address for other in chosen]
+        for start in range(0, len(addresses), LOADS_MAX):
+            part = addresses[start : start + LOADS_MAX]
+            self._tell(name, Peers(swarm.version_id, part), effects)
+
+    def _choose_peers(self, swarm: Swarm, name: str) -> list[str]:
+        """New neighbours for a member: everybody in a small swarm, a random half of the limit in a
+        large one (the other half is left for those who come later)."""
+        member = swarm.members[name]
+        room = self._peers_max - len(member.neighbours)
+        if len(swarm.members) - 1 > self._peers_max:
+            room = min(room, max(self._peers_max // 2 - len(member.neighbours), 0))
+            candidates: Iterable[str] = self._shuffled(swarm.order, 8 * self._peers_max)
+        else:
+            candidates = swarm.order
+        chosen: dict[str, None] = {}
+        for other in candidates:
+            if len(chosen) >= room:
+                break
+            taken = other == name or other in member.neighbours
+            if not taken and len(swarm.members[other].neighbours) < self._peers_max:
+                chosen[other] = None
+        return list(chosen)
+
+    def _shuffled(self, names: list[str], tries: int) -> Iterator[str]:
+        for _ in range(tries):
+            yield names[int(self._rng.random() * len(names))]
+
+    def _leave(
+        self, node: Node, version_id: bytes, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        name = node.address.node
+        if version_id in node.replicas:
+            node.replicas.discard(version_id)
+            holders = self._replicas[version_id]
+            holders.discard(name)
+            if not holders:
+                del self._replicas[version_id]
+        swarm = self._swarms.get(version_id)
+        if swarm is not None and name in swarm.members:
+            self._remove_member(swarm, name, 0, now_s, effects)
+
+    def _remove_member(
+        self, swarm: Swarm, name: str, orphaned: int, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        """A node is no longer in the swarm; somebody must take over what it guarded."""
+        member = swarm.members.pop(name)
+        swarm.order.remove(name)
+        node = self._nodes.get(name)
+        if node is not None:
+            node.swarms.discard(swarm.version_id)
+        for other in member.neighbours:
+            swarm.members[other].neighbours.discard(name)
+        if not swarm.wanted:
+            self._dissolve(swarm)
+            return
+        neighbours = sorted(member.neighbours)
+        self._take_over(swarm, member.guarded | orphaned, neighbours, now_s, effects)
+        for other in neighbours:
+            few = len(swarm.members[other].neighbours) < self._peers_max // 4
+            if few and len(swarm.members) > self._peers_max // 4:
+                self._introduce(swarm, other, effects)
+        self._reclaim(swarm)
+        self._grant(swarm.file_server, now_s, effects)
+
+    def _take_over(
+        self,
+        swarm: Swarm,
+        chunks: int,
+        neighbours: list[str],
+        now_s: float,
+        effects: list[TrackerEffect],
+    ) -> None:
+        """Find a new guardian for chunks, among complete members or by asking the neighbours."""
+        for member in swarm.members.values():
+            if member.complete:
+                member.guarded |= chunks
+                return
+        if not chunks:
+            return
+        if not neighbours:
+            swarm.unread |= chunks
+            return
+        query_id = self._next_query_id
+        self._next_query_id += 1
+        self._searches[query_id] = Search(swarm.version_id, chunks, set(neighbours))
+        swarm.searches.add(query_id)
+        self._timers.set(f"query {query_id}", now_s + QUERY_S)
+        wanted = chunks.to_bytes((chunks.bit_length() + 7) // 8, "little")
+        for other in neighbours:
+            self._tell(other, Query(swarm.version_id, query_id, wanted), effects)
+
+    def _holding(
+        self, node: Node, message: Holding, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        search = self._searches.get(message.query_id)
+        if search is not None and node.address.node in search.waiting:
+            held = mask_from_bytes(message.held)
+            self._search_answered(message.query_id, node.address.node, held, effects)
+            swarm = self._swarms.get(search.version_id)
+            if swarm is not None:
+                self._grant(swarm.file_server, now_s, effects)
+
+    def _search_answered(
+        self, query_id: int, name: str, held: int, effects: list[TrackerEffect]
+    ) -> None:
+        search = self._searches[query_id]
+        search.waiting.discard(name)
+        swarm = self._swarms[search.version_id]
+        member = swarm.members.get(name)
+        if member is not None:
+            member.guarded |= held & search.wanted
+            search.wanted &= ~held
+        if not search.wanted or not search.waiting:
+            self._end_search(query_id)
+
+    def _end_search(self, query_id: int) -> None:
+        """What nobody has must be read again."""
+        search = self._searches.pop(query_id)
+        self._timers.set(f"query {query_id}", None)
+        swarm = self._swarms[search.version_id]
+        swarm.searches.discard(query_id)
+        swarm.unread |= search.wanted
+        self._reclaim(swarm)
+
+    def _dissolve(self, swarm: Swarm) -> None:
+        """Nobody fetches it any more: what remains are replicas."""
+        del self._swarms[swarm.version_id]
+        self._server(swarm.file_server).ledger.withdraw(swarm.version_id, swarm.user)
+        for query_id in swarm.searches:
+            del self._searches[query_id]
+            self._timers.set(f"query {query_id}", None)
+        for name in swarm.members:
+            self._nodes[name].swarms.discard(swarm.version_id)
+
+    def _add_replica(
+        self, node: Node, version_id: bytes, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        name = node.address.node
+        node.replicas.add(version_id)
+        self._replicas.setdefault(version_id, set()).add(name)
+        swarm = self._swarms.get(version_id)
+        if swarm is None:
+            return
+        member = swarm.members.get(name)
+        if member is None:
+            self._add_member(swarm, node, complete=True)
+            self._introduce(swarm, name, effects)
+        else:
+            member.complete = True
+            member.guarded |= swarm.unread
+            swarm.unread = 0
+        if swarm.wanted:
+            self._reclaim(swarm)
+        else:
+            self._dissolve(swarm)
+        self._grant(swarm.file_server, now_s, effects)
+
+    def _revoke(self, version_id: bytes, reason: str, effects: list[TrackerEffect]) -> None:
+        """The source is no longer this file version: nobody keeps anything of it."""
+        concerned = set(self._replicas.pop(version_id, ()))
+        swarm = self._swarms.get(version_id)
+        if swarm is not None:
+            concerned |= swarm.members.keys()
+            self._dissolve(swarm)
+        for name in sorted(concerned):
+            self._nodes[name].replicas.discard(version_id)
+            self._tell(name, Revoked(version_id, reason), effects)
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def _server(self, name: str) -> FileServer:
+        server = self._servers.get(name)
+        if server is None:
+            server = self._servers[name] = FileServer(SlotLedger(self._slots_max(name)))
+        return server
+
+    def _reclaim(self, swarm: Swarm) -> None:
+        """Let the queue know whether this swarm has chunks that must be read."""
+        ledger = self._server(swarm.file_server).ledger
+        if swarm.unread:
+            ledger.claim(swarm.version_id, swarm.user)
+        else:
+            ledger.withdraw(swarm.version_id, swarm.user)
+
+    def _grant_all(self, now_s: float, effects: list[TrackerEffect]) -> None:
+        for name in list(self._servers):
+            self._grant(name, now_s, effects)
+
+    def _grant(self, file_server: str, now_s: float, effects: list[TrackerEffect]) -> None:
+        """Hand out free slots, as fairly as the queue says."""
+        if self._earlier:
+            return
+        server = self._server(file_server)
+        while server.ledger.free:
+            for claim, user in server.ledger.waiting():
+                swarm = self._swarms[claim]
+                name = self._choose_reader(swarm)
+                if name is not None:
+                    self._lease(server, swarm, name, user, now_s, effects)
+                    break
+            else:
+                return
+
+    def _choose_reader(self, swarm: Swarm) -> str | None:
+        """The member that may read and has waited longest; it goes to the end of the line."""
+        for position, name in enumerate(swarm.order):
+            member = swarm.members[name]
+            able = member.can_read and not member.complete and not member.reading
+            if able and member.failures < READ_FAILURES_MAX:
+                swarm.order.append(swarm.order.pop(position))
+                return name
+        return None
+
+    def _lease(
+        self,
+        server: FileServer,
+        swarm: Swarm,
+        name: str,
+        user: str,
+        now_s: float,
+        effects: list[TrackerEffect],
+    ) -> None:
+        node = self._nodes[name]
+        first, count = self._choose_range(server, swarm, node)
+        lease_id = self._next_lease_id
+        self._next_lease_id += 1
+        leased = LeasedRange(lease_id, swarm.version_id, swarm.file_server, name, first, count)
+        self._ranges[lease_id] = leased
+        server.ledger.grant(lease_id, swarm.version_id, name, user, now_s + LEASE_S)
+        node.leases.add(lease_id)
+        swarm.members[name].reading = True
+        swarm.unread &= ~leased.mask
+        self._reclaim(swarm)
+        effects.append(JournalGrant(lease_id, name))
+        until_s = self._until_s(node, now_s)
+        self._tell(name, Lease(lease_id, swarm.version_id, first, count, until_s), effects)
+
+    def _choose_range(self, server: FileServer, swarm: Swarm, node: Node) -> tuple[int, int]:
+        """The first unread chunks, as many as take ``RANGE_S`` to read.
+
+        Near the end fewer, so that all readers end together: never more than half of an equal share
+        of what is left.
+        """
+        rate = node.read_bytes_per_s or server.read_bytes_per_s
+        wanted_bytes = rate * RANGE_S or RANGE_FIRST_BYTES
+        wanted = max(int(wanted_bytes / swarm.layout.chunk_size_bytes), 1)
+        readers = min(server.ledger.slots_max, len(swarm.members))
+        share = -(-swarm.unread.bit_count() // (2 * readers)) if readers > 1 else wanted
+        first = (swarm.unread & -swarm.unread).bit_length() - 1
+        rest = ~(swarm.unread >> first)
+        run = (rest & -rest).bit_length() - 1
+        return first, min(wanted, share, run)
+
+    def _end_range(
+        self, node: Node, lease_id: int, held: int | None, effects: list[TrackerEffect]
+    ) -> LeasedRange | None:
+        """The holder gives its lease back, having read the chunks ``held`` (None: all of them)."""
+        leased = self._ranges.get(lease_id)
+        if leased is None or leased.node != node.address.node:
+            return None
+        self._drop_lease(leased, effects)
+        node.leases.discard(lease_id)
+        swarm = self._swarms.get(leased.version_id)
+        member = swarm.members.get(leased.node) if swarm is not None else None
+        if swarm is not None and not leased.void:
+            read = leased.mask if held is None else leased.mask & held
+            if member is None:
+                read = 0
+            else:
+                member.guarded |= read
+                member.reading = False
+            swarm.unread = (swarm.unread | leased.mask) & ~read
+            self._reclaim(swarm)
+        return leased
+
+    def _drop_lease(self, leased: LeasedRange, effects: list[TrackerEffect]) -> None:
+        del self._ranges[leased.lease_id]
+        self._servers[leased.file_server].ledger.release(leased.lease_id)
+        effects.append(JournalEnd(leased.lease_id))
+
+    def _range_read(
+        self, node: Node, message: RangeRead, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        leased = self._end_range(node, message.lease_id, None, effects)
+        if leased is None:
+            return
+        server = self._servers[leased.file_server]
+        server.read_bytes += message.read_bytes
+        if message.elapsed_s > 0:
+            node.read_bytes_per_s = message.read_bytes / message.elapsed_s
+            server.read_bytes_per_s = node.read_bytes_per_s
+        swarm = self._swarms.get(leased.version_id)
+        if swarm is not None and node.address.node in swarm.members:
+            swarm.members[node.address.node].failures = 0
+        self._grant(leased.file_server, now_s, effects)
+
+    def _range_failed(
+        self, node: Node, message: RangeFailed, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        held = mask_from_bytes(message.held)
+        leased = self._end_range(node, message.lease_id, held, effects)
+        if leased is None:
+            return
+        swarm = self._swarms.get(leased.version_id)
+        if swarm is not None:
+            self._servers[leased.file_server].read_bytes += swarm.layout.mask_bytes(
+                held & leased.mask
+            )
+            member = swarm.members.get(node.address.node)
+            if member is not None and not held & leased.mask:
+                member.failures += 1
+        if message.source_changed:
+            self._revoke(leased.version_id, message.reason, effects)
+        self._grant(leased.file_server, now_s, effects)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def _handle_time(self, now_s: float, effects: list[TrackerEffect]) -> None:
+        if self._earlier and now_s >= self._quarantine_until_s:
+            effects.extend(JournalEnd(lease_id) for lease_id in self._earlier)
+            self._earlier.clear()
+        for key in self._timers.pop_due(now_s):
+            if isinstance(key, int):
+                effects.append(CloseSession(key, f"nothing heard for {NODE_SILENT_S:g} s"))
+            else:
+                self._end_search(int(key.removeprefix("query ")))
+        for server in self._servers.values():
+            for lease in server.ledger.expired(now_s):
+                self._expire(self._ranges[lease.lease_id], now_s, effects)
+        self._grant_all(now_s, effects)
+
+    def _expire(self, leased: LeasedRange, now_s: float, effects: list[TrackerEffect]) -> None:
+        """A holder was silent for too long: by its own clock it has stopped."""
+        self._drop_lease(leased, effects)
+        node = self._nodes.get(leased.node)
+        if node is not None:
+            node.leases.discard(leased.lease_id)
+        swarm = self._swarms.get(leased.version_id)
+        if swarm is None or leased.void:
+            return
+        member = swarm.members.get(leased.node)
+        neighbours: list[str] = []
+        if member is not None:
+            member.reading = False
+            member.failures += 1
+            neighbours = sorted(member.neighbours)
+        self._take_over(swarm, leased.mask, neighbours, now_s, effects)
+        self._reclaim(swarm)
+
+    # --- for people -----------------------------------------------------------------------------
+
+    def status(self, now_s: float) -> dict[str, object]:
+        """The state of the cluster as plain data: nodes, file_servers, swarms, corrupt."""
+        return {
+            "nodes": [self._node_status(node, now_s) for _, node in sorted(self._nodes.items())],
+            "file_servers": [
+                self._server_status(name, server, now_s)
+                for name, server in sorted(self._servers.items())
+            ],
+            "swarms": [self._swarm_status(swarm) for _, swarm in sorted(self._swarms.items())],
+            "corrupt": [
+                {"node": node, "reports": reports}
+                for node, reports in sorted(self._corrupt.items())
+            ],
+        }
+
+    def _node_status(self, node: Node, now_s: float) -> dict[str, object]:
+        return {
+            "node": node.address.node,
+            "name": node.address.name,
+            "connected_s": round(now_s - node.connected_s, 3),
+            "capacity_bytes": node.disk.capacity_bytes,
+            "free_bytes": node.disk.free_bytes,
+            "used_bytes": node.disk.used_bytes,
+            "file_count": node.disk.file_count,
+            "replicas": len(node.replicas),
+            "leases": len(node.leases),
+        }
+
+    def _server_status(self, name: str, server: FileServer, now_s: float) -> dict[str, object]:
+        return {
+            "name": name,
+            "slots_max": server.ledger.slots_max,
+            "slots_used": len(server.ledger.leases),
+            "waiting": sum(1 for _ in server.ledger.waiting()),
+            "read_bytes": server.read_bytes,
+            "leases": [
+                {
+                    "lease_id": lease.lease_id,
+                    "node": lease.node,
+                    "version_id": lease.claim.hex(),
+                    "first": self._ranges[lease.lease_id].first,
+                    "count": self._ranges[lease.lease_id].count,
+                    "remaining_s": round(lease.until_s - now_s, 3),
+                }
+                for lease in server.ledger.leases.values()
+            ],
+        }
+
+    def _swarm_status(self, swarm: Swarm) -> dict[str, object]:
+        leased = 0
+        for item in self._ranges.values():
+            if item.version_id == swarm.version_id:
+                leased |= item.mask
+        return {
+            "version_id": swarm.version_id.hex(),
+            "size_bytes": swarm.layout.size_bytes,
+            "chunk_count": swarm.layout.chunk_count,
+            "members": len(swarm.members),
+            "complete": sum(member.complete for member in swarm.members.values()),
+            "unread_chunks": swarm.unread.bit_count(),
+            "leased_chunks": leased.bit_count(),
+            "waiting": self._waits(swarm.version_id),
+        }
