@@ -1,0 +1,274 @@
+"""Mutual authentication of two processes that share the cluster's secret, and MACs afterwards.
+
+Pure logic: no socket, no clock, no random source; nonces are arguments. Three frames of fixed size,
+``HELLO_BYTES``, ``CHALLENGE_BYTES`` and ``PROOF_BYTES`` long, so a stream needs no other framing::
+
+    initiator -> acceptor   HELLO      purpose, identity, nonce
+    acceptor  -> initiator  CHALLENGE  identity, nonce, proof of the acceptor
+    initiator -> acceptor   PROOF      proof of the initiator
+
+A proof is keyed BLAKE3 over a label of the prover's role and everything that both sides said. So no
+proof fits another role, purpose, identity or connection: what is recorded, reflected or passed on
+to a server of another kind is refused. HELLO is padded: whoever has not proven anything gets no
+more bytes than they sent.
+
+The secret itself is not stretched: it must be random (32 bytes), not a pass phrase, since whoever
+sees a CHALLENGE can try secrets offline. Nothing here hides contents; it only proves who speaks.
+
+Invariant: ``done`` is true exactly if the other side has proven that it knows the key, for this
+purpose, over a nonce that this side chose. After an error a machine stays failed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from blake3 import blake3
+
+from swarmcache.errors import AuthenticationFailed, BadMessage
+
+Purpose = Literal["tracker", "peer", "data"]
+
+KEY_BYTES = 32
+NONCE_BYTES = 32
+IDENTITY_MAX_BYTES = 255
+MAC_BYTES = 16  # [bytes] 128 bits: a forger has one try per connection
+_PROOF_SIZE_BYTES = 32
+
+_MAGIC = b"swarmc01"
+_KIND_HELLO, _KIND_CHALLENGE, _KIND_PROOF = 1, 2, 3
+# magic, kind, purpose, identity length, identity, nonce; then zeros up to the size of a CHALLENGE
+_HELLO = struct.Struct("!8sB8sB255s32s24x")
+_CHALLENGE = struct.Struct("!8sBB255s32s32s")
+_PROOF = struct.Struct("!8sB32s")
+HELLO_BYTES = _HELLO.size
+CHALLENGE_BYTES = _CHALLENGE.size
+PROOF_BYTES = _PROOF.size
+assert CHALLENGE_BYTES <= HELLO_BYTES, "a stranger must not get more than they sent"
+
+_LABEL_ACCEPTOR = b"acceptor proves "
+_LABEL_INITIATOR = b"initiator proves"
+_LABEL_TO_ACCEPTOR = b"to the acceptor "
+_LABEL_TO_INITIATOR = b"to the initiator"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ClusterKey:
+    """What the secret is turned into: one key for proofs, one to derive the keys of sessions."""
+
+    proof_key: bytes
+    session_key: bytes
+
+    @classmethod
+    def from_secret(cls, secret: bytes | None) -> ClusterKey:
+        """Derive the keys. ``None`` is the well-known empty key, fit for loopback only."""
+        material = b"" if secret is None else secret
+        return cls(
+            blake3(material, derive_key_context="swarmcache 2025 cluster secret: proofs").digest(),
+            blake3(
+                material, derive_key_context="swarmcache 2025 cluster secret: sessions"
+            ).digest(),
+        )
+
+    def __repr__(self) -> str:
+        return "<ClusterKey>"
+
+
+class SessionKeys:
+    """MACs for the messages of one connection after its handshake; not safe for several threads.
+
+    The MAC covers the number of the message in its direction, so a message that is replayed,
+    reordered, left out or sent back to its sender does not open.
+    """
+
+    def __init__(self, send: bytes, receive: bytes) -> None:
+        assert len(send) == KEY_BYTES, "a key has 32 bytes"
+        assert len(receive) == KEY_BYTES, "a key has 32 bytes"
+        self._send = send
+        self._receive = receive
+        self._sent_count = 0
+        self._received_count = 0
+
+    def seal(self, payload: bytes) -> bytes:
+        """The next message to send: a MAC of ``MAC_BYTES``, then the payload."""
+        mac = _mac(self._send, self._sent_count, payload)
+        self._sent_count += 1
+        return mac + payload
+
+    def open(self, frame: bytes) -> bytes:
+        """The payload of the next received message. Raises AuthenticationFailed."""
+        payload = frame[MAC_BYTES:]
+        expected = _mac(self._receive, self._received_count, payload)
+        if not hmac.compare_digest(expected, frame[:MAC_BYTES]):
+            raise AuthenticationFailed(
+                f"message {self._received_count} was changed, repeated or lost on its way"
+            )
+        self._received_count += 1
+        return payload
+
+
+class _Side:
+    """What both ends of a handshake have in common.
+
+    ``nonce``: 32 fresh random bytes; ``identity``: who we are, at most 255 bytes.
+    """
+
+    def __init__(
+        self, key: ClusterKey, purpose: Purpose, nonce: bytes, identity: bytes = b""
+    ) -> None:
+        assert len(nonce) == NONCE_BYTES, "a nonce has 32 bytes"
+        assert len(identity) <= IDENTITY_MAX_BYTES, "an identity has at most 255 bytes"
+        self._key = key
+        self._purpose = purpose
+        self._nonce = nonce
+        self._identity = identity
+        self._peer_identity = b""
+        self._transcript = b""
+        self._state: Literal["new", "waiting", "done", "failed"] = "new"
+
+    @property
+    def done(self) -> bool:
+        """Whether the other side has proven that it knows the key."""
+        return self._state == "done"
+
+    @property
+    def peer_identity(self) -> bytes:
+        """Who the other side is: at most 255 bytes. Only to be asked when ``done``."""
+        assert self.done, "nothing is proven yet"
+        return self._peer_identity
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._purpose}, {self._state}>"
+
+    def _proof(self, label: bytes) -> bytes:
+        return blake3(label + self._transcript, key=self._key.proof_key).digest()
+
+    def _session_key(self, label: bytes) -> bytes:
+        return blake3(label + self._transcript, key=self._key.session_key).digest()
+
+    def _handled_as(self, state: Literal["new", "waiting"]) -> None:
+        """Check that a frame is due, and count the machine as failed until it was accepted."""
+        if self._state != state:
+            raise BadMessage(f"no handshake frame was expected (handshake is {self._state})")
+        self._state = "failed"
+
+
+class Initiator(_Side):
+    """The side that connects."""
+
+    def first(self) -> bytes:
+        """The HELLO frame. To be called once, before anything is received."""
+        assert self._state == "new", "HELLO is sent once"
+        self._state = "waiting"
+        self._transcript = _HELLO.pack(
+            _MAGIC,
+            _KIND_HELLO,
+            self._purpose.encode(),
+            len(self._identity),
+            self._identity,
+            self._nonce,
+        )
+        return self._transcript
+
+    def handle(self, frame: bytes) -> bytes | None:
+        """Take the CHALLENGE and return the PROOF frame to send.
+
+        Raises AuthenticationFailed if the acceptor does not know the key or serves something else,
+        BadMessage if this is no CHALLENGE.
+        """
+        self._handled_as("waiting")
+        _check_frame(frame, _KIND_CHALLENGE, CHALLENGE_BYTES, "accepting")
+        _, _, identity_bytes, identity, _, proof = _CHALLENGE.unpack(frame)
+        self._peer_identity = _unpadded(identity, identity_bytes, "accepting")
+        self._transcript += frame[:-_PROOF_SIZE_BYTES]
+        if not hmac.compare_digest(self._proof(_LABEL_ACCEPTOR), proof):
+            raise AuthenticationFailed("the accepting side does not know the cluster's secret")
+        self._state = "done"
+        return _PROOF.pack(_MAGIC, _KIND_PROOF, self._proof(_LABEL_INITIATOR))
+
+    def session_keys(self) -> SessionKeys:
+        """The MAC keys for what follows. Only to be called when ``done``."""
+        assert self.done, "nothing is proven yet"
+        return SessionKeys(
+            send=self._session_key(_LABEL_TO_ACCEPTOR),
+            receive=self._session_key(_LABEL_TO_INITIATOR),
+        )
+
+
+class Acceptor(_Side):
+    """The side that was connected to."""
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How many bytes the next frame has; 0 when none is due."""
+        return {"new": HELLO_BYTES, "waiting": PROOF_BYTES, "done": 0, "failed": 0}[self._state]
+
+    def handle(self, frame: bytes) -> bytes | None:
+        """Take HELLO and return the CHALLENGE frame to send, or take PROOF and return None.
+
+        Raises AuthenticationFailed if the initiator does not know the key or wants something that
+        is not served here, BadMessage if this is not the frame that is due.
+        """
+        if self._state == "waiting":
+            self._handle_proof(frame)
+            return None
+        return self._handle_hello(frame)
+
+    def session_keys(self) -> SessionKeys:
+        """The MAC keys for what follows. Only to be called when ``done``."""
+        assert self.done, "nothing is proven yet"
+        return SessionKeys(
+            send=self._session_key(_LABEL_TO_INITIATOR),
+            receive=self._session_key(_LABEL_TO_ACCEPTOR),
+        )
+
+    def _handle_hello(self, frame: bytes) -> bytes:
+        self._handled_as("new")
+        _check_frame(frame, _KIND_HELLO, HELLO_BYTES, "connecting")
+        _, _, purpose, identity_bytes, identity, _ = _HELLO.unpack(frame)
+        if purpose.rstrip(b"\0") != self._purpose.encode():
+            raise AuthenticationFailed(
+                f"the connecting side wants {purpose!r}, but {self._purpose!r} is served here"
+            )
+        self._peer_identity = _unpadded(identity, identity_bytes, "connecting")
+        body = _CHALLENGE.pack(
+            _MAGIC,
+            _KIND_CHALLENGE,
+            len(self._identity),
+            self._identity,
+            self._nonce,
+            bytes(_PROOF_SIZE_BYTES),
+        )[:-_PROOF_SIZE_BYTES]
+        self._transcript = frame + body
+        self._state = "waiting"
+        return body + self._proof(_LABEL_ACCEPTOR)
+
+    def _handle_proof(self, frame: bytes) -> None:
+        self._handled_as("waiting")
+        _check_frame(frame, _KIND_PROOF, PROOF_BYTES, "connecting")
+        _, _, proof = _PROOF.unpack(frame)
+        if not hmac.compare_digest(self._proof(_LABEL_INITIATOR), proof):
+            raise AuthenticationFailed("the connecting side does not know the cluster's secret")
+        self._state = "done"
+
+
+def _mac(key: bytes, count: int, payload: bytes) -> bytes:
+    return blake3(count.to_bytes(8, "big") + payload, key=key).digest(length=MAC_BYTES)
+
+
+def _check_frame(frame: bytes, kind: int, size_bytes: int, sender: str) -> None:
+    if len(frame) != size_bytes:
+        raise BadMessage(
+            f"the {sender} side sent {len(frame)} bytes as a handshake frame of {size_bytes}"
+        )
+    if frame[: len(_MAGIC)] != _MAGIC or frame[len(_MAGIC)] != kind:
+        raise BadMessage(f"the {sender} side speaks another protocol")
+
+
+def _unpadded(identity: bytes, size_bytes: int, sender: str) -> bytes:
+    if any(identity[size_bytes:]):
+        raise BadMessage(f"the {sender} side sent an identity longer than it says")
+    return identity[:size_bytes]

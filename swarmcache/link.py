@@ -1,0 +1,206 @@
+"""One authenticated control connection, between a node and the tracker or between two nodes.
+
+A WebSocket (aiohttp) that begins with the handshake of ``auth.py``. Afterwards every frame carries
+a MAC and a batch of messages: whatever is waiting when the socket is ready goes out together, so a
+burst of small messages costs one system call. Bytes of chunks never travel here (see
+``transfer.py``).
+
+Limits: ``HANDSHAKE_S`` for the handshake, ``BATCH_BYTES`` per batch plus one message,
+``BACKLOG_BYTES`` waiting to be sent; whoever reads more slowly than that loses the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from swarmcache.auth import NONCE_BYTES, Acceptor, ClusterKey, Initiator, Purpose, SessionKeys
+from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable, SwarmcacheError
+from swarmcache.messages import MESSAGE_MAX_BYTES
+from swarmcache.quantities import HostPort
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+PING_S = 5.0
+BATCH_BYTES = MESSAGE_MAX_BYTES
+FRAME_MAX_BYTES = BATCH_BYTES + MESSAGE_MAX_BYTES + 4096
+BACKLOG_BYTES = 64 << 20
+
+_encode_batch = msgspec.msgpack.Encoder().encode
+_batch_decoder: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[bytes])
+
+Socket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
+
+
+class Link:
+    """An open connection. ``identity`` is what the other side proved to be."""
+
+    def __init__(self, socket: Socket, keys: SessionKeys, identity: bytes) -> None:
+        self.identity = identity
+        self._socket = socket
+        self._keys = keys
+        self._queue: list[bytes] = []
+        self._queued_bytes = 0
+        self._wanted = asyncio.Event()
+        self._closed = False
+        self._writer = asyncio.create_task(self._write())
+
+    def send(self, message: bytes) -> None:
+        """Queue one message; it goes out as soon as the socket takes it. Never blocks."""
+        if self._closed:
+            return
+        self._queue.append(message)
+        self._queued_bytes += len(message)
+        if self._queued_bytes > BACKLOG_BYTES:
+            log.warning("closing a connection whose other end reads too slowly")
+            self.close()
+        self._wanted.set()
+
+    async def receive(self, handle: Callable[[bytes], None]) -> None:
+        """Pass every message to ``handle``, in order, until the connection ends.
+
+        Returns when it was closed in an orderly way. Raises BadMessage or AuthenticationFailed when
+        the other side broke the rules, PeerUnavailable when it went away.
+        """
+        try:
+            async for frame in self._socket:
+                if frame.type is not aiohttp.WSMsgType.BINARY:
+                    raise BadMessage("expected a binary frame")
+                for message in _decode_batch(self._keys.open(frame.data)):
+                    handle(message)
+        except aiohttp.ClientError as error:
+            raise PeerUnavailable(str(error)) from error
+        if not self._closed and self._socket.close_code != aiohttp.WSCloseCode.OK:
+            raise PeerUnavailable("the connection broke")
+
+    def close(self) -> None:
+        """Close at once; what is queued is lost."""
+        self._closed = True
+        self._queue.clear()
+        self._wanted.set()
+
+    async def wait_closed(self) -> None:
+        """Close, and wait until nothing of the connection is left."""
+        self.close()
+        await self._writer
+
+    async def _write(self) -> None:
+        try:
+            while not self._closed:
+                await self._wanted.wait()
+                self._wanted.clear()
+                while self._queue:
+                    await self._socket.send_bytes(self._keys.seal(_encode_batch(self._take())))
+        except (ConnectionError, aiohttp.ClientError) as error:
+            log.debug("sending failed: %s", error)
+        finally:
+            self._closed = True
+            await self._socket.close()
+
+    def _take(self) -> list[bytes]:
+        """The next batch."""
+        size_bytes = 0
+        count = 0
+        while count < len(self._queue) and size_bytes < BATCH_BYTES:
+            size_bytes += len(self._queue[count])
+            count += 1
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        self._queued_bytes -= size_bytes
+        return batch
+
+
+async def connect(
+    session: aiohttp.ClientSession,
+    address: HostPort,
+    key: ClusterKey,
+    purpose: Purpose,
+    identity: bytes,
+) -> Link:
+    """Connect to a tracker or a node.
+
+    Raises PeerUnavailable when it cannot be reached, AuthenticationFailed when it does not know the
+    secret, BadMessage when it does not speak our protocol.
+    """
+    try:
+        async with asyncio.timeout(HANDSHAKE_S):
+            socket = await session.ws_connect(
+                f"http://{address}/v1/{purpose}", max_msg_size=FRAME_MAX_BYTES, heartbeat=PING_S
+            )
+            return await _closing_on_error(socket, _initiate(socket, key, purpose, identity))
+    except TimeoutError as error:
+        raise PeerUnavailable(f"{address} does not answer") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise PeerUnavailable(f"{address}: {error}") from error
+
+
+async def accept(
+    request: web.Request, key: ClusterKey, purpose: Purpose, identity: bytes
+) -> tuple[Link, web.WebSocketResponse]:
+    """Take a connection in a request handler, which must return the response that comes second.
+
+    Raises like ``connect``.
+    """
+    socket = web.WebSocketResponse(
+        max_msg_size=FRAME_MAX_BYTES, heartbeat=PING_S, compress=False, timeout=1.0
+    )
+    await socket.prepare(request)
+    try:
+        async with asyncio.timeout(HANDSHAKE_S):
+            link = await _closing_on_error(socket, _accept(socket, key, purpose, identity))
+            return link, socket
+    except TimeoutError as error:
+        raise PeerUnavailable("the connecting side did not prove who it is in time") from error
+
+
+async def _closing_on_error(socket: Socket, handshake: Awaitable[Link]) -> Link:
+    try:
+        return await handshake
+    except (SwarmcacheError, TypeError, asyncio.CancelledError):
+        await socket.close()
+        raise
+
+
+async def _initiate(
+    socket: aiohttp.ClientWebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+) -> Link:
+    side = Initiator(key, purpose, os.urandom(NONCE_BYTES), identity)
+    await socket.send_bytes(side.first())
+    proof = side.handle(await _receive_frame(socket))
+    assert proof is not None, "the initiator always has the last word"
+    await socket.send_bytes(proof)
+    return Link(socket, side.session_keys(), side.peer_identity)
+
+
+async def _accept(
+    socket: web.WebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+) -> Link:
+    side = Acceptor(key, purpose, os.urandom(NONCE_BYTES), identity)
+    while not side.done:
+        answer = side.handle(await _receive_frame(socket))
+        if answer is not None:
+            await socket.send_bytes(answer)
+    return Link(socket, side.session_keys(), side.peer_identity)
+
+
+async def _receive_frame(socket: Socket) -> bytes:
+    frame = await socket.receive()
+    if frame.type is aiohttp.WSMsgType.BINARY:
+        return bytes(frame.data)
+    if frame.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED):
+        # A server that was not convinced by our proof says no more than this.
+        raise AuthenticationFailed("the other side ended the handshake")
+    raise BadMessage("expected a handshake frame")
+
+
+def _decode_batch(payload: bytes) -> list[bytes]:
+    try:
+        return _batch_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise BadMessage(f"not a batch of messages: {error}") from error

@@ -1,0 +1,84 @@
+"""What the shells of both servers do alike: feed a machine, carry out its effects, keep one timer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from swarmcache.clock import now_s
+
+Event = TypeVar("Event")
+Effect = TypeVar("Effect")
+Event_contra = TypeVar("Event_contra", contravariant=True)
+
+
+class Machine(Protocol[Event_contra, Effect]):
+    """The contract of every machine."""
+
+    def handle(self, event: Event_contra, now_s: float) -> list[Effect]:
+        """Apply one event; return what must now be done."""
+
+    def wake_at_s(self) -> float | None:
+        """When the next ``TimePassed`` is due."""
+
+
+class MachineShell(Generic[Event, Effect]):
+    """Runs one machine in the event loop.
+
+    ``carry_out`` must not block; it may call ``handle`` again (the event is queued), so events are
+    applied one at a time and effects carried out in their order.
+    """
+
+    def __init__(
+        self,
+        machine: Machine[Event, Effect],
+        carry_out: Callable[[Effect], None],
+        time_passed: Event,
+    ) -> None:
+        self._machine = machine
+        self._carry_out = carry_out
+        self._time_passed = time_passed
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[Event] = deque()
+        self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s: float | None = None
+
+    def handle(self, event: Event) -> None:
+        """Give the machine an event. To be called in the event loop."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                for effect in self._machine.handle(self._events.popleft(), now_s()):
+                    self._carry_out(effect)
+        finally:
+            self._handling = False
+        self._rearm()
+
+    def handle_from_thread(self, event: Event) -> None:
+        """The same from any other thread."""
+        self._loop.call_soon_threadsafe(self.handle, event)
+
+    def stop(self) -> None:
+        """No more timer events."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _rearm(self) -> None:
+        at_s = self._machine.wake_at_s()
+        if at_s == self._timer_at_s and self._timer is not None:
+            return
+        self.stop()
+        self._timer_at_s = at_s
+        if at_s is not None:
+            self._timer = self._loop.call_later(max(at_s - now_s(), 0.0), self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.handle(self._time_passed)

@@ -1,0 +1,45 @@
+"""What the two servers, tracker and daemon, start and end with."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import sys
+
+from aiohttp import web
+
+from swarmcache.auth import ClusterKey
+from swarmcache.config import Config, load_secret
+from swarmcache.quantities import HostPort
+
+
+def cluster_key(config: Config) -> ClusterKey:
+    """The key of the configured secret. Raises ConfigError."""
+    file = config.cluster.secret_file
+    return ClusterKey.from_secret(None if file is None else load_secret(file))
+
+
+def allow_many_descriptors() -> None:
+    """Raise the limit of open files to what the system allows: a connection is a descriptor."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def listening_port(runner: web.AppRunner) -> int:
+    """The port that a started runner listens on."""
+    return int(runner.addresses[0][1])
+
+
+def say_ready(server: str, address: HostPort) -> None:
+    """Tell whoever started the server that it serves."""
+    print(f"swarmcache {server} ready on {address}", file=sys.stderr, flush=True)
+
+
+async def until_told_to_end() -> None:
+    """Return on SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await ended.wait()

@@ -1,0 +1,127 @@
+"""The tracker: the HTTP server around ``TrackerState``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from random import Random
+
+from aiohttp import web
+
+from swarmcache.auth import ClusterKey
+from swarmcache.clock import now_s
+from swarmcache.config import Config
+from swarmcache.errors import SwarmcacheError
+from swarmcache.lease_journal import LeaseJournal
+from swarmcache.link import Link, accept
+from swarmcache.machine_shell import MachineShell
+from swarmcache.messages import decode_to_tracker, encode
+from swarmcache.quantities import HostPort
+from swarmcache.serving import (
+    allow_many_descriptors,
+    cluster_key,
+    listening_port,
+    say_ready,
+    until_told_to_end,
+)
+from swarmcache.tracker_events import (
+    CloseSession,
+    JournalEnd,
+    JournalGrant,
+    NodeConnected,
+    NodeLost,
+    NodeSaid,
+    Tell,
+    TimePassed,
+    TrackerEffect,
+    TrackerEvent,
+)
+from swarmcache.tracker_state import TrackerState
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """One tracker, serving until its runner is cleaned up."""
+
+    def __init__(self, config: Config, key: ClusterKey) -> None:
+        self._key = key
+        self._journal = LeaseJournal(config.tracker.state_dir)
+        state = TrackerState(
+            Random(os.urandom(16)),
+            slots_max=config.slots_max,
+            peers_max=config.transfer.peers_max,
+            earlier_leases=self._journal.earlier,
+            first_lease_id=self._journal.first_lease_id,
+            now_s=now_s(),
+        )
+        self._shell: MachineShell[TrackerEvent, TrackerEffect] = MachineShell(
+            state, self._carry_out, TimePassed()
+        )
+        self._links: dict[int, Link] = {}
+        self._sessions = 0
+
+    def application(self) -> web.Application:
+        """The HTTP application: one WebSocket per node."""
+        application = web.Application()
+        application.router.add_get("/v1/tracker", self._serve_node)
+        application.on_shutdown.append(self._shut_down)
+        return application
+
+    async def _serve_node(self, request: web.Request) -> web.StreamResponse:
+        link, response = await accept(request, self._key, "tracker", b"tracker")
+        self._sessions += 1
+        session = self._sessions
+        self._links[session] = link
+        name = request.remote
+        log.info("%s connected", name)
+        self._shell.handle(NodeConnected(session))
+        try:
+            await link.receive(
+                lambda data: self._shell.handle(NodeSaid(session, decode_to_tracker(data)))
+            )
+        except SwarmcacheError as error:
+            log.warning("%s: %s", name, error)
+        finally:
+            del self._links[session]
+            self._shell.handle(NodeLost(session))
+            await link.wait_closed()
+        log.info("%s is gone", name)
+        return response
+
+    def _carry_out(self, effect: TrackerEffect) -> None:
+        match effect:
+            case Tell():
+                link = self._links.get(effect.session)
+                if link is not None:
+                    link.send(encode(effect.message))
+            case CloseSession():
+                link = self._links.get(effect.session)
+                if link is not None:
+                    log.warning("closing a connection: %s", effect.reason)
+                    link.close()
+            case JournalGrant():
+                self._journal.grant(effect.lease_id, effect.node)
+            case JournalEnd():
+                self._journal.end(effect.lease_id)
+
+    async def _shut_down(self, _: web.Application) -> None:
+        for link in list(self._links.values()):
+            await link.wait_closed()
+        self._shell.stop()
+        self._journal.close()
+
+
+async def run_tracker(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when nodes can connect."""
+    allow_many_descriptors()
+    tracker = Tracker(config, cluster_key(config))
+    runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    listen = config.tracker.listen
+    await web.TCPSite(runner, listen.host, listen.port, backlog=4096).start()
+    say_ready("tracker", HostPort(listen.host, listening_port(runner)))
+    try:
+        await until_told_to_end()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,958 @@
+"""The data plane: bytes of chunks out to peers, in from peers, and in from a file server.
+
+A small framed protocol on plain TCP. After the handshake of ``auth`` (purpose ``data``) the peer
+that connected sends requests of fixed size, and each is answered by a header of fixed size and, if
+the status is OK, by the bytes of the chunk. Requests and headers carry MACs; the bytes are checked
+against the chunk's digest. There are no names and no paths in it::
+
+    request   MAC 16 B, kind u8, version id 32 B, chunk u32
+    response  MAC 16 B, status u8, length u32, then ``length`` bytes
+
+Bytes move in threads only, in bounded numbers: ``sendfile`` on the way out; ``recv_into`` and
+digest on the way in. All of these let go of the GIL. An event loop looks after connections that are
+idle or have not proven who they are, so a stranger cannot hold a thread.
+
+Not decided here: which chunk to ask from whom, what becomes of a peer that failed, where bytes go.
+
+Invariant: ``ChunkFetcher`` gives bytes to ``write`` only if they have the digest asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Protocol
+
+from blake3 import blake3
+
+from swarmcache.auth import (
+    CHALLENGE_BYTES,
+    IDENTITY_MAX_BYTES,
+    MAC_BYTES,
+    NONCE_BYTES,
+    Acceptor,
+    ClusterKey,
+    Initiator,
+    SessionKeys,
+)
+from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, ChunkLayout, FileVersion
+from swarmcache.errors import (
+    ChunkAbsent,
+    ChunkCorrupt,
+    LeaseExpired,
+    PeerBusy,
+    PeerUnavailable,
+    RemoteError,
+    SourceChanged,
+    SourceFailed,
+    SwarmcacheError,
+)
+
+HANDSHAKE_S = 5.0  # two round trips, on a bad day
+STRANGERS_MAX = 256  # connections without proof; the oldest makes room for a newer one
+IDLE_SERVER_S = 60.0
+IDLE_CLIENT_S = 30.0  # less than the server's, so that it is the client who closes
+IDLE_SERVER_MAX = 512  # connections; half of the usual limit of 1,024 descriptors per process
+IDLE_CLIENT_MAX = 128
+IDLE_PER_PEER_MAX = 4
+assert IDLE_CLIENT_S < IDLE_SERVER_S, "else requests meet closing connections"
+
+SEND_STALL_S = 10.0  # a receiver that takes nothing for so long is dropped
+NEXT_REQUEST_MS = 2  # a peer in full swing asks again sooner than a trip through the loop takes
+WAITING_PER_UPLOAD = 4  # connections that wait for an upload thread, for each thread
+ACCEPTS_AT_ONCE = 64
+OUT_OF_DESCRIPTORS_S = 1.0
+
+RECEIVE_PIECE_BYTES = 256 * 1024  # still in the core's cache when it is digested
+READ_PIECE_BYTES = 512 * 1024  # measured: two threads are 13 % faster than with 256 KiB
+READ_AHEAD_BYTES = 1024 * 1024
+# The kernel cuts one WILLNEED to the device's read-ahead size, whose default is 128 KiB.
+READ_AHEAD_STEP_BYTES = 128 * 1024
+RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
+RATE_PIECE_MIN_BYTES = 4096
+
+_KIND_CHUNK = 1
+_OK, _ABSENT, _BUSY, _ERROR = 0, 1, 2, 3
+_REQUEST = struct.Struct("!B32sI")
+_RESPONSE = struct.Struct("!BI")
+REQUEST_BYTES = MAC_BYTES + _REQUEST.size
+RESPONSE_BYTES = MAC_BYTES + _RESPONSE.size
+
+_log = logging.getLogger(__name__)
+
+
+class ChunkSource(Protocol):
+    """An open file, complete or partial, whose chunks can be served."""
+
+    @property
+    def fd(self) -> int:
+        """Descriptor to read from."""
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where its chunks are."""
+
+    def has(self, chunk: int) -> bool:
+        """Whether the chunk is there and verified. False for a chunk that the file has not."""
+
+    def close(self) -> None:
+        """Let go of it; called once."""
+
+
+class RateLimit:
+    """Paces threads so that together they move ``bytes_per_s``; None is no limit."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        assert bytes_per_s is None or bytes_per_s > 0, "a rate is positive, or None for no limit"
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = 0.0
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def piece_bytes(self, size_bytes: int) -> int:
+        """How many of these bytes to move at a time, so that the pace is even."""
+        if self._bytes_per_s is None:
+            return size_bytes
+        return min(
+            size_bytes, max(int(self._bytes_per_s / RATE_PIECES_PER_S), RATE_PIECE_MIN_BYTES)
+        )
+
+    def wait_for(self, size_bytes: int) -> None:
+        """Sleep until so many bytes may move (in the order of calls), or until ``stop``."""
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            now_s = time.monotonic()
+            start_s = max(self._free_at_s, now_s)
+            self._free_at_s = start_s + size_bytes / self._bytes_per_s
+        if start_s > now_s:
+            self._stopped.wait(start_s - now_s)
+
+    def stop(self) -> None:
+        """Wake all sleepers; from now on nobody sleeps."""
+        self._stopped.set()
+
+
+class BufferPool:
+    """Page-aligned buffers for threads, of never more than ``bytes_max`` together.
+
+    Sizes are powers of two from 256 KiB on. The buffer used last is given out first: it is the one
+    in the cache.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        assert bytes_max >= CHUNK_SIZE_MAX_BYTES, "the largest chunk must find a buffer"
+        self._bytes_max = bytes_max
+        self._mapped_bytes = 0
+        self._free: list[mmap.mmap] = []
+        self._turn = threading.Lock()  # first come, first served: small ones starve no large one
+        self._changed = threading.Condition()
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Size of all buffers, lent and free."""
+        return self._mapped_bytes
+
+    @contextmanager
+    def lend(self, size_bytes: int) -> Iterator[memoryview]:
+        """A buffer of exactly ``size_bytes``; waits until others return theirs if it must."""
+        buffer = self._take(size_bytes)
+        try:
+            yield memoryview(buffer)[:size_bytes]
+        finally:
+            with self._changed:
+                self._free.append(buffer)
+                self._changed.notify()
+
+    def _take(self, size_bytes: int) -> mmap.mmap:
+        assert 0 < size_bytes <= CHUNK_SIZE_MAX_BYTES, "no chunk is larger"
+        capacity = max(CHUNK_SIZE_MIN_BYTES, 1 << (size_bytes - 1).bit_length())
+        with self._turn, self._changed:
+            while True:
+                for buffer in reversed(self._free):
+                    if len(buffer) == capacity:
+                        self._free.remove(buffer)
+                        return buffer
+                while self._free and self._mapped_bytes + capacity > self._bytes_max:
+                    self._mapped_bytes -= len(self._free.pop(0))
+                if self._mapped_bytes + capacity <= self._bytes_max:
+                    self._mapped_bytes += capacity
+                    return mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._changed.wait()
+
+
+# --- out: serving peers --------------------------------------------------------------------------
+
+
+class _Inbound:
+    """A connection that somebody opened to us. One owner at a time: the loop or one thread."""
+
+    def __init__(self, sock: socket.socket, acceptor: Acceptor) -> None:
+        # The socket blocks, because a blocking sendfile is the fastest; the loop and the reads use
+        # MSG_DONTWAIT.
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_timeout(sock, socket.SO_SNDTIMEO, SEND_STALL_S)
+        self.sock = sock
+        self.acceptor = acceptor
+        self.keys: SessionKeys | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self._received = b""
+
+    @property
+    def identity(self) -> bytes:
+        return self.acceptor.peer_identity
+
+    def receive(self, size_bytes: int) -> bytes | None:
+        """The next ``size_bytes`` if all of them are there, else None. Never waits."""
+        while len(self._received) < size_bytes:
+            try:
+                data = self.sock.recv(size_bytes - len(self._received), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise ConnectionResetError("the peer closed the connection")
+            self._received += data
+        frame, self._received = self._received, b""
+        return frame
+
+    def next_request(self) -> tuple[bytes, int] | None:
+        """Version id and chunk of the next request if it is there, else None. Never waits."""
+        frame = self.receive(REQUEST_BYTES)
+        if frame is None:
+            return None
+        assert self.keys is not None, "requests come after the handshake"
+        kind, version_id, chunk = _REQUEST.unpack(self.keys.open(frame))
+        if kind != _KIND_CHUNK:
+            raise RemoteError(f"unknown kind of request: {kind}")
+        return version_id, chunk
+
+    def send_header(self, status: int, length: int, flags: int) -> None:
+        assert self.keys is not None, "answers come after the handshake"
+        self.send_small(self.keys.seal(_RESPONSE.pack(status, length)), flags)
+
+    def send_small(self, frame: bytes, flags: int) -> None:
+        """Send a frame that fits any socket buffer that is not full."""
+        if self.sock.send(frame, flags) != len(frame):
+            raise BlockingIOError("the peer takes no answers")
+
+
+class _LastSource:
+    """The source that a thread served from last, kept open while requests for it keep coming."""
+
+    def __init__(self, open_source: Callable[[bytes], ChunkSource | None]) -> None:
+        self._open_source = open_source
+        self._version_id = b""
+        self._source: ChunkSource | None = None
+
+    def get(self, version_id: bytes) -> ChunkSource | None:
+        if self._source is None or self._version_id != version_id:
+            self.close()
+            self._source = self._open_source(version_id)
+            self._version_id = version_id
+        return self._source
+
+    def close(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+
+
+class ChunkServer:
+    """Serves chunks to peers, in ``uploads_max`` threads.
+
+    ``open_source(version_id)`` is called in these threads and returns what can be served of a file
+    version, or None; the source is closed when the peer pauses. ``on_uploaded(version_id,
+    size_bytes, peer_identity)`` is called in these threads after each chunk. ``identity`` says who
+    we are to those who connect. Everything else must be called in the event loop.
+    """
+
+    def __init__(
+        self,
+        key: ClusterKey,
+        open_source: Callable[[bytes], ChunkSource | None],
+        *,
+        uploads_max: int,
+        upload_rate_max_bytes_per_s: float | None,
+        on_uploaded: Callable[[bytes, int, bytes], None],
+        identity: bytes = b"",
+    ) -> None:
+        assert uploads_max > 0, "a server needs a thread"
+        self._key = key
+        self._identity = identity
+        self._open_source = open_source
+        self._on_uploaded = on_uploaded
+        self._uploads_max = uploads_max
+        self._rate = RateLimit(upload_rate_max_bytes_per_s)
+        self._threads = ThreadPoolExecutor(uploads_max, thread_name_prefix="upload")
+        self._listener: socket.socket | None = None
+        # A connection is in exactly one of these three; dicts, because they keep the order.
+        self._strangers: dict[_Inbound, None] = {}
+        self._idle: dict[_Inbound, None] = {}
+        self._busy: dict[_Inbound, asyncio.Future[bool]] = {}
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen. Returns the port, which matters if ``port`` is 0. Raises OSError."""
+        self._loop = asyncio.get_running_loop()
+        found = await self._loop.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        self._listener = socket.create_server(address[:2], family=family, backlog=1024)
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+        return int(self._listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close everything; uploads in progress are cut. Returns when no thread is left."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        for connection in [*self._strangers, *self._idle]:
+            self._close(connection)
+        self._rate.stop()
+        for connection in self._busy:
+            _shut_down(connection.sock)
+        await asyncio.to_thread(self._threads.shutdown)
+        if self._busy:  # their threads are done, but the loop does not know yet
+            await asyncio.wait(self._busy.values())
+
+    @property
+    def connection_count(self) -> int:
+        """All connections, with those that have not proven who they are."""
+        return len(self._strangers) + len(self._idle) + len(self._busy)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            if self._listener is None:
+                return
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue  # it went away before we looked
+            except OSError as error:
+                _log.warning("cannot take connections for a moment: %s", error)
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(OUT_OF_DESCRIPTORS_S, self._accept_again)
+                return
+            self._welcome(sock)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _welcome(self, sock: socket.socket) -> None:
+        if len(self._strangers) >= STRANGERS_MAX:
+            self._close(next(iter(self._strangers)))
+        acceptor = Acceptor(self._key, "data", os.urandom(NONCE_BYTES), self._identity)
+        connection = _Inbound(sock, acceptor)
+        self._strangers[connection] = None
+        connection.timer = self._loop.call_later(HANDSHAKE_S, self._close, connection)
+        self._loop.add_reader(sock.fileno(), self._shake_hands, connection)
+
+    def _shake_hands(self, connection: _Inbound) -> None:
+        acceptor = connection.acceptor
+        try:
+            while not acceptor.done:
+                frame = connection.receive(acceptor.wanted_bytes)
+                if frame is None:
+                    return
+                reply = acceptor.handle(frame)
+                if reply is not None:
+                    connection.send_small(reply, socket.MSG_DONTWAIT)
+        except (OSError, RemoteError) as error:
+            _log.info("a connection to the data port was refused: %s", error)
+            self._close(connection)
+            return
+        connection.keys = acceptor.session_keys()
+        self._loop.remove_reader(connection.sock.fileno())
+        del self._strangers[connection]
+        self._watch(connection)
+
+    def _watch(self, connection: _Inbound) -> None:
+        """Wait in the loop for the next request."""
+        if connection.timer is not None:
+            connection.timer.cancel()
+        if len(self._idle) >= IDLE_SERVER_MAX:
+            self._close(next(iter(self._idle)))
+        self._idle[connection] = None
+        connection.timer = self._loop.call_later(IDLE_SERVER_S, self._close, connection)
+        self._loop.add_reader(connection.sock.fileno(), self._take_request, connection)
+
+    def _take_request(self, connection: _Inbound) -> None:
+        try:
+            request = connection.next_request()
+            if request is None:
+                return
+            if len(self._busy) >= self._uploads_max * (1 + WAITING_PER_UPLOAD):
+                connection.send_header(_BUSY, 0, socket.MSG_DONTWAIT)
+                return
+        except (OSError, RemoteError) as error:
+            _log.debug("a peer's connection ended: %s", error)
+            self._close(connection)
+            return
+        self._loop.remove_reader(connection.sock.fileno())
+        del self._idle[connection]
+        future = self._loop.run_in_executor(self._threads, self._serve, connection, request)
+        self._busy[connection] = future
+        future.add_done_callback(lambda future: self._served(connection, future))
+
+    def _served(self, connection: _Inbound, future: asyncio.Future[bool]) -> None:
+        del self._busy[connection]
+        keep = not future.cancelled() and future.exception() is None and future.result()
+        if keep and self._listener is not None:
+            self._watch(connection)
+        else:
+            self._close(connection)
+        if not future.cancelled():
+            future.result()  # a bug goes to the loop's exception handler
+
+    def _close(self, connection: _Inbound) -> None:
+        if connection.timer is not None:
+            connection.timer.cancel()
+        self._loop.remove_reader(connection.sock.fileno())
+        self._strangers.pop(connection, None)
+        self._idle.pop(connection, None)
+        connection.sock.close()
+
+    # In the threads of the pool:
+
+    def _serve(self, connection: _Inbound, request: tuple[bytes, int] | None) -> bool:
+        """Answer requests as long as they come without a pause; whether to keep the connection."""
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLIN)
+        with closing(_LastSource(self._open_source)) as sources:
+            try:
+                while request is not None:
+                    self._answer(connection, sources, *request)
+                    if len(self._busy) > self._uploads_max:
+                        return True  # somebody waits for this thread
+                    poll.poll(NEXT_REQUEST_MS)
+                    request = connection.next_request()
+            except (OSError, RemoteError) as error:
+                _log.debug("an upload ended: %s", error)
+                return False
+        return True
+
+    def _answer(
+        self, connection: _Inbound, sources: _LastSource, version_id: bytes, chunk: int
+    ) -> None:
+        try:
+            source = sources.get(version_id)
+            present = source is not None and source.has(chunk)
+        except (OSError, SwarmcacheError) as error:
+            _log.warning("cannot serve %s: %s", version_id.hex(), error)
+            connection.send_header(_ERROR, 0, 0)
+            return
+        if source is None or not present:
+            connection.send_header(_ABSENT, 0, 0)
+            return
+        length = source.layout.length_bytes(chunk)
+        connection.send_header(_OK, length, socket.MSG_MORE)
+        offset = source.layout.offset_bytes(chunk)
+        end = offset + length
+        while offset < end:
+            piece_bytes = self._rate.piece_bytes(end - offset)
+            self._rate.wait_for(piece_bytes)
+            sent = os.sendfile(connection.sock.fileno(), source.fd, offset, piece_bytes)
+            if sent == 0:
+                _log.error("cached copy of %s is shorter than it should be", version_id.hex())
+                raise ConnectionAbortedError("nothing left to send")
+            offset += sent
+        self._on_uploaded(version_id, length, connection.identity)
+
+
+# --- in: fetching from peers ---------------------------------------------------------------------
+
+
+class _Patience:
+    """How long one fetch may take: in all, and without a byte."""
+
+    def __init__(self, deadline_s: float, stall_s: float) -> None:
+        self._moved_at_s = time.monotonic()
+        self._deadline_at_s = self._moved_at_s + deadline_s
+        self._deadline_s = deadline_s
+        self._stall_s = stall_s
+        self.tick_s = min(deadline_s, stall_s) / 4
+
+    def left_s(self) -> float:
+        """Time until one of the two runs out; raises PeerUnavailable if none is left."""
+        now_s = time.monotonic()
+        if now_s >= self._deadline_at_s:
+            raise PeerUnavailable(f"not finished within {self._deadline_s:g} s")
+        if now_s >= self._moved_at_s + self._stall_s:
+            raise PeerUnavailable(f"no byte for {self._stall_s:g} s")
+        return min(self._deadline_at_s, self._moved_at_s + self._stall_s) - now_s
+
+    def moved(self) -> None:
+        """A byte came; raises PeerUnavailable if it came after the deadline."""
+        self._moved_at_s = time.monotonic()
+        if self._moved_at_s >= self._deadline_at_s:
+            raise PeerUnavailable(f"not finished within {self._deadline_s:g} s")
+
+
+class _Outbound:
+    """A connection that we opened to a peer's ``ChunkServer``, used by one thread at a time."""
+
+    def __init__(self, sock: socket.socket, bucket: _Bucket) -> None:
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.bucket = bucket
+        self.idle_since_s = 0.0
+        self._keys: SessionKeys | None = None
+        self._tick_s = 0.0
+
+    def be_patient(self, patience: _Patience) -> None:
+        """Wake waiting calls often enough to look at the clock."""
+        if patience.tick_s != self._tick_s:
+            self._tick_s = patience.tick_s
+            _set_timeout(self.sock, socket.SO_RCVTIMEO, self._tick_s)
+            _set_timeout(self.sock, socket.SO_SNDTIMEO, self._tick_s)
+
+    def shake_hands(self, key: ClusterKey, identity: bytes, patience: _Patience) -> None:
+        initiator = Initiator(key, "data", os.urandom(NONCE_BYTES), identity)
+        self._send(initiator.first())
+        challenge = bytearray(CHALLENGE_BYTES)
+        self._fill(memoryview(challenge), patience)
+        proof = initiator.handle(bytes(challenge))
+        assert proof is not None, "an initiator answers a challenge"
+        self._send(proof)
+        self._keys = initiator.session_keys()
+
+    def ask(self, version_id: bytes, chunk: int, patience: _Patience) -> tuple[int, int]:
+        """Send a request and wait for the header of its answer: status and length."""
+        assert self._keys is not None, "requests come after the handshake"
+        self._send(self._keys.seal(_REQUEST.pack(_KIND_CHUNK, version_id, chunk)))
+        header = bytearray(RESPONSE_BYTES)
+        self._fill(memoryview(header), patience)
+        status, length = _RESPONSE.unpack(self._keys.open(bytes(header)))
+        return status, length
+
+    def receive_chunk(self, into: memoryview, patience: _Patience, rate: RateLimit) -> bytes:
+        """Fill the buffer from the connection; returns the digest of what came."""
+        hasher = blake3()
+        size_bytes = len(into)
+        filled = 0
+        while filled < size_bytes:
+            piece_bytes = rate.piece_bytes(min(RECEIVE_PIECE_BYTES, size_bytes - filled))
+            rate.wait_for(piece_bytes)
+            patience.moved()  # that wait was ours
+            piece = into[filled : filled + piece_bytes]
+            self._fill(piece, patience)
+            hasher.update(piece)
+            filled += piece_bytes
+        return hasher.digest()
+
+    def _send(self, frame: bytes) -> None:
+        if self.sock.send(frame) != len(frame):
+            raise PeerUnavailable("takes no requests")
+
+    def _fill(self, into: memoryview, patience: _Patience) -> None:
+        size_bytes = len(into)
+        filled = 0
+        while filled < size_bytes:
+            try:
+                count = self.sock.recv_into(
+                    into[filled:] if filled else into, 0, socket.MSG_WAITALL
+                )
+            except BlockingIOError:
+                patience.left_s()
+                continue
+            if count == 0:
+                raise ConnectionResetError("the peer closed the connection")
+            patience.moved()
+            filled += count
+
+
+class _Bucket:
+    """The idle connections to one peer. ``forgotten`` ones are closed when they come back."""
+
+    def __init__(self, peer: tuple[str, int]) -> None:
+        self.peer = peer
+        self.idle: list[_Outbound] = []
+        self.in_use_count = 0
+        self.forgotten = False
+
+
+class _Connections:
+    """Persistent connections to peers, a few for each, shared by the threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buckets: dict[tuple[str, int], _Bucket] = {}
+        self._idle: dict[_Outbound, None] = {}  # of all buckets, the one idle longest first
+        self._in_use: set[_Outbound] = set()
+        self._closed = False
+
+    def take_idle(self, peer: tuple[str, int]) -> _Outbound | None:
+        """The connection to the peer that was used last, or None if none is idle."""
+        with self._lock:
+            self._close_old()
+            bucket = self._buckets.get(peer)
+            if bucket is None or not bucket.idle:
+                return None
+            connection = bucket.idle.pop()
+            del self._idle[connection]
+            self._use(connection)
+            return connection
+
+    def add(self, peer: tuple[str, int], sock: socket.socket) -> _Outbound:
+        """Take charge of a new connection, as one in use."""
+        with self._lock:
+            if self._closed:
+                sock.close()
+                raise PeerUnavailable("this node is shutting down")
+            connection = _Outbound(sock, self._buckets.setdefault(peer, _Bucket(peer)))
+            self._use(connection)
+            return connection
+
+    def give_back(self, connection: _Outbound) -> None:
+        """Keep a connection on which no answer is outstanding."""
+        with self._lock:
+            bucket = connection.bucket
+            if self._closed or bucket.forgotten or len(bucket.idle) >= IDLE_PER_PEER_MAX:
+                self._drop(connection)
+                return
+            self._unuse(connection)
+            connection.idle_since_s = time.monotonic()
+            bucket.idle.append(connection)
+            self._idle[connection] = None
+            self._close_old()
+
+    def drop(self, connection: _Outbound) -> None:
+        """Close a connection that cannot be used again."""
+        with self._lock:
+            self._drop(connection)
+
+    def forget(self, peer: tuple[str, int]) -> None:
+        """Close the idle connections to a peer, and those in use when they come back."""
+        with self._lock:
+            bucket = self._buckets.pop(peer, None)
+            if bucket is not None:
+                bucket.forgotten = True
+                for connection in [*bucket.idle]:
+                    self._close_idle(connection)
+
+    def close(self) -> None:
+        """Close what is idle and cut what is in use."""
+        with self._lock:
+            self._closed = True
+            for connection in [*self._idle]:
+                self._close_idle(connection)
+            for connection in self._in_use:
+                _shut_down(connection.sock)
+
+    def _use(self, connection: _Outbound) -> None:
+        self._in_use.add(connection)
+        connection.bucket.in_use_count += 1
+
+    def _unuse(self, connection: _Outbound) -> None:
+        self._in_use.remove(connection)
+        connection.bucket.in_use_count -= 1
+
+    def _drop(self, connection: _Outbound) -> None:
+        self._unuse(connection)
+        connection.sock.close()
+        self._forget_empty(connection.bucket)
+
+    def _close_idle(self, connection: _Outbound) -> None:
+        del self._idle[connection]
+        connection.bucket.idle.remove(connection)
+        connection.sock.close()
+        self._forget_empty(connection.bucket)
+
+    def _close_old(self) -> None:
+        too_old_s = time.monotonic() - IDLE_CLIENT_S
+        while self._idle:
+            oldest = next(iter(self._idle))
+            if len(self._idle) <= IDLE_CLIENT_MAX and oldest.idle_since_s >= too_old_s:
+                return
+            self._close_idle(oldest)
+
+    def _forget_empty(self, bucket: _Bucket) -> None:
+        """Peers come and go: keep nothing of those to whom there is no connection."""
+        if not bucket.idle and not bucket.in_use_count and not bucket.forgotten:
+            bucket.forgotten = True
+            del self._buckets[bucket.peer]
+
+
+class ChunkFetcher:
+    """Fetches chunks from peers, ``threads`` at a time, in buffers of ``buffers_bytes_max``.
+
+    ``identity`` says who we are to the peers. May be called from any thread.
+    """
+
+    def __init__(
+        self,
+        key: ClusterKey,
+        identity: bytes,
+        *,
+        threads: int,
+        buffers_bytes_max: int,
+        download_rate_max_bytes_per_s: float | None = None,
+    ) -> None:
+        assert len(identity) <= IDENTITY_MAX_BYTES, "an identity has at most 255 bytes"
+        self._key = key
+        self._identity = identity
+        self._buffers = BufferPool(buffers_bytes_max)
+        self._rate = RateLimit(download_rate_max_bytes_per_s)
+        self._connections = _Connections()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+
+    @property
+    def buffers_bytes(self) -> int:
+        """Memory that the buffers take just now."""
+        return self._buffers.mapped_bytes
+
+    def fetch(
+        self,
+        peer: tuple[str, int],
+        version_id: bytes,
+        chunk: int,
+        length: int,
+        digest: bytes,
+        write: Callable[[memoryview], None],
+        deadline_s: float,
+        stall_s: float,
+    ) -> Future[int]:
+        """Fetch one chunk from the data port of a peer; the result is its size in bytes.
+
+        ``write`` is called once, in a thread, with the whole verified chunk, and must not keep it.
+        Both times count from when a thread turns to the request, not while it waits for one.
+
+        The future fails with PeerUnavailable (unreachable, wrong secret, stalled, late, closed, or
+        not our protocol), PeerBusy, ChunkAbsent, ChunkCorrupt (bytes or length are not those that
+        were announced), or with whatever ``write`` raises.
+        """
+        return self._threads.submit(
+            self._fetch, peer, version_id, chunk, length, digest, write, deadline_s, stall_s
+        )
+
+    def forget(self, peer: tuple[str, int]) -> None:
+        """Close the idle connections to a peer, and those in use when their chunk is done."""
+        self._connections.forget(peer)
+
+    def close(self) -> None:
+        """Cancel what has not begun, cut what has, and wait for the threads."""
+        self._rate.stop()
+        self._connections.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _fetch(
+        self,
+        peer: tuple[str, int],
+        version_id: bytes,
+        chunk: int,
+        length: int,
+        digest: bytes,
+        write: Callable[[memoryview], None],
+        deadline_s: float,
+        stall_s: float,
+    ) -> int:
+        with self._buffers.lend(length) as view:
+            patience = _Patience(deadline_s, stall_s)
+            try:
+                got = self._receive(peer, version_id, chunk, view, patience)
+            except (OSError, RemoteError) as error:
+                if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
+                    raise
+                raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
+            if got != digest:
+                raise ChunkCorrupt(f"chunk {chunk} from {peer[0]}:{peer[1]} has another digest")
+            write(view)
+        return length
+
+    def _receive(
+        self,
+        peer: tuple[str, int],
+        version_id: bytes,
+        chunk: int,
+        into: memoryview,
+        patience: _Patience,
+    ) -> bytes:
+        """Receive the chunk and return its digest. The connection is free again afterwards."""
+        connection, status, length = self._ask(peer, version_id, chunk, patience)
+        if status == _OK:
+            try:
+                if length != len(into):
+                    raise ChunkCorrupt(f"{length} bytes as chunk {chunk}, which has {len(into)}")
+                digest = connection.receive_chunk(into, patience, self._rate)
+            except BaseException:
+                self._connections.drop(connection)
+                raise
+            self._connections.give_back(connection)
+            return digest
+        self._connections.give_back(connection)
+        if status == _BUSY:
+            raise PeerBusy("all upload slots of the peer are taken")
+        if status == _ABSENT:
+            raise ChunkAbsent(f"the peer does not have chunk {chunk}")
+        raise PeerUnavailable("the peer cannot read its copy")
+
+    def _ask(
+        self, peer: tuple[str, int], version_id: bytes, chunk: int, patience: _Patience
+    ) -> tuple[_Outbound, int, int]:
+        """Ask on an idle connection, or on a new one if the peer has closed those."""
+        while True:
+            connection = self._connections.take_idle(peer)
+            fresh = connection is None
+            if connection is None:
+                connection = self._connect(peer, patience)
+            try:
+                connection.be_patient(patience)
+                status, length = connection.ask(version_id, chunk, patience)
+            except ConnectionError:
+                self._connections.drop(connection)
+                if fresh:
+                    raise
+            except BaseException:
+                self._connections.drop(connection)
+                raise
+            else:
+                return connection, status, length
+
+    def _connect(self, peer: tuple[str, int], patience: _Patience) -> _Outbound:
+        sock = socket.create_connection(peer, timeout=patience.left_s())
+        connection = self._connections.add(peer, sock)
+        try:
+            connection.be_patient(patience)
+            connection.shake_hands(self._key, self._identity, patience)
+        except BaseException:
+            self._connections.drop(connection)
+            raise
+        return connection
+
+
+# --- in: reading from the file server -------------------------------------------------------------
+
+
+class SourceReader:
+    """Reads ranges of a source through the descriptor that its user opened."""
+
+    def read_range(
+        self,
+        fd: int,
+        version: FileVersion,
+        layout: ChunkLayout,
+        first: int,
+        count: int,
+        *,
+        may_go_on: Callable[[], bool],
+        write_piece: Callable[[int, memoryview], None],
+        on_chunk: Callable[[int, bytes], None],
+    ) -> int:
+        """Read ``count`` chunks from ``first`` on, in order; returns the number of bytes read.
+
+        Runs in the caller's thread. ``write_piece(offset_bytes, piece)`` gets the bytes as they
+        come and must not keep them; ``on_chunk(chunk, digest)`` follows when a chunk is whole and
+        the source was found unchanged after it was read. ``may_go_on()`` is asked before every
+        piece. No byte outside the range is read, by the kernel's read-ahead neither.
+
+        Raises SourceChanged, SourceFailed, LeaseExpired, or what the callbacks raise.
+        """
+        end = layout.offset_bytes(first + count - 1) + layout.length_bytes(first + count - 1)
+        reading = _RangeReading(fd, version, may_go_on, write_piece, end)
+        for chunk in range(first, first + count):
+            digest = reading.read_chunk(layout.offset_bytes(chunk), layout.length_bytes(chunk))
+            on_chunk(chunk, digest)
+        return end - layout.offset_bytes(first)
+
+
+class _RangeReading:
+    """One range while it is read."""
+
+    def __init__(
+        self,
+        fd: int,
+        version: FileVersion,
+        may_go_on: Callable[[], bool],
+        write_piece: Callable[[int, memoryview], None],
+        end: int,
+    ) -> None:
+        self._fd = fd
+        self._version = version
+        self._may_go_on = may_go_on
+        self._write_piece = write_piece
+        self._end = end
+        self._asked_until = 0
+        buffer = mmap.mmap(-1, READ_PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._buffer = memoryview(buffer)
+        with _source_errors():
+            self._ctime_ns = os.fstat(fd).st_ctime_ns
+            # The kernel's own read-ahead would run over the end of the range.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._check_unchanged()
+
+    def read_chunk(self, offset: int, length: int) -> bytes:
+        """Read and pass on one chunk; returns its digest."""
+        hasher = blake3()
+        end = offset + length
+        while offset < end:
+            if not self._may_go_on():
+                raise LeaseExpired("the lease ran out before the range was read")
+            piece = self._buffer[: min(READ_PIECE_BYTES, end - offset)]
+            with _source_errors():
+                self._ask_ahead(offset)
+                size_bytes = os.preadv(self._fd, [piece], offset)
+            if size_bytes == 0:
+                raise SourceChanged("the source became shorter while it was read")
+            piece = piece[:size_bytes]
+            hasher.update(piece)
+            self._write_piece(offset, piece)
+            offset += size_bytes
+        self._check_unchanged()
+        return hasher.digest()
+
+    def _ask_ahead(self, offset: int) -> None:
+        """Have the kernel fetch the next bytes of the range, and only of the range."""
+        asked = max(self._asked_until, offset)
+        until = min(offset + READ_PIECE_BYTES + READ_AHEAD_BYTES, self._end)
+        while asked < until:
+            step_bytes = min(READ_AHEAD_STEP_BYTES, until - asked)
+            os.posix_fadvise(self._fd, asked, step_bytes, os.POSIX_FADV_WILLNEED)
+            asked += step_bytes
+        self._asked_until = asked
+
+    def _check_unchanged(self) -> None:
+        with _source_errors():
+            stat = os.fstat(self._fd)
+        found = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if found != (self._version.size_bytes, self._version.mtime_ns, self._ctime_ns):
+            raise SourceChanged("size, modification or change time of the source is another now")
+
+
+@contextmanager
+def _source_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceFailed(f"cannot read the source: {error.strerror}") from error
+
+
+def _set_timeout(sock: socket.socket, option: int, timeout_s: float) -> None:
+    """Let blocking calls on the socket fail with EAGAIN after some time. (Zero means never.)"""
+    timeout_us = max(int(timeout_s * 1e6), 1)
+    timeval = struct.pack("@ll", timeout_us // 1_000_000, timeout_us % 1_000_000)
+    sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def _shut_down(sock: socket.socket) -> None:
+    """Wake whoever is blocked on the socket."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        _log.debug("the connection was closed already: %s", error)
