@@ -1,0 +1,402 @@
+"""The index of a cache directory: which replicas there are, since when, and for whom.
+
+An SQLite file that opens in the same time whether it lists ten replicas or a million: totals are
+kept by triggers, nothing is scanned. It can always be made again from the objects and their
+manifests, so an index that cannot be read is moved aside and an empty one started.
+
+Trust in a replica has three grades. DOUBTFUL: the daemon was changing it (its links, its name)
+and was perhaps killed while doing so. WRITTEN: complete and verified, but perhaps still in the
+page cache only; good as long as the machine has not been rebooted. DURABLE: fsync has succeeded.
+
+Invariant: a row is DOUBTFUL from before the first change of its object until after the last, so
+no moment of a kill leaves a row that tells more than what is true.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from swarmcache.disk_calls import Stamp, disk_errors
+from swarmcache.errors import LocalError, NoSpace
+from swarmcache.user_tree import User
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+PAGE_ROWS = 1000  # rows per query when listing everything, so that no reader holds back the log
+# SQLite's own default for its automatic checkpoint: 1000 pages of 4 KiB.
+LOG_SIZE_MAX_BYTES = 4 << 20
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_NO_INDEX = (*_DAMAGED, sqlite3.SQLITE_ERROR)  # the last one: its tables are not ours
+
+_SCHEMA = """
+BEGIN;
+CREATE TABLE replica (
+    version_id BLOB PRIMARY KEY,
+    path BLOB NOT NULL,
+    chunk_size_bytes INTEGER NOT NULL,
+    stored_bytes INTEGER NOT NULL,
+    trust INTEGER NOT NULL,
+    boot_id BLOB NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    ctime_ns INTEGER NOT NULL,
+    inode INTEGER NOT NULL,
+    created_s REAL NOT NULL,
+    last_used_s REAL NOT NULL
+);
+CREATE INDEX replica_by_path ON replica (path);
+CREATE INDEX replica_by_trust ON replica (trust, version_id);
+CREATE TABLE link (
+    version_id BLOB NOT NULL,
+    uid INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    PRIMARY KEY (version_id, uid, name)
+) WITHOUT ROWID;
+CREATE TABLE total (file_count INTEGER NOT NULL, stored_bytes INTEGER NOT NULL);
+INSERT INTO total VALUES (0, 0);
+CREATE TRIGGER replica_added AFTER INSERT ON replica BEGIN
+    UPDATE total SET file_count = file_count + 1, stored_bytes = stored_bytes + NEW.stored_bytes;
+END;
+CREATE TRIGGER replica_removed AFTER DELETE ON replica BEGIN
+    UPDATE total SET file_count = file_count - 1, stored_bytes = stored_bytes - OLD.stored_bytes;
+    DELETE FROM link WHERE version_id = OLD.version_id;
+END;
+PRAGMA user_version = 1;
+COMMIT;
+"""
+
+
+class Trust(IntEnum):
+    """How far a replica can be trusted; see the head of this file."""
+
+    DOUBTFUL = 0
+    WRITTEN = 1
+    DURABLE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One row: a complete copy of a file version.
+
+    ``path``: real path of the source. ``stored_bytes``: what the copy takes of the disk.
+    ``boot_id``: the boot of the machine (16 bytes) in which the row was last true.
+    ``stamp``: what stat says of the object, unless the row is DOUBTFUL. Times since the epoch.
+    """
+
+    version_id: bytes
+    path: bytes
+    chunk_size_bytes: int
+    stored_bytes: int
+    trust: Trust
+    boot_id: bytes
+    stamp: Stamp
+    created_s: float
+    last_used_s: float
+
+    def trusted(self, boot_id: bytes) -> bool:
+        """Whether the copy may be handed out without digesting it again."""
+        return self.trust == Trust.DURABLE or (
+            self.trust == Trust.WRITTEN and self.boot_id == boot_id
+        )
+
+
+_COLUMNS = (
+    "r.version_id, r.path, r.chunk_size_bytes, r.stored_bytes, r.trust, r.boot_id,"
+    " r.size_bytes, r.mtime_ns, r.ctime_ns, r.inode, r.created_s, r.last_used_s"
+)
+
+
+class CacheIndex:
+    """The index file. Thread-safe. Every method raises LocalError when the file fails.
+
+    Readers and writers have a connection each: a look-up never waits for a write, not even for
+    the fsync in one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._read_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        try:
+            self._writer = self._open()
+        except _Unusable as reason:
+            aside = _move_aside(path)
+            log.warning("the cache index %s is %s; it is now %s", path, reason, aside)
+            self._writer = self._open()
+        self._reader = _connect(path)
+        self._reader.execute("PRAGMA query_only = ON")
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    def find(self, version_id: bytes) -> Replica | None:
+        query = f"SELECT {_COLUMNS} FROM replica r WHERE version_id = ?"  # noqa: S608 (constants)
+        rows = self._rows(query, version_id)
+        return _replica(rows[0]) if rows else None
+
+    def find_for(self, version_id: bytes, user: User) -> tuple[Replica, bool] | None:
+        """The replica, and whether the user has a link to it."""
+        query = (
+            f"SELECT {_COLUMNS}, EXISTS (SELECT 1 FROM link l WHERE l.version_id = r.version_id"  # noqa: S608 (constants)
+            " AND l.uid = ? AND l.name = ?) FROM replica r WHERE version_id = ?"
+        )
+        rows = self._rows(query, user.uid, user.name, version_id)
+        return (_replica(rows[0][:-1]), bool(rows[0][-1])) if rows else None
+
+    def links(self, version_id: bytes) -> list[User]:
+        """The users who have a link to the replica."""
+        rows = self._rows("SELECT uid, name FROM link WHERE version_id = ?", version_id)
+        return [User(uid, name) for uid, name in rows]
+
+    def linked_versions(self, path: bytes, user: User) -> dict[bytes, int]:
+        """The versions of one source that the user's link may lead to: inode per version id."""
+        rows = self._rows(
+            "SELECT r.version_id, r.inode FROM replica r JOIN link l USING (version_id)"
+            " WHERE r.path = ? AND l.uid = ? AND l.name = ?",
+            *(path, user.uid, user.name),
+        )
+        return dict(rows)
+
+    def totals(self) -> tuple[int, int]:
+        """Number of replicas, and bytes of the disk that they take."""
+        [(file_count, stored_bytes)] = self._rows("SELECT file_count, stored_bytes FROM total")
+        return file_count, stored_bytes
+
+    def trusted_ids(self, boot_id: bytes) -> Iterator[bytes]:
+        """Version ids of all replicas that may be handed out, read a page at a time."""
+        yield from self._ids("trust = 2")
+        yield from self._ids("trust = 1 AND boot_id = ?", boot_id)
+
+    def untrusted_ids(self, boot_id: bytes) -> list[bytes]:
+        """Version ids of all replicas that must be digested before they are handed out."""
+        stale = self._ids("trust = 1 AND boot_id != ?", boot_id)
+        return [*self._ids("trust = 0"), *stale]
+
+    def insert(self, replica: Replica) -> None:
+        """Add a row; it must not be there yet."""
+        assert replica.trust == Trust.DOUBTFUL, "a new row is doubtful until it is settled"
+        stamp = replica.stamp
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(replica.version_id, replica.path, replica.chunk_size_bytes),
+                    *(replica.stored_bytes, replica.trust, replica.boot_id),
+                    *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
+                    *(replica.created_s, replica.last_used_s),
+                ),
+            )
+
+    def doubt(self, version_id: bytes, users: Iterable[User] = ()) -> None:
+        """The object is about to be changed: these users get a link to it, or some lose theirs.
+
+        The links are listed already now, so that none can be there without being known.
+        """
+        with self._transaction() as connection:
+            connection.execute("UPDATE replica SET trust = 0 WHERE version_id = ?", (version_id,))
+            connection.executemany(
+                "INSERT OR IGNORE INTO link VALUES (?, ?, ?)",
+                [(version_id, user.uid, user.name) for user in users],
+            )
+
+    def settle(
+        self,
+        version_id: bytes,
+        stamp: Stamp,
+        trust: Trust,
+        boot_id: bytes,
+        linked: Iterable[User] = (),
+    ) -> None:
+        """The change is done: what stat says now, and which users have got a link by it.
+
+        The links of these users no longer lead to other versions of the same source. A listed
+        link that could not be made stays listed; the next look-up tries again.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE replica SET trust = ?, boot_id = ?, size_bytes = ?, mtime_ns = ?,"
+                " ctime_ns = ?, inode = ? WHERE version_id = ?",
+                (
+                    *(trust, boot_id, stamp.size_bytes, stamp.mtime_ns),
+                    *(stamp.ctime_ns, stamp.inode, version_id),
+                ),
+            )
+            for user in linked:
+                connection.execute(
+                    "DELETE FROM link WHERE uid = ? AND name = ? AND version_id IN (SELECT"
+                    " o.version_id FROM replica o JOIN replica r USING (path)"
+                    " WHERE r.version_id = ? AND o.version_id != r.version_id)",
+                    (user.uid, user.name, version_id),
+                )
+
+    def mark_durable(self, version_id: bytes, inode: int) -> None:
+        """fsync of this object has succeeded. A doubtful row stays doubtful."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE replica SET trust = 2 WHERE version_id = ? AND inode = ? AND trust = 1",
+                (version_id, inode),
+            )
+
+    def touch(self, last_used_s: Mapping[bytes, float]) -> None:
+        """Note when replicas were last used; seconds since the epoch."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE replica SET last_used_s = ? WHERE version_id = ?",
+                [(at_s, version_id) for version_id, at_s in last_used_s.items()],
+            )
+
+    def delete(self, version_id: bytes) -> None:
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM replica WHERE version_id = ?", (version_id,))
+
+    def sync(self) -> None:
+        """Bring all rows onto the disk. Slow: it fsyncs."""
+        log_path = self._path + "-wal"
+        with disk_errors(f"sync {log_path}"):
+            # No lock of SQLite's is on this file, so closing the descriptor releases none.
+            fd = os.open(log_path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        self.shorten_log()
+
+    def shorten_log(self) -> None:
+        """Let the write-ahead log start over if it has grown long. Slow then: it fsyncs."""
+        with disk_errors("look at the log of the cache index"):
+            size_bytes = os.stat(self._path + "-wal").st_size
+        if size_bytes > LOG_SIZE_MAX_BYTES:
+            with _sqlite_errors(self._path), closing(_connect(self._path)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with self._read_lock, _sqlite_errors(self._path):
+            # fetchall, for a statement that is not read to its end keeps its snapshot open.
+            return self._reader.execute(query, parameters).fetchall()
+
+    def _ids(self, condition: str, *parameters: object) -> Iterator[bytes]:
+        query = (
+            f"SELECT version_id FROM replica WHERE {condition} AND version_id > ?"  # noqa: S608 (constants)
+            " ORDER BY version_id LIMIT ?"
+        )
+        last = b""
+        while True:
+            rows = self._rows(query, *parameters, last, PAGE_ROWS)
+            yield from (version_id for (version_id,) in rows)
+            if len(rows) < PAGE_ROWS:
+                return
+            last = rows[-1][0]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._write_lock, _sqlite_errors(self._path):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # After some failures (a full disk) SQLite has rolled back by itself.
+                with suppress(sqlite3.OperationalError):
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def _open(self) -> sqlite3.Connection:
+        """The writing connection to an index of our schema. Raises _Unusable."""
+        if os.path.lexists(_damage_mark(self._path)):
+            raise _Unusable("damaged")
+        connection = _connect(self._path)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+            [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+            if version == 0:
+                connection.executescript(_SCHEMA)
+            elif version != SCHEMA_VERSION:
+                raise _Unusable(f"of schema {version}, and this is a version for {SCHEMA_VERSION}")
+            connection.execute("SELECT file_count FROM total").fetchall()
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            if _code(error) in _NO_INDEX:
+                raise _Unusable(f"not readable ({error})") from error
+            raise _local_error(error, self._path) from error
+        except _Unusable:
+            connection.close()
+            raise
+        # A commit must outlive a kill, not a power cut: NORMAL does not fsync it, only the points
+        # where the log starts over, which keeps the file whole after a power cut too. What a
+        # power cut takes away is not lost either, see ``sync``.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")  # its fsyncs belong into ``sync``
+        return connection
+
+
+class _Unusable(Exception):
+    """The index file cannot be used; the text completes "the index is ..."."""
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    # One process only uses the file (the daemon holds a lock), so waiting is for checkpoints.
+    return sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+
+
+def _replica(row: tuple[Any, ...]) -> Replica:
+    version_id, path, chunk_size_bytes, stored_bytes, trust, boot_id, *rest = row
+    return Replica(
+        *(version_id, path, chunk_size_bytes, stored_bytes, Trust(trust), boot_id),
+        *(Stamp(*rest[:4]), rest[4], rest[5]),
+    )
+
+
+@contextmanager
+def _sqlite_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise _local_error(error, path) from error
+
+
+def _local_error(error: sqlite3.DatabaseError, path: str) -> LocalError:
+    code = _code(error)
+    if code == sqlite3.SQLITE_FULL:
+        return NoSpace(f"no space for the cache index {path}")
+    if code in _DAMAGED:
+        # The next start must not stumble over it again: nothing short of reading all of the file
+        # would find such damage then.
+        with disk_errors(f"mark {path} as damaged"):
+            os.close(os.open(_damage_mark(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        return LocalError(f"the cache index {path} is damaged; a restart begins a new one")
+    return LocalError(f"the cache index {path} failed: {error}")
+
+
+def _code(error: sqlite3.DatabaseError) -> int:
+    """SQLite's primary result code; 0 for an error that the Python module raised by itself."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def _damage_mark(path: str) -> str:
+    return path + ".damaged"
+
+
+def _move_aside(path: str) -> str:
+    """Rename an unusable index, replacing the one of the last time. Returns the new name."""
+    aside = path + ".unusable"
+    with disk_errors(f"move {path} aside"):
+        for suffix in ("-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.unlink(path + suffix)
+        with suppress(FileNotFoundError):
+            os.rename(path, aside)
+        with suppress(FileNotFoundError):
+            os.unlink(_damage_mark(path))
+    return aside

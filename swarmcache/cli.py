@@ -1,0 +1,36 @@
+"""The entry point of ``swarmcache``.
+
+``swarmcache get FILE...`` without options goes straight to the daemon: a job that asks for a cached
+file waits for Python to start and for little else. Everything else is in ``commands.py``, whose
+imports take ten times as long.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line in ``sys.argv`` and return the exit code."""
+    names = plain_get(sys.argv[1:])
+    if names:
+        from swarmcache.client import Client
+        from swarmcache.get import run_get
+
+        return run_get(names, client=Client())
+    from swarmcache.commands import run
+
+    return run(sys.argv[1:])
+
+
+def plain_get(arguments: list[str]) -> list[str]:
+    """The FILEs of a ``get`` without options; nothing where this is anything else."""
+    if arguments[:1] != ["get"]:
+        return []
+    before, after = arguments[1:], list[str]()
+    if "--" in before:
+        at = before.index("--")
+        before, after = before[:at], before[at + 1 :]
+    if any(name.startswith("-") for name in before):
+        return []
+    return before + after

@@ -1,0 +1,265 @@
+"""The commands of ``swarmcache`` and their options.
+
+Each does little more than to find its settings: the work is in ``get.py``, ``peer.py``,
+``tracker.py`` and ``demo.py``, each imported by its command only, since all of them together take
+a third of a second. Exit code 2 stands for wrong usage, wrong settings included.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarmcache.client import Client
+from swarmcache.errors import ConfigError, SwarmcacheError
+from swarmcache.get import run_get, say
+
+if TYPE_CHECKING:
+    from swarmcache.config import Config
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="swarmcache",
+    help="Peer-to-peer file cache: gives a job the path of a copy on the node's own disk.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class LogLevel(StrEnum):
+    """How much a server tells on stderr."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="The file with the settings.")]
+SocketOption = Annotated[Path | None, typer.Option("--socket", help="The daemon's local socket.")]
+TrackerOption = Annotated[
+    str | None, typer.Option("--tracker", metavar="HOST:PORT", help="Where the tracker listens.")
+]
+ListenOption = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 picks a free one."),
+]
+SecretOption = Annotated[
+    Path | None, typer.Option("--secret-file", help="The file with the cluster's secret.")
+]
+LogLevelOption = Annotated[LogLevel, typer.Option(help="How much to tell on stderr.")]
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        app(arguments, prog_name="swarmcache")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_USAGE
+    except SwarmcacheError as error:
+        say(str(error))
+        return EXIT_FAILED
+    return 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"swarmcache {version('swarmcache')}")
+        except PackageNotFoundError:  # run from a directory of sources
+            print("swarmcache (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def swarmcache(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
+    ] = False,
+) -> None:
+    """Peer-to-peer file cache: gives a job the path of a copy on the node's own disk."""
+
+
+@app.command()
+def get(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", show_default=False)],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 3 when a path is not a cached one.")
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Print the original path of what is not there in time, counted for all FILEs"
+            " together. The download goes on.",
+        ),
+    ] = None,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            "--progress/--no-progress", help="Show a bar on stderr where that is a terminal."
+        ),
+    ] = True,
+    nul: Annotated[
+        bool, typer.Option("-0", "--null", help="End each path with a NUL, not with a newline.")
+    ] = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Print one usable path per FILE, in order.
+
+    That is the path of a verified copy on this node's disk or, where caching was impossible, the
+    original: the real path of FILE, symbolic links resolved. The reason goes to stderr. A directory
+    stands for all files below it, and its copy is a directory.
+
+    Exit code 0: every printed path is usable. 1: a FILE does not exist or may not be read; the
+    others are printed all the same. 2: wrong usage. 3: with --strict, a path is not a cached one.
+    """
+    client = _client(socket, config_file)
+    raise typer.Exit(
+        run_get(
+            files,
+            client=client,
+            strict=strict,
+            timeout_s=timeout,
+            progress=progress,
+            end=b"\0" if nul else b"\n",
+        )
+    )
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers."""
+    answer = _client(socket, config_file).status()
+    if as_json:
+        import json
+
+        shown = {key: answer.get(key) for key in ("node", "cluster", "reason")}
+        print(json.dumps(shown, sort_keys=True))
+        return
+    from rich.console import Console
+
+    from swarmcache.display import status_renderables
+
+    console = Console(highlight=False)
+    for renderable in status_renderables(answer):
+        console.print(renderable)
+
+
+@app.command()
+def daemon(
+    listen: ListenOption = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option("--advertise", metavar="HOST:PORT", help="The address told to others."),
+    ] = None,
+    tracker: TrackerOption = None,
+    cache_dir: Annotated[
+        list[Path] | None, typer.Option("--cache-dir", help="May be given several times.")
+    ] = None,
+    socket: SocketOption = None,
+    secret_file: SecretOption = None,
+    config_file: ConfigOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """Run the node daemon in the foreground, until SIGTERM."""
+    settings = _settings(
+        config_file,
+        {
+            "daemon.listen": listen,
+            "daemon.advertise": advertise,
+            "daemon.socket": socket,
+            "cluster.tracker": tracker,
+            "cluster.secret_file": secret_file,
+            "cache.dir": cache_dir or None,
+        },
+    )
+    _start_log(log_level)
+    import asyncio
+
+    from swarmcache.peer import run_daemon
+
+    asyncio.run(run_daemon(settings))
+
+
+@app.command()
+def tracker(
+    listen: ListenOption = None,
+    state_dir: Annotated[
+        Path | None, typer.Option("--state-dir", help="What is kept across restarts.")
+    ] = None,
+    secret_file: SecretOption = None,
+    config_file: ConfigOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """Run the tracker in the foreground, until SIGTERM."""
+    settings = _settings(
+        config_file,
+        {
+            "tracker.listen": listen,
+            "tracker.state_dir": state_dir,
+            "cluster.secret_file": secret_file,
+        },
+    )
+    _start_log(log_level)
+    import asyncio
+
+    from swarmcache.tracker import run_tracker
+
+    asyncio.run(run_tracker(settings))
+
+
+@app.command()
+def demo(
+    size: Annotated[str, typer.Option(help="Size of the file, such as 64MiB.")] = "256MiB",
+) -> None:
+    """Run a tracker and four daemons on this machine, bring a file to all four, and clean up."""
+    from swarmcache.demo import run_demo
+    from swarmcache.quantities import parse_size
+
+    try:
+        size_bytes = parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected {error}", param_hint="--size") from error
+    raise typer.Exit(run_demo(size_bytes))
+
+
+def _client(socket: Path | None, config_file: Path | None) -> Client:
+    return Client(
+        os.fsencode(socket) if socket else None, os.fsencode(config_file) if config_file else None
+    )
+
+
+def _settings(config_file: Path | None, options: dict[str, Any]) -> Config:
+    from swarmcache.config import load
+
+    return load(options, os.environ, config_file)
+
+
+def _start_log(level: LogLevel) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

@@ -1,0 +1,123 @@
+"""System calls on files of the cache, with their failures told in our own words.
+
+Every ``OSError`` below the cache directory becomes a ``LocalError``: ``NoSpace`` where the disk or
+a quota is full, so that callers can answer with the original path instead of failing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from swarmcache.errors import LocalError, NoSpace
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS)
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
+# SQLite integers are signed 64 bit; some stacked file systems use the topmost bit of an inode.
+_INODE_MASK = (1 << 63) - 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# Not os.posix_fallocate: where the file system cannot reserve, the C library would write zeros
+# over the whole length instead of saying so.
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+def local_error(error: OSError, doing: str) -> LocalError:
+    """The ``LocalError`` for a failed system call; ``doing`` completes "could not ..."."""
+    kind = NoSpace if error.errno in _NO_SPACE else LocalError
+    return kind(f"could not {doing}: {error.strerror or error}")
+
+
+@contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn every ``OSError`` of the block into a ``LocalError``."""
+    try:
+        yield
+    except OSError as error:
+        raise local_error(error, doing) from error
+
+
+def reserve(fd: int, size_bytes: int, *, keep_size: bool = False) -> bool:
+    """Set ``size_bytes`` of disk space aside for the file; False where the file system cannot.
+
+    The file has ``size_bytes`` afterwards in either case, unless ``keep_size``. Raises OSError.
+    """
+    reserved = True
+    while size_bytes > 0 and _fallocate(fd, _KEEP_SIZE if keep_size else 0, 0, size_bytes) != 0:
+        code = ctypes.get_errno()
+        if code in _CANNOT_RESERVE:
+            reserved = False
+            break
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    if not keep_size:
+        os.ftruncate(fd, size_bytes)
+    return reserved
+
+
+def write_all(fd: int, data: bytes | memoryview, offset_bytes: int) -> None:
+    """Write all of ``data`` at the offset, however many calls it takes. Raises OSError."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        written = os.pwrite(fd, rest, offset_bytes)
+        offset_bytes += written
+        rest = rest[written:]
+
+
+def unlink_if_there(name: str, dir_fd: int) -> None:
+    """Unlink ``name``; no matter when it is not there. Raises OSError for anything else."""
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=dir_fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What ``stat`` says of a copy; as long as it says the same, nobody has touched the copy."""
+
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(status: os.stat_result) -> Stamp:
+        return Stamp(
+            status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & _INODE_MASK
+        )
+
+
+class SharedFile:
+    """One descriptor with several users. It is closed when the last of them has let go.
+
+    So a descriptor is never closed, and its number never given to another file, while a thread
+    reads or writes through it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Takes over ``fd``; the maker is its first user."""
+        self.fd = fd
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def retain(self) -> bool:
+        """One more user, who must call ``release``. False when the file is closed already."""
+        with self._lock:
+            if self._users == 0:
+                return False
+            self._users += 1
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            assert self._users > 0, "released more often than retained"
+            self._users -= 1
+            if self._users == 0:
+                os.close(self.fd)

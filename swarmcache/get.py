@@ -1,0 +1,111 @@
+"""What ``swarmcache get`` does once its options are known.
+
+Imported on every cache hit: see ``local_socket.py`` for what that means.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from swarmcache.client import Client
+
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from swarmcache.client import Answer, Progress
+    from swarmcache.display import ProgressDisplay
+
+EXIT_UNUSABLE = 1
+EXIT_NOT_CACHED = 3
+
+
+def say(text: str) -> None:
+    """One line on stderr, whatever stderr is."""
+    if sys.stderr is not None:
+        print(f"swarmcache: {text}", file=sys.stderr, flush=True)
+
+
+def run_get(
+    names: list[str],
+    *,
+    client: Client,
+    strict: bool = False,
+    timeout_s: float | None = None,
+    progress: bool = True,
+    end: bytes = b"\n",
+) -> int:
+    """Print one path per FILE and return the exit code. Nothing but paths goes to stdout."""
+    bar = _Bar(progress and sys.stderr is not None and sys.stderr.isatty())
+    unusable = not_cached = False
+    try:
+        for answer in _answers(client, [os.fsencode(name) for name in names], timeout_s, bar):
+            bar.clear()
+            unusable |= not answer.usable
+            not_cached |= not answer.cached
+            _tell(answer, end)
+    except KeyboardInterrupt:
+        return 130  # as a shell does: 128 + SIGINT
+    except BrokenPipeError:
+        _abandon_stdout()
+        return EXIT_UNUSABLE
+    except OSError as error:
+        say(f"cannot write the paths: {error.strerror}")
+        _abandon_stdout()
+        return EXIT_UNUSABLE
+    finally:
+        bar.clear()
+    if unusable:
+        return EXIT_UNUSABLE
+    return EXIT_NOT_CACHED if strict and not_cached else 0
+
+
+def _answers(
+    client: Client, paths: list[bytes], timeout_s: float | None, bar: _Bar
+) -> Iterator[Answer]:
+    if not any(map(os.path.isdir, paths)):
+        return client.get_all(paths, timeout_s, bar.show)
+    from swarmcache.directories import get_everything
+
+    return get_everything(client, paths, timeout_s, bar.show)
+
+
+def _tell(answer: Answer, end: bytes) -> None:
+    if not answer.usable:
+        say(f"{answer.asked!r}: {answer.reason}")
+        return
+    if not answer.cached:
+        say(f"{answer.asked!r}: {answer.reason}; using the original path")
+    if sys.stdout is None:
+        raise OSError(0, "stdout is closed")
+    sys.stdout.buffer.write(os.fsencode(answer.path) + end)
+    sys.stdout.buffer.flush()
+
+
+def _abandon_stdout() -> None:
+    """Nobody reads it any more: keep Python from complaining about that when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
+
+class _Bar:
+    """The progress bar, which is not even imported before there is something to show."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._display: ProgressDisplay | None = None
+
+    def show(self, progress: Progress) -> None:
+        if not self._wanted:
+            return
+        if self._display is None:
+            from swarmcache.display import ProgressDisplay
+
+            self._display = ProgressDisplay()
+        self._display.show(progress)
+
+    def clear(self) -> None:
+        """Leave the terminal as it was, for other lines. The next ``show`` brings it back."""
+        if self._display is not None:
+            self._display.clear()

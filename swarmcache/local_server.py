@@ -1,0 +1,233 @@
+"""The daemon's end of the local UNIX socket: requests and open descriptors in, answers out.
+
+Who a client is says the kernel (SO_PEERCRED). Every descriptor that arrives is either handed over
+with its request or closed here, whatever the client does.
+
+Limits: ``CLIENTS_MAX`` connections, ``CLIENTS_PER_USER_MAX`` of one user, ``LINE_MAX_BYTES`` per
+request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pwd
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from swarmcache.errors import BadMessage, LocalError
+from swarmcache.local_protocol import (
+    LINE_MAX_BYTES,
+    Answer,
+    Failed,
+    Get,
+    StatusOf,
+    decode_request,
+    encode_answer,
+)
+from swarmcache.user_tree import User
+
+log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 4096
+CLIENTS_PER_USER_MAX = 1024
+DESCRIPTORS_MAX = 4
+BACKLOG_BYTES = 1 << 20
+_CREDENTIALS = struct.Struct("3i")
+
+Handler = Callable[["LocalConnection", Get | StatusOf, int | None], None]
+
+
+class LocalConnection:
+    """One client. ``closed`` is called once when it has gone."""
+
+    def __init__(self, server: LocalServer, sock: socket.socket, user: User) -> None:
+        self.user = user
+        self.on_closed: dict[object, Callable[[], None]] = {}
+        self._server = server
+        self._sock = sock
+        self._received = b""
+        self._descriptors: deque[int] = deque()
+        self._unsent = b""
+        self._open = True
+        server.loop.add_reader(sock.fileno(), self._readable)
+
+    def send(self, answer: Answer) -> None:
+        """Send one answer. Nothing happens when the client has gone."""
+        if not self._open:
+            return
+        self._unsent += encode_answer(answer)
+        self._flush()
+
+    def close(self) -> None:
+        """End the connection and everything that hangs on it."""
+        if not self._open:
+            return
+        self._open = False
+        self._server.loop.remove_reader(self._sock.fileno())
+        self._server.loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        self._server.forget(self)
+        for callback in list(self.on_closed.values()):
+            callback()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._sock.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            log.debug("a client has gone: %s", error)
+            self.close()
+            return
+        self._unsent = self._unsent[sent:]
+        if len(self._unsent) > BACKLOG_BYTES:
+            self.close()
+        elif self._unsent:
+            self._server.loop.add_writer(self._sock.fileno(), self._flush)
+        else:
+            self._server.loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.debug("a client has gone: %s", error)
+            self.close()
+            return
+        self._descriptors.extend(descriptors)
+        if not data:
+            self.close()
+            return
+        self._received += data
+        if len(self._descriptors) > DESCRIPTORS_MAX:
+            self._refuse(f"more than {DESCRIPTORS_MAX} descriptors without a request")
+            return
+        while self._open and b"\n" in self._received:
+            line, _, self._received = self._received.partition(b"\n")
+            self._take(line)
+        if len(self._received) > LINE_MAX_BYTES:
+            self._refuse(f"a request is at most {LINE_MAX_BYTES} bytes long")
+
+    def _take(self, line: bytes) -> None:
+        try:
+            request = decode_request(line)
+        except BadMessage as error:
+            self._refuse(str(error))
+            return
+        if isinstance(request, Get):
+            if not self._descriptors:
+                self._refuse("a get comes with an open descriptor")
+                return
+            self._server.handler(self, request, self._descriptors.popleft())
+        else:
+            self._server.handler(self, request, None)
+
+    def _refuse(self, reason: str) -> None:
+        self.send(Failed(reason))
+        self.close()
+
+
+class LocalServer:
+    """The listening socket. ``handler`` owns the descriptor it is given."""
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self.handler = handler
+        self.loop = asyncio.get_running_loop()
+        self._path = path
+        self._connections: dict[LocalConnection, None] = {}
+        self._listener = _listen(path)
+        self.loop.add_reader(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Close everything and remove the socket."""
+        self.loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+        for connection in list(self._connections):
+            connection.close()
+
+    def forget(self, connection: LocalConnection) -> None:
+        """A connection has closed."""
+        self._connections.pop(connection, None)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors: the client stays in the queue and is taken when one is free.
+            log.warning("cannot accept a local client: %s", error)
+            self.loop.remove_reader(self._listener.fileno())
+            self.loop.call_later(0.1, self._accept_again)
+            return
+        sock.setblocking(False)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        connection = LocalConnection(self, sock, User(uid, _user_name(uid)))
+        self._connections[connection] = None
+        refusal = self._refusal(uid)
+        if refusal:
+            connection.send(Failed(refusal))
+            connection.close()
+
+    def _accept_again(self) -> None:
+        if self._listener.fileno() >= 0:
+            self.loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _refusal(self, uid: int) -> str:
+        own = os.getuid()
+        if own != 0 and uid not in (0, own):
+            return f"this daemon serves the user with uid {own} only"
+        same = sum(connection.user.uid == uid for connection in self._connections)
+        if same > CLIENTS_PER_USER_MAX or len(self._connections) > CLIENTS_MAX:
+            return "too many requests at once"
+        return ""
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind the socket: for everybody when run by root, for its own user otherwise."""
+    shared = os.getuid() == 0
+    path.parent.mkdir(mode=0o755 if shared else 0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _remove_stale(path)
+        listener.bind(os.fspath(path))
+        os.chmod(path, 0o666 if shared else 0o600)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise LocalError(f"cannot listen on {path}: {error}") from error
+    except LocalError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a daemon that has died. Raises LocalError when one is alive there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise LocalError(f"another daemon listens on {path}")

@@ -1,0 +1,311 @@
+"""A file on its way into the cache: its chunks, the journal of them, and its manifest.
+
+The journal lists every chunk that has been written, with its digest, so that a daemon that was
+killed can go on where it was. It is a list of claims: each is digested again before it counts.
+
+Journal and manifest begin with the same header, which says of which file version and chunk size
+they are. In a journal there follow records of 36 bytes (chunk number and digest) in the order of
+arrival; in a manifest the digests in the order of the chunks, and the root digest. All numbers
+are little-endian.
+
+Invariant: a chunk is had only if all its bytes are written and its digest is in the journal; a
+chunk that is had is never written again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from blake3 import blake3
+
+from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, FileVersion, Manifest
+from swarmcache.disk_calls import SharedFile, disk_errors, write_all
+from swarmcache.errors import LocalError
+from swarmcache.user_tree import User
+
+_HEADER = struct.Struct("<8sQqIII")  # magic, size, mtime, chunk size, lengths of path and origin
+_RECORD = struct.Struct(f"<I{DIGEST_BYTES}s")
+JOURNAL_MAGIC = b"swcJrnl1"
+MANIFEST_MAGIC = b"swcMnfs1"
+READ_SIZE_BYTES = 1 << 20  # BLAKE3 is at full speed from 128 KiB on; this stays in the L2 cache
+
+
+def encode_header(magic: bytes, version: FileVersion, layout: ChunkLayout) -> bytes:
+    """What a journal or manifest of this file version and chunk size begins with."""
+    origin = os.fsencode(version.origin)
+    numbers = (version.size_bytes, version.mtime_ns, layout.chunk_size_bytes)
+    header = _HEADER.pack(magic, *numbers, len(version.path), len(origin)) + version.path + origin
+    return header + blake3(header).digest()
+
+
+def decode_header(magic: bytes, data: bytes) -> tuple[FileVersion, ChunkLayout, int] | None:
+    """File version, layout and length in bytes of the header of ``data``; None if it has none."""
+    if len(data) < _HEADER.size:
+        return None
+    found, size_bytes, mtime_ns, chunk_size_bytes, path_len, origin_len = _HEADER.unpack_from(data)
+    end = _HEADER.size + path_len + origin_len
+    if found != magic or blake3(data[:end]).digest() != data[end : end + DIGEST_BYTES]:
+        return None
+    path = data[_HEADER.size : _HEADER.size + path_len]
+    origin = os.fsdecode(data[_HEADER.size + path_len : end])
+    version = FileVersion(path, size_bytes, mtime_ns, origin)
+    return version, ChunkLayout(size_bytes, chunk_size_bytes), end + DIGEST_BYTES
+
+
+def encode_manifest(version: FileVersion, manifest: Manifest) -> bytes:
+    header = encode_header(MANIFEST_MAGIC, version, manifest.layout)
+    return header + b"".join(manifest.digests) + manifest.root
+
+
+def decode_manifest(data: bytes) -> tuple[FileVersion, Manifest] | None:
+    """The inverse of ``encode_manifest``; None when the bytes are not a whole manifest."""
+    decoded = decode_header(MANIFEST_MAGIC, data)
+    if decoded is None:
+        return None
+    version, layout, start = decoded
+    if len(data) != start + DIGEST_BYTES * (layout.chunk_count + 1):
+        return None
+    digests = [data[at : at + DIGEST_BYTES] for at in range(start, len(data), DIGEST_BYTES)]
+    manifest = Manifest(layout, tuple(digests[:-1]))
+    return (version, manifest) if manifest.root == digests[-1] else None
+
+
+def encode_record(chunk: int, digest: bytes) -> bytes:
+    """One record of a journal."""
+    return _RECORD.pack(chunk, digest)
+
+
+def decode_journal(
+    data: bytes, version: FileVersion, layout: ChunkLayout
+) -> tuple[dict[int, set[bytes]], int] | None:
+    """The claims in a journal, and its length in bytes up to the last whole record.
+
+    None when it is not one of this file version and chunk size. Where a chunk has been claimed
+    with several digests (a power cut can leave junk between good records), each is listed.
+    """
+    decoded = decode_header(JOURNAL_MAGIC, data)
+    if decoded is None or decoded[:2] != (version, layout):
+        return None
+    start = decoded[2]
+    end = start + (len(data) - start) // _RECORD.size * _RECORD.size
+    claims: dict[int, set[bytes]] = {}
+    for chunk, digest in _RECORD.iter_unpack(data[start:end]):
+        if chunk < layout.chunk_count:
+            claims.setdefault(chunk, set()).add(digest)
+    return claims, end
+
+
+def journal_size_bytes(version: FileVersion, layout: ChunkLayout) -> int:
+    """Length of a journal in which every chunk has one record."""
+    header = encode_header(JOURNAL_MAGIC, version, layout)
+    return len(header) + layout.chunk_count * _RECORD.size
+
+
+def digest_range(fd: int, offset_bytes: int, length_bytes: int) -> bytes:
+    """BLAKE3 of a range of a file; of what there is of it where the file ends. Raises OSError."""
+    hasher = blake3()
+    buffer = memoryview(bytearray(min(READ_SIZE_BYTES, max(length_bytes, 1))))
+    end = offset_bytes + length_bytes
+    while offset_bytes < end:
+        wanted = buffer[: min(len(buffer), end - offset_bytes)]
+        count = os.preadv(fd, [wanted], offset_bytes)
+        if count == 0:
+            break
+        hasher.update(wanted[:count])
+        offset_bytes += count
+    return hasher.digest()
+
+
+class PartialOwner(Protocol):
+    """What a partial file asks of the store that it belongs to."""
+
+    def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]: ...
+
+    def discard(self, partial: Partial) -> None: ...
+
+    def leave(self, partial: Partial) -> None: ...
+
+
+class Partial:
+    """One file being fetched; its space is reserved. Made by ``Cache.begin``. Thread-safe.
+
+    ``publish``, ``discard`` or ``close`` ends it; afterwards every write raises LocalError.
+    """
+
+    def __init__(
+        self,
+        owner: PartialOwner,
+        version: FileVersion,
+        layout: ChunkLayout,
+        file: SharedFile,
+        journal_fd: int,
+        journal_end: int,
+        claims: dict[int, set[bytes]],
+    ) -> None:
+        """Takes over ``file`` and ``journal_fd``."""
+        self.version = version
+        self.layout = layout
+        self.file = file
+        self._owner = owner
+        self._journal_fd = journal_fd
+        self._journal_end = journal_end
+        self._claims = claims
+        self._digests: dict[int, bytes] = {}
+        self._writers = 0
+        self._open = True
+        self._changed = threading.Condition()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether an earlier life of the daemon has left chunks that ``recover`` may find good."""
+        return bool(self._claims)
+
+    @property
+    def complete(self) -> bool:
+        return len(self._digests) == self.layout.chunk_count
+
+    def has(self, chunk: int) -> bool:
+        """Whether the chunk can be served."""
+        return chunk in self._digests
+
+    def recover(self) -> Iterator[tuple[int, bytes]]:
+        """Every chunk written by an earlier life of the daemon that still has its digest.
+
+        Yields (chunk, digest) after reading the chunk, so it belongs into a worker thread. What
+        does not match is no longer claimed. Raises LocalError when the disk fails.
+        """
+        claims, self._claims = self._claims, {}
+        for chunk, digests in sorted(claims.items()):
+            if not self._begin_use(chunk):
+                continue  # fetched anew meanwhile
+            try:
+                with disk_errors("read a partial file"):
+                    digest = digest_range(
+                        self.file.fd,
+                        self.layout.offset_bytes(chunk),
+                        self.layout.length_bytes(chunk),
+                    )
+            finally:
+                self._end_use()
+            if digest not in digests:
+                continue
+            with self._changed:
+                self._digests.setdefault(chunk, digest)
+            yield chunk, digest
+
+    def write_chunk(self, chunk: int, data: bytes | memoryview, digest: bytes) -> None:
+        """Write a chunk whose bytes have been found to have this digest.
+
+        A chunk that is had already is left as it is. Raises NoSpace, LocalError.
+        """
+        assert len(data) == self.layout.length_bytes(chunk), "the chunk has another length"
+        if self._write(chunk, self.layout.offset_bytes(chunk), data):
+            self.commit_chunk(chunk, digest)
+
+    def write_piece(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """Write part of one chunk, which counts only after ``commit_chunk``.
+
+        ``offset_bytes`` is from the beginning of the file; the bytes must be of a single chunk.
+        Raises NoSpace, LocalError.
+        """
+        chunk, within = divmod(offset_bytes, self.layout.chunk_size_bytes)
+        assert within + len(data) <= self.layout.length_bytes(chunk), "a piece of two chunks"
+        self._write(chunk, offset_bytes, data)
+
+    def commit_chunk(self, chunk: int, digest: bytes) -> None:
+        """All bytes of the chunk are written and have this digest: note it, serve it.
+
+        Raises NoSpace, LocalError; then the chunk is not had.
+        """
+        assert len(digest) == DIGEST_BYTES
+        assert 0 <= chunk < self.layout.chunk_count
+        with self._changed:
+            self._require_open()
+            if chunk in self._digests:
+                return
+            # At an offset of our own, so that a record cut short by a full disk is overwritten.
+            with disk_errors("write the journal of a partial file"):
+                write_all(self._journal_fd, encode_record(chunk, digest), self._journal_end)
+            self._journal_end += _RECORD.size
+            self._digests[chunk] = digest
+
+    def manifest(self) -> Manifest:
+        """Of a file that is complete."""
+        assert self.complete, "the manifest of an incomplete file"
+        chunks = range(self.layout.chunk_count)
+        return Manifest(self.layout, tuple(self._digests[chunk] for chunk in chunks))
+
+    def publish(self, users: Sequence[User]) -> dict[int, str]:
+        """Make the complete file a replica, with a link for each of the users.
+
+        Returns the path per uid. A user whose link could not be made is missing in it;
+        ``Cache.lookup`` for that user raises with the reason. Raises NoSpace, LocalError: then
+        there is no replica, and the partial file is to be discarded. Waits for writers, so it
+        belongs into a worker thread.
+        """
+        assert self.complete, "published before all chunks were there"
+        with self._changed:
+            self._require_open()
+            # A second copy of a chunk may still be on its way to the disk. Its bytes are the
+            # same, but they must not change the times of the file after these were noted.
+            self._changed.wait_for(lambda: self._writers == 0)
+            self._require_open()
+            paths = self._owner.install(self, users)
+            self._end()
+        return paths
+
+    def discard(self) -> None:
+        """Give up the file and the space reserved for it."""
+        with self._changed:
+            if self._open:
+                self._owner.discard(self)
+                self._digests.clear()
+                self._end()
+
+    def close(self) -> None:
+        """Leave the file and its space for a later ``Cache.begin`` to resume."""
+        with self._changed:
+            if self._open:
+                self._owner.leave(self)
+                self._end()
+
+    def _write(self, chunk: int, offset_bytes: int, data: bytes | memoryview) -> bool:
+        """Write bytes of a chunk; False when the chunk is had already."""
+        if not self._begin_use(chunk):
+            return False
+        try:
+            with disk_errors("write a chunk"):
+                write_all(self.file.fd, data, offset_bytes)
+        finally:
+            self._end_use()
+        return True
+
+    def _begin_use(self, chunk: int) -> bool:
+        """Keep the file open for work on a chunk; False when the chunk is had already."""
+        with self._changed:
+            self._require_open()
+            if chunk in self._digests:
+                return False
+            retained = self.file.retain()
+            assert retained, "an open partial file has its descriptor"
+            self._writers += 1
+            return True
+
+    def _end_use(self) -> None:
+        self.file.release()
+        with self._changed:
+            self._writers -= 1
+            self._changed.notify_all()
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise LocalError("the partial file is no longer open")
+
+    def _end(self) -> None:
+        self._open = False
+        os.close(self._journal_fd)
+        self.file.release()

@@ -1,0 +1,225 @@
+"""The directory of partial files, and the space that is reserved for them.
+
+Space is reserved for the whole of a file before its first byte: set aside on the disk where the
+file system can do that, kept account of where it cannot.
+
+Invariant: what replicas and reservations take together never exceeds ``max_usage``, and if all
+reserved bytes were written now, the free space would not fall below ``min_free``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from swarmcache.chunks import ChunkLayout, FileVersion
+from swarmcache.disk_calls import SharedFile, disk_errors, reserve, unlink_if_there, write_all
+from swarmcache.errors import NoSpace
+from swarmcache.partial import (
+    JOURNAL_MAGIC,
+    Partial,
+    decode_journal,
+    encode_header,
+    journal_size_bytes,
+)
+from swarmcache.user_tree import User
+
+PARTIAL_AGE_MAX_S = 24 * 3600.0
+# What the index, its log (see LOG_SIZE_MAX_BYTES) and new directories may take from the disk
+# without being asked for one by one.
+UNCOUNTED_MAX_BYTES = 8 << 20
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_JOURNAL = ".chunks"
+_NAME = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class SpaceLimits:
+    """Both take the capacity of the disk in bytes.
+
+    ``min_free`` returns the bytes that stay free, ``max_usage`` the bytes that the cache may take.
+    """
+
+    min_free: Callable[[int], int]
+    max_usage: Callable[[int], int]
+
+
+class PartialStore:
+    """All partial files of a cache directory, open or left from before. Thread-safe."""
+
+    def __init__(
+        self,
+        directory_fd: int,
+        limits: SpaceLimits,
+        replicas_bytes: Callable[[], int],
+        install: Callable[[Partial, Sequence[User]], dict[int, str]],
+    ) -> None:
+        """``directory_fd`` stays the caller's. ``replicas_bytes``: what all replicas take.
+
+        ``install`` makes a complete partial file a replica. Counts what earlier lives have left;
+        removes what is too old to resume. Raises LocalError.
+        """
+        self._fd = directory_fd
+        self._limits = limits
+        self._replicas_bytes = replicas_bytes
+        self._install = install
+        # Also keeps two reservations from counting on the same free space.
+        self._lock = threading.RLock()
+        self._open: dict[bytes, Partial] = {}
+        self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
+        self._unallocated: dict[bytes, int] = {}  # what of that the disk has not set aside, at most
+        with disk_errors("look through the partial files"):
+            self._account()
+
+    def find(self, version_id: bytes) -> Partial | None:
+        """The partial file if it is open."""
+        return self._open.get(version_id)
+
+    def close(self) -> None:
+        """Leave all partial files for the next start."""
+        for partial in list(self._open.values()):
+            partial.close()
+
+    def reserved_bytes(self) -> int:
+        """What all partial files take or may still take."""
+        # Without the lock, which ``begin`` may hold for as long as the disk sets space aside.
+        return sum(list(self._reserved_bytes.values()))
+
+    def stored_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
+        """What a file takes of the disk, with its journal or manifest, in whole blocks."""
+        block = os.fstatvfs(self._fd).f_frsize
+        # A journal is no shorter than the manifest that takes its place.
+        sizes = (version.size_bytes, journal_size_bytes(version, layout))
+        return sum(-(-size // block) * block for size in sizes)
+
+    def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
+        """See ``Cache.begin``."""
+        layout = ChunkLayout(version.size_bytes, chunk_size_bytes)
+        version_id = version.version_id
+        name = version_id.hex()
+        with self._lock, disk_errors(f"begin {name}"), ExitStack() as stack:
+            assert version_id not in self._open, "begun twice at once"
+            claims, journal_end = self._resumable(name, version, layout)
+            if journal_end == 0:
+                self._remove(version_id)
+                self._check_room(version, self.stored_bytes(version, layout))
+                stack.callback(self._remove, version_id)
+            fd = os.open(name, _MAKE, 0o600, dir_fd=self._fd)
+            file = SharedFile(fd)
+            stack.callback(file.release)
+            journal_fd = os.open(name + _JOURNAL, _MAKE, 0o600, dir_fd=self._fd)
+            stack.callback(os.close, journal_fd)
+            self._reserve(version, layout, fd, journal_fd)
+            if journal_end == 0:
+                header = encode_header(JOURNAL_MAGIC, version, layout)
+                write_all(journal_fd, header, 0)
+                journal_end = len(header)
+            os.ftruncate(journal_fd, journal_end)
+            partial = Partial(self, version, layout, file, journal_fd, journal_end, claims)
+            self._open[version_id] = partial
+            stack.pop_all()
+            return partial
+
+    def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]:
+        """Make a complete partial file a replica. For ``Partial.publish``."""
+        version_id = partial.version.version_id
+        paths = self._install(partial, users)
+        self._forget(version_id)
+        with disk_errors("remove a journal"):
+            unlink_if_there(version_id.hex() + _JOURNAL, self._fd)
+        return paths
+
+    def discard(self, partial: Partial) -> None:
+        """Remove a partial file, release its space. For ``Partial.discard``."""
+        with disk_errors("remove a partial file"):
+            self._remove(partial.version.version_id)
+
+    def leave(self, partial: Partial) -> None:
+        """Keep a partial file and its space, closed. For ``Partial.close``."""
+        with self._lock:
+            self._open.pop(partial.version.version_id, None)
+
+    def _account(self) -> None:
+        names = set(os.listdir(self._fd))
+        oldest_s = time.time() - PARTIAL_AGE_MAX_S
+        kept: set[str] = set()
+        for name in names:
+            if _NAME.fullmatch(name) and name + _JOURNAL in names:
+                pair = [self._stat(name), self._stat(name + _JOURNAL)]
+                if max(status.st_mtime for status in pair) >= oldest_s:
+                    version_id = bytes.fromhex(name)
+                    self._reserved_bytes[version_id] = sum(map(_taken_bytes, pair))
+                    self._unallocated[version_id] = _unallocated_bytes(pair[0])
+                    kept |= {name, name + _JOURNAL}
+        for name in names - kept:
+            unlink_if_there(name, self._fd)
+
+    def _stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+
+    def _resumable(
+        self, name: str, version: FileVersion, layout: ChunkLayout
+    ) -> tuple[dict[int, set[bytes]], int]:
+        """Claims and length in bytes of a journal to go on with; length 0 when there is none."""
+        try:
+            size_bytes = self._stat(name).st_size
+            fd = os.open(name + _JOURNAL, _READ, dir_fd=self._fd)
+        except FileNotFoundError:
+            return {}, 0
+        with os.fdopen(fd, "rb") as file:
+            journal = decode_journal(file.read(), version, layout)
+        return journal if journal and size_bytes == version.size_bytes else ({}, 0)
+
+    def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
+        """Raise NoSpace when the limits do not allow this much more."""
+        disk = os.fstatvfs(self._fd)
+        capacity_bytes = disk.f_blocks * disk.f_frsize
+        allowed_bytes = self._limits.max_usage(capacity_bytes)
+        allowed_bytes -= self._replicas_bytes() + self.reserved_bytes()
+        unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
+        free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
+        free_bytes -= self._limits.min_free(capacity_bytes)
+        room_bytes = max(0, min(allowed_bytes, free_bytes))
+        if wanted_bytes > room_bytes:
+            limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"
+            raise NoSpace(
+                f"{os.fsdecode(version.path)} needs {wanted_bytes} bytes, but {limit} leaves"
+                f" {room_bytes} on this node"
+            )
+
+    def _unallocated_now(self, version_id: bytes) -> int:
+        most = self._unallocated[version_id]
+        return min(most, _unallocated_bytes(self._stat(version_id.hex()))) if most else 0
+
+    def _reserve(self, version: FileVersion, layout: ChunkLayout, fd: int, journal_fd: int) -> None:
+        version_id = version.version_id
+        self._reserved_bytes[version_id] = self.stored_bytes(version, layout)
+        set_aside = reserve(fd, version.size_bytes)
+        self._unallocated[version_id] = 0 if set_aside else version.size_bytes
+        reserve(journal_fd, journal_size_bytes(version, layout), keep_size=True)
+
+    def _remove(self, version_id: bytes) -> None:
+        with self._lock:
+            for suffix in ("", _JOURNAL, ".manifest"):
+                unlink_if_there(version_id.hex() + suffix, self._fd)
+            self._forget(version_id)
+
+    def _forget(self, version_id: bytes) -> None:
+        with self._lock:
+            self._open.pop(version_id, None)
+            self._reserved_bytes.pop(version_id, None)
+            self._unallocated.pop(version_id, None)
+
+
+def _taken_bytes(status: os.stat_result) -> int:
+    return max(status.st_size, 512 * status.st_blocks)  # st_blocks counts 512 bytes, always
+
+
+def _unallocated_bytes(status: os.stat_result) -> int:
+    return max(0, status.st_size - 512 * status.st_blocks)

@@ -1,0 +1,820 @@
+"""The node daemon: sockets, threads and the timer around ``PeerState``.
+
+The event loop carries the control plane. Whatever may block runs in threads: looking at sources,
+the disk, reading from the file server, and the chunks themselves (``transfer.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from swarmcache import errors
+from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
+from swarmcache.chunks import choose_chunk_size
+from swarmcache.clock import now_s
+from swarmcache.config import Config
+from swarmcache.disk import Cache
+from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
+from swarmcache.link import Link, accept, connect
+from swarmcache.local_protocol import (
+    Cached,
+    Failed,
+    Get,
+    NodeStatus,
+    Original,
+    Progress,
+    StatusOf,
+)
+from swarmcache.local_server import LocalConnection, LocalServer
+from swarmcache.machine_shell import MachineShell
+from swarmcache.messages import (
+    REPLICAS_MAX,
+    Message,
+    NodeAddress,
+    Replicas,
+    decode_between_nodes,
+    decode_from_tracker,
+    encode,
+)
+from swarmcache.partial import Partial
+from swarmcache.peer_events import (
+    AnnounceReplicas,
+    AnswerCached,
+    AnswerOriginal,
+    AnswerStatus,
+    ChunkAbsent,
+    ChunkArrived,
+    ChunkCorrupt,
+    ChunkRead,
+    ChunksRecovered,
+    DialPeer,
+    DiskMeasured,
+    DistrustPeer,
+    DropPartial,
+    FetchChunk,
+    FilePublished,
+    FileWanted,
+    HangUp,
+    LoadManifest,
+    ManifestLoaded,
+    PeerBusy,
+    PeerConnected,
+    PeerEffect,
+    PeerEvent,
+    PeerLost,
+    PeerSaid,
+    PeerUnreachable,
+    PublishFailed,
+    PublishFile,
+    RangeReadDone,
+    RangeReadFailed,
+    ReadRange,
+    RequestGone,
+    ReserveSpace,
+    SpaceRefused,
+    SpaceReserved,
+    StatusWanted,
+    TellPeer,
+    TellTracker,
+    TimePassed,
+    TrackerConnected,
+    TrackerLost,
+    TrackerSaid,
+    WriteFailed,
+)
+from swarmcache.peer_state import FLIGHTS_MAX, Fetching, PeerState
+from swarmcache.quantities import HostPort
+from swarmcache.serving import (
+    allow_many_descriptors,
+    cluster_key,
+    listening_port,
+    say_ready,
+    until_told_to_end,
+)
+from swarmcache.source_file import SourceExaminer, SourceFile, same_version
+from swarmcache.transfer import ChunkFetcher, ChunkServer, SourceReader
+from swarmcache.user_tree import User
+
+log = logging.getLogger(__name__)
+
+BUFFERS_BYTES_MAX = 48 << 20
+DISK_THREADS = 4
+READ_THREADS = 8
+EXAMINE_THREADS = 16
+PROGRESS_S = 0.25
+DISK_STATUS_S = 5.0
+RECONNECT_S = 0.1
+RECONNECT_MAX_S = 1.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class LocalRequest:
+    """A client that waits for a file. ``fd`` is the descriptor that it handed over."""
+
+    connection: LocalConnection
+    source: SourceFile
+    fd: int
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Work:
+    """What the shell holds of one file version that the machine is fetching.
+
+    ``fds``: descriptors of the source, one per user who asked, closed when the work ends.
+    """
+
+    partial: Partial | None = None
+    from_peers_bytes: int = 0
+    from_file_server_bytes: int = 0
+    users: dict[int, User] = field(default_factory=dict)
+    fds: list[int] = field(default_factory=list)
+
+
+class Daemon:
+    """One node daemon. ``start`` it, and ``stop`` it in the end."""
+
+    def __init__(self, config: Config, key: ClusterKey) -> None:
+        self._config = config
+        self._key = key
+        self._loop = asyncio.get_running_loop()
+        self._examiner = SourceExaminer(config)
+        self._cache = open_cache(config)
+        self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
+        self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
+        self._reader = SourceReader()
+        self._received_bytes: Counter[str] = Counter()
+        self._read_bytes = 0
+        self._uploaded_bytes = 0
+        self._links: dict[str, Link] = {}
+        self._tracker_link: Link | None = None
+        self._requests: dict[int, LocalRequest] = {}
+        self._status_requests: dict[int, LocalConnection] = {}
+        self._request_count = 0
+        self._work: dict[bytes, Work] = {}
+        self._disk_tail: dict[bytes, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._encoded: tuple[Message | None, bytes] = (None, b"")
+        self._started_s = now_s()
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> HostPort:
+        """Listen everywhere; returns the address of the control server. Raises LocalError, OSError."""
+        listen = self._config.daemon.listen
+        self._runner = web.AppRunner(
+            self._application(), access_log=None, shutdown_timeout=1.0, handle_signals=False
+        )
+        await self._runner.setup()
+        await web.TCPSite(self._runner, listen.host, listen.port, backlog=1024).start()
+        port = listening_port(self._runner)
+        self._chunk_server = ChunkServer(
+            self._key,
+            self._cache.open_source,
+            uploads_max=self._config.transfer.uploads_max,
+            upload_rate_max_bytes_per_s=self._config.transfer.upload_rate_max_bytes_per_s,
+            on_uploaded=self._uploaded,
+        )
+        data_port = await self._chunk_server.start(listen.host, port + 1 if listen.port else 0)
+        advertised = self._config.daemon.advertise or HostPort(listen.host, port)
+        if advertised.port == 0:
+            advertised = HostPort(advertised.host, port)
+        name = socket.gethostname()[:64]
+        self.address = NodeAddress(str(advertised), data_port, name)
+        self._identity = msgspec.msgpack.encode(self.address)
+        if len(self._identity) > IDENTITY_MAX_BYTES:
+            raise ConfigError(f"the advertised address {advertised} is too long")
+        self._fetcher = ChunkFetcher(
+            self._key,
+            self.address.node.encode(),
+            threads=FLIGHTS_MAX,
+            buffers_bytes_max=BUFFERS_BYTES_MAX,
+            download_rate_max_bytes_per_s=self._config.transfer.download_rate_max_bytes_per_s,
+        )
+        self._state = PeerState(
+            self.address,
+            random.Random(os.urandom(16)),
+            peers_max=self._config.transfer.peers_max,
+            stall_s=self._config.get.stall_s,
+            buffers_bytes_max=BUFFERS_BYTES_MAX,
+        )
+        self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
+            self._state, self._carry_out, TimePassed()
+        )
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
+        self._spawn(self._stay_with_tracker())
+        self._spawn(self._measure_disk())
+        self._spawn(self._recover_undurable())
+        return HostPort(listen.host, port)
+
+    async def stop(self) -> None:
+        """End everything in an orderly way; who still waits gets the original path."""
+        for request in list(self._requests):
+            self._answer_original(request, "the daemon is being stopped")
+        self._local_server.close()
+        self._shell.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in [*self._links.values(), *([self._tracker_link] if self._tracker_link else [])]:
+            await link.wait_closed()
+        await self._session.close()
+        await self._runner.cleanup()
+        await self._chunk_server.stop()
+        self._state.lease_until_s = 0.0
+        await asyncio.to_thread(self._stop_threads)
+        self._cache.close()
+        self._examiner.close()
+
+    def _stop_threads(self) -> None:
+        self._fetcher.close()
+        for threads in (self._read_threads, self._disk_threads, self._examine_threads):
+            threads.shutdown(cancel_futures=True)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the daemon failed", exc_info=task.exception())
+
+    async def _in_thread(
+        self, threads: ThreadPoolExecutor, function: Callable[..., Result], *args: object
+    ) -> Result:
+        return await self._loop.run_in_executor(threads, function, *args)
+
+    # --- local clients --------------------------------------------------------------------------
+
+    def _take_request(
+        self, connection: LocalConnection, request: Get | StatusOf, fd: int | None
+    ) -> None:
+        if isinstance(request, StatusOf):
+            self._request_count += 1
+            number = self._request_count
+            self._status_requests[number] = connection
+            self._shell.handle(StatusWanted(number))
+            return
+        assert fd is not None, "a get without a descriptor"
+        self._spawn(self._get(connection, request, fd))
+
+    async def _get(self, connection: LocalConnection, get: Get, fd: int) -> None:
+        try:
+            source = await self._in_thread(self._examine_threads, self._examiner.examine, fd)
+            path = self._cache.lookup(source.version, connection.user)
+        except SwarmcacheError as error:
+            os.close(fd)
+            connection.send(Original(str(error)))
+            return
+        if path is not None:
+            os.close(fd)
+            connection.send(Cached(os.fsencode(path), hit=True))
+            return
+        self._request_count += 1
+        number = self._request_count
+        request = LocalRequest(connection, source, fd)
+        self._requests[number] = request
+        connection.on_closed[number] = lambda: self._client_gone(number)
+        if get.wait_s is not None:
+            reason = f"not here within {get.wait_s:g} s"
+            late = self._loop.call_later(get.wait_s, self._answer_early, number, reason)
+            request.timers.append(late)
+        if get.progress:
+            self._send_progress(number)
+        self._want(number, request)
+
+    def _want(self, number: int, request: LocalRequest) -> None:
+        source = request.source
+        work = self._work.setdefault(source.version.version_id, Work())
+        user = request.connection.user
+        work.users[user.uid] = user
+        if len(work.fds) < len(work.users):
+            work.fds.append(os.dup(request.fd))
+        chunk_size_bytes = self._config.transfer.chunk_size_bytes or choose_chunk_size(
+            source.version.size_bytes
+        )
+        self._shell.handle(
+            FileWanted(number, source.version, source.file_server, user.name, chunk_size_bytes)
+        )
+
+    def _send_progress(self, number: int) -> None:
+        request = self._requests.get(number)
+        if request is None:
+            return
+        version = request.source.version
+        fetching = self._state.fetching(version.version_id)
+        download = fetching.download if fetching is not None else None
+        progress = Progress(version.size_bytes, 0, 0, 0, 0)
+        if fetching is not None and download is not None:
+            progress = Progress(
+                version.size_bytes,
+                download.from_peers_bytes,
+                download.from_file_server_bytes,
+                download.recovered_bytes,
+                len(download.peers),
+                waiting_for=self._waiting_for(fetching),
+            )
+        request.connection.send(progress)
+        request.timers.append(self._loop.call_later(PROGRESS_S, self._send_progress, number))
+
+    def _waiting_for(self, fetching: Fetching) -> str:
+        if not self._state.tracker_connected:
+            return "the tracker"
+        if fetching.waiting_for_slot:
+            return f"a slot of {fetching.file_server}"
+        return ""
+
+    def _client_gone(self, number: int) -> None:
+        if self._end_request(number) is not None:
+            self._shell.handle(RequestGone(number))
+
+    def _answer_early(self, number: int, reason: str) -> None:
+        self._answer_original(number, reason)
+        self._shell.handle(RequestGone(number))
+
+    def _end_request(self, number: int) -> LocalRequest | None:
+        request = self._requests.pop(number, None)
+        if request is not None:
+            request.connection.on_closed.pop(number, None)
+            for timer in request.timers:
+                timer.cancel()
+            os.close(request.fd)
+        return request
+
+    def _answer_original(self, number: int, reason: str, *, retry: bool = False) -> None:
+        request = self._end_request(number)
+        if request is not None:
+            request.connection.send(Original(reason, retry))
+
+    async def _verify_and_answer(
+        self, number: int, from_peers_bytes: int, from_file_server_bytes: int
+    ) -> None:
+        """Hand out the copy if the source is still the file version that was asked for."""
+        request = self._requests.get(number)
+        if request is None:
+            return
+        version = request.source.version
+        fd = os.dup(request.fd)
+        try:
+            same = await self._in_thread(self._examine_threads, same_version, fd, version)
+            path = self._cache.lookup(version, request.connection.user) if same else None
+        except SwarmcacheError as error:
+            self._answer_original(number, str(error))
+            return
+        finally:
+            os.close(fd)
+        if path is None:
+            self._answer_original(number, "the source changed meanwhile", retry=True)
+        elif self._end_request(number) is not None:
+            request.connection.send(
+                Cached(os.fsencode(path), False, from_peers_bytes, from_file_server_bytes)
+            )
+
+    def _answer_status(self, effect: AnswerStatus) -> None:
+        connection = self._status_requests.pop(effect.request)
+        try:
+            node = self._node_status()
+        except LocalError as error:
+            connection.send(Failed(str(error)))
+            return
+        connection.send(NodeStatus(node, effect.cluster, effect.reason))
+
+    def _node_status(self) -> dict[str, Any]:
+        return {
+            "address": self.address.node,
+            "data_port": self.address.data_port,
+            "name": self.address.name,
+            "running_s": round(now_s() - self._started_s, 3),
+            "tracker_connected": self._state.tracker_connected,
+            "received_bytes": dict(self._received_bytes),
+            "read_bytes": self._read_bytes,
+            "uploaded_bytes": self._uploaded_bytes,
+            "peers": [
+                {"node": node, "connected": connected, "distrusted": distrusted}
+                for node, connected, distrusted in self._state.neighbours()
+            ],
+            "downloads": [self._download_status(fetching) for fetching in self._state.downloads()],
+            "disk": msgspec.to_builtins(self._cache.status()),
+        }
+
+    def _download_status(self, fetching: Fetching) -> dict[str, Any]:
+        download = fetching.download
+        held = download.held if download is not None else 0
+        return {
+            "version_id": fetching.version.version_id.hex(),
+            "path": os.fsdecode(fetching.version.path).encode(errors="replace").decode(),
+            "size_bytes": fetching.version.size_bytes,
+            "done_bytes": download.layout.mask_bytes(held) if download is not None else 0,
+            "from_peers_bytes": download.from_peers_bytes if download is not None else 0,
+            "from_file_server_bytes": (
+                download.from_file_server_bytes if download is not None else 0
+            ),
+            "waiting_for": self._waiting_for(fetching),
+        }
+
+    # --- the tracker ----------------------------------------------------------------------------
+
+    async def _stay_with_tracker(self) -> None:
+        """Keep one connection to the tracker, as long as the daemon lives."""
+        wait_s = RECONNECT_S
+        while True:
+            try:
+                address = self._config.cluster.tracker
+                link = await connect(self._session, address, self._key, "tracker", self._identity)
+            except SwarmcacheError as error:
+                self._shell.handle(TrackerLost(f"no connection to the tracker: {error}"))
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(wait_s * 2, RECONNECT_MAX_S)
+                continue
+            wait_s = RECONNECT_S
+            log.info("connected to the tracker at %s", address)
+            self._tracker_link = link
+            self._shell.handle(TrackerConnected())
+            reason = "the tracker closed the connection"
+            try:
+                await link.receive(
+                    lambda data: self._shell.handle(TrackerSaid(decode_from_tracker(data)))
+                )
+            except SwarmcacheError as error:
+                reason = f"lost the tracker: {error}"
+            log.warning("%s", reason)
+            self._tracker_link = None
+            self._shell.handle(TrackerLost(reason))
+            await link.wait_closed()
+
+    def _tell_tracker(self, message: Message) -> None:
+        if self._tracker_link is not None:
+            self._tracker_link.send(encode(message))
+
+    async def _announce_replicas(self) -> None:
+        link = self._tracker_link
+        for batch in await self._in_thread(self._disk_threads, self._replica_batches):
+            if link is not None:
+                link.send(encode(Replicas(batch)))
+
+    def _replica_batches(self) -> list[list[bytes]]:
+        version_ids = list(self._cache.replicas())
+        starts = range(0, len(version_ids), REPLICAS_MAX)
+        return [version_ids[start : start + REPLICAS_MAX] for start in starts]
+
+    # --- peers ----------------------------------------------------------------------------------
+
+    def _application(self) -> web.Application:
+        application = web.Application()
+        application.router.add_get("/v1/peer", self._serve_peer)
+        return application
+
+    async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
+        link, response = await accept(request, self._key, "peer", self._identity)
+        await self._talk(link)
+        return response
+
+    async def _dial(self, address: NodeAddress) -> None:
+        try:
+            host_port = HostPort.parse(address.node)
+            link = await connect(self._session, host_port, self._key, "peer", self._identity)
+        except (SwarmcacheError, ValueError) as error:
+            log.info("cannot reach %s: %s", address.node, error)
+            self._shell.handle(PeerLost(address.node, str(error)))
+            return
+        await self._talk(link)
+
+    async def _talk(self, link: Link) -> None:
+        """Receive from a peer until the connection ends."""
+        try:
+            address = msgspec.msgpack.decode(link.identity, type=NodeAddress)
+        except msgspec.MsgspecError as error:
+            await link.wait_closed()
+            raise BadMessage(f"not a node: {error}") from error
+        node = address.node
+        former = self._links.get(node)
+        self._links[node] = link
+        if former is not None:
+            former.close()
+        self._shell.handle(PeerConnected(address))
+        reason = "it closed the connection"
+        try:
+            await link.receive(
+                lambda data: self._shell.handle(PeerSaid(node, decode_between_nodes(data)))
+            )
+        except SwarmcacheError as error:
+            reason = str(error)
+        finally:
+            if self._links.get(node) is link:
+                del self._links[node]
+                self._shell.handle(PeerLost(node, reason))
+            await link.wait_closed()
+
+    def _hang_up(self, node: str) -> None:
+        link = self._links.pop(node, None)
+        if link is not None:
+            link.close()
+
+    def _tell_peer(self, effect: TellPeer) -> None:
+        link = self._links.get(effect.node)
+        if link is None:
+            return
+        if self._encoded[0] is not effect.message:  # the same message often goes to many
+            self._encoded = (effect.message, encode(effect.message))
+        link.send(self._encoded[1])
+
+    # --- effects --------------------------------------------------------------------------------
+
+    def _carry_out(self, effect: PeerEffect) -> None:
+        match effect:
+            case TellPeer():
+                self._tell_peer(effect)
+            case TellTracker():
+                self._tell_tracker(effect.message)
+            case FetchChunk():
+                self._fetch_chunk(effect)
+            case ReadRange():
+                self._read_threads.submit(self._read_range, effect, self._borrow_fd(effect))
+            case DialPeer():
+                self._spawn(self._dial(effect.address))
+            case HangUp():
+                self._hang_up(effect.node)
+            case DistrustPeer():
+                log.error("%s delivers wrong bytes; it is not asked again", effect.node)
+            case AnnounceReplicas():
+                self._spawn(self._announce_replicas())
+            case AnswerCached():
+                work = self._work[effect.version_id]
+                self._spawn(
+                    self._verify_and_answer(
+                        effect.request, work.from_peers_bytes, work.from_file_server_bytes
+                    )
+                )
+            case AnswerOriginal():
+                self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
+            case AnswerStatus():
+                self._answer_status(effect)
+            case _:
+                self._carry_out_on_disk(effect)
+
+    def _carry_out_on_disk(
+        self, effect: ReserveSpace | PublishFile | DropPartial | LoadManifest
+    ) -> None:
+        match effect:
+            case ReserveSpace():
+                self._after_disk(effect.version.version_id, self._reserve(effect))
+            case PublishFile():
+                self._after_disk(effect.version_id, self._publish(effect.version_id))
+            case DropPartial():
+                self._drop(effect)
+            case LoadManifest():
+                self._after_disk(effect.version_id, self._load_manifest(effect.version_id))
+
+    # --- the disk -------------------------------------------------------------------------------
+
+    def _after_disk(self, version_id: bytes, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run disk work on one file version in the order in which it was asked for."""
+        former = self._disk_tail.get(version_id)
+
+        async def in_turn() -> None:
+            if former is not None:
+                await asyncio.wait([former])
+            try:
+                await coroutine
+            finally:
+                if self._disk_tail.get(version_id) is asyncio.current_task():
+                    del self._disk_tail[version_id]
+
+        self._disk_tail[version_id] = self._spawn(in_turn())
+
+    async def _reserve(self, effect: ReserveSpace) -> None:
+        version_id = effect.version.version_id
+        try:
+            partial = await self._in_thread(
+                self._disk_threads, self._cache.begin, effect.version, effect.chunk_size_bytes
+            )
+        except LocalError as error:
+            self._shell.handle(SpaceRefused(version_id, str(error)))
+            return
+        self._work[version_id].partial = partial
+        self._shell.handle(SpaceReserved(version_id, partial.layout.chunk_size_bytes))
+        digests: dict[int, bytes] = {}
+        if partial.resumable:
+            try:
+                digests = await self._in_thread(self._disk_threads, lambda: dict(partial.recover()))
+            except LocalError as error:
+                self._shell.handle(WriteFailed(version_id, str(error)))
+        self._shell.handle(ChunksRecovered(version_id, digests))
+
+    async def _publish(self, version_id: bytes) -> None:
+        work = self._work[version_id]
+        partial = work.partial
+        assert partial is not None, "publishing without a file"
+        fetching = self._state.fetching(version_id)
+        if fetching is not None and fetching.download is not None:
+            work.from_peers_bytes = fetching.download.from_peers_bytes
+            work.from_file_server_bytes = fetching.download.from_file_server_bytes
+        try:
+            users = list(work.users.values())
+            await self._in_thread(self._disk_threads, partial.publish, users)
+        except LocalError as error:
+            self._shell.handle(PublishFailed(version_id, str(error)))
+            return
+        work.partial = None
+        self._shell.handle(FilePublished(version_id))
+        self._end_work(version_id)
+        await self._make_durable(version_id)
+
+    async def _make_durable(self, version_id: bytes) -> None:
+        try:
+            await self._in_thread(self._disk_threads, self._cache.make_durable, version_id)
+        except LocalError as error:
+            log.error("dropped a copy that could not be made durable: %s", error)
+
+    def _drop(self, effect: DropPartial) -> None:
+        work = self._work.get(effect.version_id)
+        partial = None
+        if work is not None:
+            partial, work.partial = work.partial, None
+        self._end_work(effect.version_id)
+        self._after_disk(
+            effect.version_id, self._drop_on_disk(effect.version_id, partial, keep=effect.keep)
+        )
+
+    async def _drop_on_disk(
+        self, version_id: bytes, partial: Partial | None, *, keep: bool
+    ) -> None:
+        try:
+            if partial is not None:
+                drop = partial.close if keep else partial.discard
+                await self._in_thread(self._disk_threads, drop)
+            elif not keep:
+                await self._in_thread(self._disk_threads, self._cache.drop, version_id)
+        except LocalError as error:
+            log.error("cannot drop what was fetched: %s", error)
+
+    def _end_work(self, version_id: bytes) -> None:
+        """Close what the shell holds of a file version, unless it is wanted again already."""
+        if self._state.fetching(version_id) is None:
+            work = self._work.pop(version_id, None)
+            for fd in work.fds if work is not None else []:
+                os.close(fd)
+
+    async def _load_manifest(self, version_id: bytes) -> None:
+        digests: tuple[bytes, ...] = ()
+        try:
+            manifest = await self._in_thread(self._disk_threads, self._cache.manifest, version_id)
+            digests = manifest.digests if manifest is not None else ()
+        except LocalError as error:
+            log.error("cannot read a manifest: %s", error)
+        self._shell.handle(ManifestLoaded(version_id, digests))
+
+    async def _measure_disk(self) -> None:
+        while True:
+            try:
+                disk = await self._in_thread(self._disk_threads, self._cache.status)
+                self._shell.handle(DiskMeasured(disk))
+            except LocalError as error:
+                log.error("cannot measure the disk: %s", error)
+            await asyncio.sleep(DISK_STATUS_S)
+
+    async def _recover_undurable(self) -> None:
+        """Digest what a crash has left in doubt, and announce what is good."""
+        replicas = self._cache.recover_undurable()
+        try:
+            while found := await self._in_thread(self._disk_threads, next, replicas, None):
+                self._tell_tracker(Replicas([found]))
+        except LocalError as error:
+            log.error("cannot look after copies in doubt: %s", error)
+
+    # --- chunks ---------------------------------------------------------------------------------
+
+    def _fetch_chunk(self, effect: FetchChunk) -> None:
+        partial = self._work[effect.version_id].partial
+        assert partial is not None, "fetching a chunk without room for it"
+        host = HostPort.parse(effect.address.node).host
+        future = self._fetcher.fetch(
+            (host, effect.address.data_port),
+            effect.version_id,
+            effect.chunk,
+            effect.length_bytes,
+            effect.digest,
+            lambda data: self._write_chunk(partial, effect, data),
+            effect.deadline_s,
+            effect.stall_s,
+        )
+        future.add_done_callback(
+            lambda done: self._loop.call_soon_threadsafe(self._fetch_ended, effect, done)
+        )
+
+    def _write_chunk(self, partial: Partial, effect: FetchChunk, data: memoryview) -> None:
+        """Runs in a thread. What a second peer delivers may come after the file was put in place."""
+        if not partial.has(effect.chunk):
+            partial.write_chunk(effect.chunk, data, effect.digest)
+
+    def _fetch_ended(self, effect: FetchChunk, future: Future[int]) -> None:
+        if future.cancelled():
+            return
+        node = effect.address.node
+        what = (effect.version_id, effect.chunk, node)
+        error = future.exception()
+        match error:
+            case None:
+                self._received_bytes[node] += future.result()
+                self._shell.handle(ChunkArrived(*what))
+            case errors.ChunkCorrupt():
+                self._shell.handle(ChunkCorrupt(*what))
+            case errors.ChunkAbsent():
+                self._shell.handle(ChunkAbsent(*what))
+            case errors.PeerBusy():
+                self._shell.handle(PeerBusy(*what))
+            case errors.RemoteError():
+                log.info("chunk %d from %s: %s", effect.chunk, node, error)
+                self._shell.handle(PeerUnreachable(*what, str(error)))
+            case LocalError():
+                self._shell.handle(WriteFailed(effect.version_id, str(error)))
+                self._shell.handle(PeerUnreachable(*what, str(error)))
+            case _:
+                raise error
+
+    def _borrow_fd(self, effect: ReadRange) -> int:
+        return os.dup(self._work[effect.version_id].fds[0])
+
+    def _read_range(self, effect: ReadRange, fd: int) -> None:
+        """Read a leased range, in a thread of its own; closes ``fd``."""
+        work = self._work[effect.version_id]
+        partial = work.partial
+        assert partial is not None, "reading a range without room for it"
+        tell = self._shell.handle_from_thread
+
+        def on_chunk(chunk: int, digest: bytes) -> None:
+            partial.commit_chunk(chunk, digest)
+            tell(ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
+
+        began_s = time.monotonic()
+        try:
+            read_bytes = self._reader.read_range(
+                fd,
+                partial.version,
+                partial.layout,
+                effect.first,
+                effect.count,
+                may_go_on=lambda: self._state.may_read(effect.lease_id, now_s()),
+                write_piece=partial.write_piece,
+                on_chunk=on_chunk,
+            )
+        except SwarmcacheError as error:
+            if not isinstance(
+                error, errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
+            ):
+                tell(WriteFailed(effect.version_id, str(error)))
+            changed = isinstance(error, errors.SourceChanged)
+            tell(RangeReadFailed(effect.version_id, effect.lease_id, str(error), changed))
+        else:
+            elapsed_s = time.monotonic() - began_s
+            self._read_bytes += read_bytes
+            tell(RangeReadDone(effect.version_id, effect.lease_id, read_bytes, elapsed_s))
+        finally:
+            os.close(fd)
+
+    def _uploaded(self, _version_id: bytes, size_bytes: int, _peer: bytes) -> None:
+        self._uploaded_bytes += size_bytes
+
+
+def open_cache(config: Config) -> Cache:
+    """Open the cache directory of the configuration. Raises LocalError, ConfigError."""
+    cache = config.cache
+    if len(cache.dirs) != 1:
+        raise ConfigError("cache.dir: several directories are not supported yet; expected one")
+    return Cache(
+        cache.dirs[0],
+        min_free=cache.min_free.resolve_bytes,
+        max_usage=cache.max_usage.resolve_bytes,
+    )
+
+
+async def run_daemon(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when jobs can ask."""
+    allow_many_descriptors()
+    daemon = Daemon(config, cluster_key(config))
+    say_ready("daemon", await daemon.start())
+    try:
+        await until_told_to_end()
+    finally:
+        await daemon.stop()

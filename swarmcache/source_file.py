@@ -1,0 +1,158 @@
+"""What file a client's descriptor leads to, as the kernel says, not as the client says.
+
+The daemon trusts nothing in a request but the descriptor. The real path is the kernel's name for
+it; that name must lead to the same file in the daemon's own view of the file system, or else a user
+could mount something of their own over a path of everybody's and have it cached under that name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmcache.chunks import FileVersion
+from swarmcache.config import Config
+from swarmcache.errors import SourceFailed, SourceUnreadable
+
+# File systems that only one machine sees. Everything else is taken for shared.
+LOCAL_FILE_SYSTEMS = frozenset(
+    "bcachefs btrfs cramfs devtmpfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs nilfs2 ntfs"
+    " ntfs3 overlay ramfs reiserfs rootfs squashfs tmpfs udf vfat xfs zfs".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A source: its file version and the name of its file server."""
+
+    version: FileVersion
+    file_server: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the mount table."""
+
+    point: bytes
+    fs_type: str
+    source: str
+
+
+class MountTable:
+    """The mounts of this process, read anew only when the kernel says that they have changed."""
+
+    def __init__(self) -> None:
+        self._file = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 (closed with the table)
+        self._poll = select.poll()
+        self._poll.register(self._file, select.POLLPRI)
+        self._mounts = self._read()
+
+    def close(self) -> None:
+        """Close the kernel's file."""
+        self._file.close()
+
+    def find(self, path: bytes) -> Mount:
+        """The mount that ``path`` (a real path) is on: whole components count, the last one wins."""
+        if self._poll.poll(0):
+            self._mounts = self._read()
+        found = self._mounts[0]
+        for mount in self._mounts:
+            inside = path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")
+            if inside and len(mount.point) >= len(found.point):
+                found = mount
+        return found
+
+    def _read(self) -> list[Mount]:
+        self._file.seek(0)
+        mounts = []
+        for line in self._file.read().splitlines():
+            before, _, after = line.partition(b" - ")
+            point = _unescape(before.split(b" ")[4])
+            fs_type, source = after.split(b" ")[:2]
+            mounts.append(Mount(point, os.fsdecode(fs_type), os.fsdecode(_unescape(source))))
+        return mounts
+
+
+class SourceExaminer:
+    """Turns descriptors into ``SourceFile`` values. May block on a slow file server."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._mounts = MountTable()
+        self._host = socket.gethostname()
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._mounts.close()
+
+    def examine(self, fd: int) -> SourceFile:
+        """What the descriptor leads to. Raises SourceUnreadable, SourceFailed."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+            raise SourceUnreadable("the descriptor is not open for reading")
+        try:
+            status = os.fstat(fd)
+            path = os.readlink(b"/proc/self/fd/%d" % fd)
+        except OSError as error:
+            raise SourceFailed(f"cannot look at the source: {error}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceUnreadable("not a regular file")
+        _check_name(path, status)
+        mount = self._mounts.find(path)
+        file_server = self._config.file_server_for_path(path)
+        local = file_server is None and mount.fs_type in LOCAL_FILE_SYSTEMS
+        if file_server is None:
+            file_server = f"{self._host}:{mount.source}" if local else mount.source
+        origin = self._boot_id if local else ""
+        version = FileVersion(path, status.st_size, status.st_mtime_ns, origin)
+        return SourceFile(version, file_server)
+
+
+def same_version(fd: int, version: FileVersion) -> bool:
+    """Whether the descriptor's file still is this file version. Raises SourceFailed."""
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise SourceFailed(f"cannot look at the source: {error}") from error
+    return (status.st_size, status.st_mtime_ns) == (version.size_bytes, version.mtime_ns)
+
+
+def _check_name(path: bytes, status: os.stat_result) -> None:
+    """The kernel's name must lead to the file in our own view, as far as we may look."""
+    refused = SourceUnreadable("its name does not lead to it (deleted, or mounted for you alone)")
+    if not path.startswith(b"/"):
+        raise refused
+    try:
+        seen = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError as error:
+        raise refused from error
+    except OSError:
+        # We may not look there (a file server that does not trust root): the directory must at
+        # least be on the same file system as the file.
+        if _nearest_device(os.path.dirname(path)) != status.st_dev:
+            raise refused from None
+        return
+    if (seen.st_dev, seen.st_ino) != (status.st_dev, status.st_ino):
+        raise refused
+
+
+def _nearest_device(directory: bytes) -> int:
+    while True:
+        try:
+            return os.stat(directory).st_dev
+        except OSError:
+            if directory == b"/":
+                raise
+            directory = os.path.dirname(directory)
+
+
+def _unescape(field: bytes) -> bytes:
+    """The mount table writes space, tab, newline and backslash as three octal digits."""
+    parts = field.split(b"\\")
+    return parts[0] + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts[1:])

@@ -1,0 +1,316 @@
+"""The part of the cache directory that users see: ``<cache.dir>/<user>/<real path>``.
+
+Every directory in it belongs to the daemon, is sticky, and is closed to everybody but one user,
+who is let in by a POSIX ACL (where the user is the daemon's own, by the plain mode). So a user may
+put files of their own beside the cached ones, but can neither replace a cached one nor look into
+the directory of somebody else.
+
+All walking is by descriptor, one component at a time, and no symbolic link is followed: a user
+who plants one only loses the cache for that path. Nothing that the daemon did not make is ever
+changed or removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from swarmcache.disk_calls import Stamp, disk_errors, local_error
+from swarmcache.errors import CacheDirUnusable
+
+PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ACL_NAME = "system.posix_acl_access"
+_ACL_VERSION = 2  # linux/posix_acl_xattr.h; tags and permissions are those of linux/posix_acl.h
+_ACL_ANY_ID = 0xFFFFFFFF
+_USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+_RWX = 7
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody on this machine who has shown that they may read a source."""
+
+    uid: int
+    name: str
+
+
+def acl_for(uid: int) -> bytes:
+    """The ACL, as the kernel stores it, that lets in the owner and one more user, nobody else."""
+    entries = (
+        (_USER_OBJ, _RWX, _ACL_ANY_ID),
+        (_USER, _RWX, uid),
+        (_GROUP_OBJ, 0, _ACL_ANY_ID),
+        (_MASK, _RWX, _ACL_ANY_ID),
+        (_OTHER, 0, _ACL_ANY_ID),
+    )
+    return struct.pack("<I", _ACL_VERSION) + b"".join(struct.pack("<HHI", *e) for e in entries)
+
+
+class UserTree:
+    """The directories of all users below one cache directory. Not thread-safe."""
+
+    def __init__(self, root: bytes, root_fd: int) -> None:
+        """``root``: the cache directory, ``root_fd``: a descriptor of it, which stays ours."""
+        self._root = root
+        self._root_fd = root_fd
+        self._daemon_uid = os.geteuid()
+
+    def path(self, user: User, real_path: bytes) -> bytes:
+        """Where the user's copy of a source is or would be.
+
+        Raises CacheDirUnusable where no such place can exist.
+        """
+        name = os.fsencode(user.name)
+        # A leading dot is kept for the daemon's own directory.
+        if not name or name.startswith(b".") or b"/" in name or b"\0" in name:
+            raise CacheDirUnusable(f"{user.name!r} cannot be the name of a directory in the cache")
+        if not real_path.startswith(b"/") or _has_odd_component(real_path):
+            raise CacheDirUnusable(f"{os.fsdecode(real_path)!r} is not a real path")
+        path = self._root + b"/" + name + real_path
+        if len(path) >= PATH_MAX_BYTES:
+            raise CacheDirUnusable(
+                f"the path of the copy would have {len(path)} bytes, {PATH_MAX_BYTES - 1} are"
+                " allowed: choose a shorter cache.dir"
+            )
+        return path
+
+    def link(
+        self,
+        user: User,
+        real_path: bytes,
+        object_at: tuple[str, int],
+        scratch_at: tuple[str, int],
+        replaceable: Collection[int],
+    ) -> None:
+        """Make the user's hard link to an object, and the directories on the way.
+
+        ``object_at`` and ``scratch_at`` are a name and the descriptor of its directory: the object,
+        and an unused name on the same file system that only the daemon can see. A link to one of
+        the inodes in ``replaceable`` (older versions of the same source) gives way in one step.
+        Raises CacheDirUnusable when something else is in the place, LocalError when the disk fails.
+        """
+        shown = os.fsdecode(self.path(user, real_path))
+        with ExitStack() as stack, disk_errors(f"link {shown}"):
+            parent_fd, name = self._walk(stack, user, real_path, make=True)[-1]
+            try:
+                _hard_link(object_at, (name, parent_fd))
+                return
+            except FileExistsError:
+                there = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+            wanted = os.stat(object_at[0], dir_fd=object_at[1], follow_symlinks=False)
+            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return
+            if Stamp.of(there).inode not in replaceable or not stat.S_ISREG(there.st_mode):
+                raise CacheDirUnusable(f"{shown} is not a file of swarmcache: move it away")
+            _hard_link(object_at, scratch_at)
+            os.rename(scratch_at[0], name, src_dir_fd=scratch_at[1], dst_dir_fd=parent_fd)
+
+    def unlink(self, user: User, real_path: bytes, inode: int) -> None:
+        """Remove the user's link if it is one to ``inode``, and directories left empty by that.
+
+        Raises LocalError when the disk fails.
+        """
+        shown = os.fsdecode(self.path(user, real_path))
+        with ExitStack() as stack, disk_errors(f"unlink {shown}"):
+            try:
+                steps = self._walk(stack, user, real_path, make=False)
+                parent_fd, name = steps[-1]
+                there = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+            except (FileNotFoundError, CacheDirUnusable):
+                return  # whatever is there now, our link is not
+            if Stamp.of(there).inode != inode or there.st_uid != self._daemon_uid:
+                return
+            os.unlink(name, dir_fd=parent_fd)
+            for above_fd, directory in reversed(steps[1:-1]):  # the user's top directory stays
+                try:
+                    os.rmdir(directory, dir_fd=above_fd)
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+                        return
+                    raise
+
+    def _walk(
+        self, stack: ExitStack, user: User, real_path: bytes, *, make: bool
+    ) -> list[tuple[int, bytes]]:
+        """Open all directories on the way to the user's copy; ``stack`` closes them.
+
+        Returns one (descriptor of the directory above, name) per component, the last one being
+        the copy itself.
+        """
+        self._check_reachable(user)
+        components = [os.fsencode(user.name), *real_path.split(b"/")[1:]]
+        steps = [(self._root_fd, components[0])]
+        for depth, component in enumerate(components[:-1]):
+            shown = os.fsdecode(b"/".join([self._root, *components[: depth + 1]]))
+            fd = self._enter(steps[-1][0], component, user, shown, make=make)
+            stack.callback(os.close, fd)
+            steps.append((fd, components[depth + 1]))
+        return steps
+
+    def _check_reachable(self, user: User) -> None:
+        if user.uid == self._daemon_uid:
+            return
+        if not os.fstat(self._root_fd).st_mode & stat.S_IXOTH:
+            raise CacheDirUnusable(
+                f"{os.fsdecode(self._root)} is closed to its users: run chmod o+x on it"
+            )
+
+    def _enter(self, above_fd: int, name: bytes, user: User, shown: str, *, make: bool) -> int:
+        made = False
+        if make:
+            try:
+                os.mkdir(name, 0o700, dir_fd=above_fd)
+                made = True
+            except FileExistsError:
+                pass  # the usual case; what it is shows below
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=above_fd)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise CacheDirUnusable(
+                    f"{shown} is not a directory of swarmcache: move it away"
+                ) from error
+            raise
+        try:
+            self._open_to(fd, user, shown, made=made)
+        except BaseException:
+            os.close(fd)
+            if made:
+                os.rmdir(name, dir_fd=above_fd)
+            raise
+        return fd
+
+    def _open_to(self, fd: int, user: User, shown: str, *, made: bool) -> None:
+        """See to it that this one user can use the directory, and nobody else but the daemon."""
+        status = os.fstat(fd)
+        if status.st_uid != self._daemon_uid:
+            raise CacheDirUnusable(f"{shown} was not made by swarmcache: move it away")
+        wanted = None if user.uid == self._daemon_uid else acl_for(user.uid)
+        mode = 0o1700 if wanted is None else 0o1770  # with an ACL, these group bits are its mask
+        present = _read_acl(fd)
+        if present == wanted and stat.S_IMODE(status.st_mode) == mode:
+            return
+        # An empty directory without an ACL is one whose maker was killed before it was done.
+        # Anything else may hold what only another user has shown to be allowed to read.
+        unfinished = made or (present is None and (wanted is None or not os.listdir(fd)))
+        if present != wanted and not unfinished:
+            raise CacheDirUnusable(
+                f"{shown} is opened to another user than {user.name} (uid {user.uid}): remove it"
+            )
+        if wanted is None:
+            if present is not None:
+                os.removexattr(fd, _ACL_NAME)
+            os.fchmod(fd, mode)
+            return
+        try:
+            # The sticky bit comes first: the user must not get in while it is missing.
+            os.fchmod(fd, 0o1700)
+            os.setxattr(fd, _ACL_NAME, wanted)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise CacheDirUnusable(
+                f"the file system of {shown} has no POSIX ACLs, so the daemon can serve nobody but"
+                f" uid {self._daemon_uid} from it: mount it with ACLs, choose another cache.dir,"
+                " or run a daemon per user"
+            ) from error
+
+
+def _has_odd_component(real_path: bytes) -> bool:
+    components = real_path.split(b"/")[1:]
+    return b"\0" in real_path or any(c in (b"", b".", b"..") for c in components)
+
+
+def _hard_link(source: tuple[str, int], target: tuple[str | bytes, int]) -> None:
+    os.link(source[0], target[0], src_dir_fd=source[1], dst_dir_fd=target[1], follow_symlinks=False)
+
+
+def _read_acl(fd: int) -> bytes | None:
+    try:
+        return os.getxattr(fd, _ACL_NAME)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def open_cache_root(root: str) -> tuple[bytes, int]:
+    """Make the cache directory if need be and open it: its path without symlinks, a descriptor.
+
+    Raises CacheDirUnusable when somebody else could have prepared or could change it; the message
+    says what to do.
+    """
+    absolute = os.path.abspath(root)
+    above, name = os.path.split(absolute)
+    if not name:
+        raise CacheDirUnusable("/ cannot be the cache directory: name another one in cache.dir")
+    daemon_uid = os.geteuid()
+    try:
+        os.makedirs(above, exist_ok=True)
+        # Who owns / owns everything; in a user namespace that may be an unmapped uid.
+        trusted = {0, daemon_uid, os.stat("/").st_uid}
+        _check_ancestors(absolute, trusted)
+        above = os.path.realpath(above)
+        _check_ancestors(os.path.join(above, name), trusted)
+        path = os.path.join(above, name)
+        try:
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
+        except FileExistsError:
+            pass  # ours from an earlier start, or else refused below
+        fd = os.open(path, _DIRECTORY)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
+            raise CacheDirUnusable(
+                f"{absolute} is a symbolic link or no directory: remove it, or name a directory"
+                " in cache.dir"
+            ) from error
+        raise CacheDirUnusable(str(local_error(error, f"open the cache {absolute}"))) from error
+    try:
+        check_ours(fd, path, forbidden=0o022)
+    except CacheDirUnusable:
+        os.close(fd)
+        raise
+    return os.fsencode(path), fd
+
+
+def check_ours(fd: int, path: str, *, forbidden: int) -> None:
+    """Raise CacheDirUnusable unless the directory is the daemon's and has no ``forbidden`` mode."""
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        raise CacheDirUnusable(
+            f"{path} belongs to uid {status.st_uid}, not to the daemon (uid {os.geteuid()}):"
+            " remove it, or name another directory in cache.dir"
+        )
+    if status.st_mode & forbidden:
+        raise CacheDirUnusable(
+            f"{path} has mode {stat.S_IMODE(status.st_mode):04o}, so others could have put"
+            f" something into it: look through it, then run chmod"
+            f" {stat.S_IMODE(status.st_mode) & ~forbidden:04o} on it"
+        )
+
+
+def _check_ancestors(path: str, trusted: Collection[int]) -> None:
+    """Refuse a path that somebody else could turn elsewhere."""
+    ancestor = path
+    while ancestor != "/":
+        ancestor = os.path.dirname(ancestor)
+        status = os.lstat(ancestor)
+        if status.st_uid not in trusted:
+            raise CacheDirUnusable(
+                f"{ancestor} belongs to uid {status.st_uid}, who could exchange {path}:"
+                " name another directory in cache.dir"
+            )
+        if stat.S_ISLNK(status.st_mode):
+            continue  # its own mode means nothing, and what it points to is checked as well
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            raise CacheDirUnusable(
+                f"anybody may write into {ancestor} and so exchange {path}: run chmod o-w on it,"
+                " or name another directory in cache.dir"
+            )
