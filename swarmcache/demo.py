@@ -66,14 +66,45 @@ class Interrupted(BaseException):
         self.number = number
 
 
+class Signals:
+    """Turns the signals that end a program into ``Interrupted``, at a time when that is safe."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting = 0
+        self._before = {number: signal.signal(number, self._take) for number in ENDING_SIGNALS}
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        if not self._held:
+            raise Interrupted(number)
+        self._waiting = number
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait until this is over."""
+        self._held = True
+        yield
+        self._held = False
+        if self._waiting:
+            raise Interrupted(self._waiting)
+
+    def leave_alone(self) -> None:
+        """No signal has an effect from now on: what must still be done is to clean up."""
+        self._held = True
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 def run_demo(size_bytes: int, console: Console | None = None) -> int:
     """Show the demo and return the exit code. Leaves nothing behind, whatever happens."""
     console = console or Console(highlight=False)
-    signals = {number: signal.signal(number, _interrupt) for number in ENDING_SIGNALS}
+    signals = Signals()
     demo = None
     code = 0
     try:
-        demo = Demo(_make_directory(size_bytes), size_bytes, console)
+        demo = Demo(size_bytes, console, signals)
         demo.run()
     except Interrupted as interrupted:
         console.print("Interrupted.")
@@ -82,11 +113,9 @@ def run_demo(size_bytes: int, console: Console | None = None) -> int:
         console.print(f"The demo failed: {error}", markup=False)
         code = 1
     finally:
-        for number in signals:  # a second Ctrl-C shall not keep us from cleaning up
-            signal.signal(number, signal.SIG_IGN)
+        signals.leave_alone()
         left = demo.clean_up() if demo is not None else []
-        for number, handler in signals.items():
-            signal.signal(number, handler)
+        signals.restore()
     if left:
         console.print("Not as it should be: " + "; ".join(left), markup=False)
         return code or 1
@@ -94,20 +123,19 @@ def run_demo(size_bytes: int, console: Console | None = None) -> int:
     return code
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
+def _choose_directory(size_bytes: int) -> Path:
+    """Where to make a directory: on a disk with room for the file and its copies.
 
-
-def _make_directory(size_bytes: int) -> Path:
-    """A new directory on a disk with room for the file and its copies. Raises DemoFailed."""
+    Raises DemoFailed.
+    """
     needed_bytes = (1 + NODES) * size_bytes + SPARE_BYTES
-    places = [tempfile.gettempdir(), "/var/tmp"]  # noqa: S108 (the directory gets a new name)
+    places = list(dict.fromkeys([tempfile.gettempdir(), "/var/tmp"]))  # noqa: S108 (a new name)
     for place in places:
         if os.access(place, os.W_OK) and shutil.disk_usage(place).free >= needed_bytes:
-            return Path(tempfile.mkdtemp(prefix="swarmcache-demo-", dir=place)).resolve()
+            return Path(place).resolve() / f"swarmcache-demo-{secrets.token_hex(4)}"
     raise DemoFailed(
-        f"{size_text(needed_bytes)} are needed, and neither {' nor '.join(places)} has that much;"
-        " set TMPDIR, or choose a smaller --size"
+        f"{size_text(needed_bytes)} are needed, which is more than there is in"
+        f" {' or '.join(places)}; set TMPDIR, or choose a smaller --size"
     )
 
 
@@ -176,18 +204,25 @@ class Program:
             stream.close()
         if code is None:
             return f"{self.name} did not end within {END_S_MAX:.0f} s of SIGTERM and was killed"
-        return f"{self.name} ended with exit code {code}: {self.said()}" if code else ""
+        if code == 0 or (code == -signal.SIGTERM and self.address.exception() is not None):
+            return ""  # a program that was still starting is ended by SIGTERM itself
+        return f"{self.name} ended with exit code {code}: {self.said()}"
 
 
 class Demo:
     """One run, in a directory of its own."""
 
-    def __init__(self, directory: Path, size_bytes: int, console: Console) -> None:
-        self._directory = directory
+    def __init__(self, size_bytes: int, console: Console, signals: Signals) -> None:
+        """Raises DemoFailed where there is no room."""
+        self._directory = _choose_directory(size_bytes)
         self._size_bytes = size_bytes
         self._console = console
-        self._file = directory / "file-server" / "file.bin"
-        self._config = directory / "config.toml"
+        self._signals = signals
+        self._socket_directory = self._directory
+        if len(bytes(self._socket(NODES))) > SOCKET_PATH_MAX_BYTES:
+            self._socket_directory = Path("/tmp") / self._directory.name  # noqa: S108 (a new name)
+        self._file = self._directory / "file-server" / "file.bin"
+        self._config = self._directory / "config.toml"
         self._environment = _environment()
         self._servers: list[Program] = []
         self._gets: list[Program] = []
@@ -213,11 +248,16 @@ class Demo:
         self._show_sources()
         say(f"Time from the start of the four commands to the last path: {elapsed_s:.1f} s")
 
+    def _socket(self, number: int) -> Path:
+        return self._socket_directory / f"node{number}.run" / "daemon.sock"
+
     # --- the parts --------------------------------------------------------------------------
 
     def _write_file(self) -> str:
         """Write the file and return its SHA-256."""
         digest, left_bytes = hashlib.sha256(), self._size_bytes
+        for directory in {self._directory, self._socket_directory}:
+            directory.mkdir(mode=0o700)
         self._file.parent.mkdir()
         with open(self._file, "wb") as file:
             while left_bytes:
@@ -237,20 +277,18 @@ class Demo:
         tracker = ["tracker", *common, "--listen", "127.0.0.1:0", *state_dir]
         address = self._start("the tracker", tracker).wait_until_ready()
         for number in range(1, NODES + 1):
-            node = self._directory / f"node{number}"
-            node.mkdir(mode=0o700)
-            places = ["--cache-dir", str(node / "cache"), "--socket", str(node / "daemon.sock")]
+            cache, socket = self._directory / f"node{number}" / "cache", self._socket(number)
+            cache.parent.mkdir(mode=0o700)
+            socket.parent.mkdir(mode=0o700)
+            places = ["--cache-dir", str(cache), "--socket", str(socket)]
             daemon = ["daemon", *common, "--listen", "127.0.0.1:0", "--tracker", address, *places]
             self._start(f"node {number}", daemon)
-            self._clients.append(Client(bytes(node / "daemon.sock")))
+            self._clients.append(Client(bytes(socket)))
         for server in self._servers[1:]:
             self._node_names[server.wait_until_ready()] = server.name
 
     def _write_config(self, secret: Path) -> None:
         """Settings that depend on nothing but this directory."""
-        socket = self._directory / f"node{NODES}" / "daemon.sock"
-        if len(bytes(socket)) > SOCKET_PATH_MAX_BYTES:
-            raise DemoFailed(f"{socket} is too long a path for a socket; set TMPDIR to a shorter")
         # JSON's strings are strings in TOML as well.
         self._config.write_text(
             f"[cluster]\nsecret_file = {json.dumps(str(secret))}\n"
@@ -260,16 +298,20 @@ class Demo:
         )
 
     def _start(self, name: str, arguments: list[str]) -> Program:
-        server = Program(name, arguments, self._environment)
-        self._servers.append(server)
+        with self._signals.held():
+            server = Program(name, arguments, self._environment)
+            self._servers.append(server)
         return server
 
     def _start_gets(self) -> None:
         for number in range(1, NODES + 1):
-            socket = self._directory / f"node{number}" / "daemon.sock"
-            environment = {**self._environment, "SWARMCACHE_SOCKET": str(socket)}
-            get = Program(f"get on node {number}", ["get", str(self._file)], environment)
-            self._gets.append(get)
+            environment = {
+                **self._environment,
+                "SWARMCACHE_SOCKET": str(self._socket(number)),
+            }
+            with self._signals.held():
+                get = Program(f"get on node {number}", ["get", str(self._file)], environment)
+                self._gets.append(get)
 
     def _wait_for_gets(self, show: Display) -> None:
         running = select.poll()
@@ -341,7 +383,8 @@ class Demo:
         times = read_bytes / self._size_bytes if self._size_bytes else 1.0
         self._console.print(
             f"Read from the file server: {size_text(read_bytes)}, {times:.2f} x the file,"
-            f" through at most {SLOTS_MAX} nodes at a time."
+            f" through at most {SLOTS_MAX} nodes at a time.",
+            soft_wrap=True,
         )
         if times > AMPLIFICATION_MAX:
             raise DemoFailed(f"{read_bytes} bytes were read for a file of {self._size_bytes}")
@@ -359,17 +402,17 @@ class Demo:
         for get in self._gets:
             get.end()  # what is wrong with its exit code has been said
         left = [wrong for server in self._servers if (wrong := server.end())]
-        try:
-            shutil.rmtree(self._directory)
-        except OSError as error:
-            left.append(f"{self._directory} could not be removed: {error}")
+        for directory in {self._directory, self._socket_directory}:
+            try:
+                if directory.exists():
+                    shutil.rmtree(directory)
+            except OSError as error:
+                left.append(f"{directory} could not be removed: {error}")
         left += [
             f"process {program.process.pid} ({program.name}) still runs"
             for program in [*self._gets, *self._servers]
             if _is_alive(program.process.pid)
         ]
-        if self._directory.exists():
-            left.append(f"{self._directory} is still there")
         return left
 
 

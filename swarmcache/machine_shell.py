@@ -1,4 +1,4 @@
-"""What the shells of both servers do alike: feed a machine, carry out its effects, keep one timer."""
+"""What both servers do alike: feed a machine, carry out its effects, keep one timer."""
 
 from __future__ import annotations
 

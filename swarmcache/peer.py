@@ -106,7 +106,8 @@ from swarmcache.serving import (
     until_told_to_end,
 )
 from swarmcache.source_file import SourceExaminer, SourceFile, same_version
-from swarmcache.transfer import ChunkFetcher, ChunkServer, SourceReader
+from swarmcache.source_reader import RangeSink, read_range
+from swarmcache.transfer import ChunkFetcher, ChunkServer
 from swarmcache.user_tree import User
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ PROGRESS_S = 0.25
 DISK_STATUS_S = 5.0
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
+
+SOURCE_ERRORS = errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
 
 Result = TypeVar("Result")
 
@@ -159,7 +162,6 @@ class Daemon:
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
         self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
-        self._reader = SourceReader()
         self._received_bytes: Counter[str] = Counter()
         self._read_bytes = 0
         self._uploaded_bytes = 0
@@ -177,7 +179,7 @@ class Daemon:
     # --- life -----------------------------------------------------------------------------------
 
     async def start(self) -> HostPort:
-        """Listen everywhere; returns the address of the control server. Raises LocalError, OSError."""
+        """Listen; returns the address of the control server. Raises LocalError, OSError."""
         listen = self._config.daemon.listen
         self._runner = web.AppRunner(
             self._application(), access_log=None, shutdown_timeout=1.0, handle_signals=False
@@ -724,7 +726,7 @@ class Daemon:
         )
 
     def _write_chunk(self, partial: Partial, effect: FetchChunk, data: memoryview) -> None:
-        """Runs in a thread. What a second peer delivers may come after the file was put in place."""
+        """Runs in a thread. A second copy of a chunk may come after the file was put in place."""
         if not partial.has(effect.chunk):
             partial.write_chunk(effect.chunk, data, effect.digest)
 
@@ -767,17 +769,13 @@ class Daemon:
             partial.commit_chunk(chunk, digest)
             tell(ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
 
+        sink = RangeSink(
+            lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunk
+        )
         began_s = time.monotonic()
         try:
-            read_bytes = self._reader.read_range(
-                fd,
-                partial.version,
-                partial.layout,
-                effect.first,
-                effect.count,
-                may_go_on=lambda: self._state.may_read(effect.lease_id, now_s()),
-                write_piece=partial.write_piece,
-                on_chunk=on_chunk,
+            read_bytes = read_range(
+                fd, partial.version, partial.layout, effect.first, effect.count, sink
             )
         except SwarmcacheError as error:
             if not isinstance(

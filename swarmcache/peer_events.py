@@ -362,7 +362,7 @@ class ReadRange:
 
 @dataclass(slots=True)
 class PublishFile:
-    """All chunks are there: put the file in place. Ends in ``FilePublished`` or ``PublishFailed``."""
+    """All chunks are there: put the file in place. Ends in ``FilePublished``, ``PublishFailed``."""
 
     version_id: bytes
 

@@ -21,8 +21,9 @@ from swarmcache.errors import SourceFailed, SourceUnreadable
 
 # File systems that only one machine sees. Everything else is taken for shared.
 LOCAL_FILE_SYSTEMS = frozenset(
-    "bcachefs btrfs cramfs devtmpfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs nilfs2 ntfs"
-    " ntfs3 overlay ramfs reiserfs rootfs squashfs tmpfs udf vfat xfs zfs".split()
+    {"bcachefs", "btrfs", "cramfs", "devtmpfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs"}
+    | {"hfsplus", "iso9660", "jfs", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiserfs"}
+    | {"rootfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs"}
 )
 
 
@@ -57,7 +58,7 @@ class MountTable:
         self._file.close()
 
     def find(self, path: bytes) -> Mount:
-        """The mount that ``path`` (a real path) is on: whole components count, the last one wins."""
+        """The mount that a real path is on. Whole components count, the last mount wins."""
         if self._poll.poll(0):
             self._mounts = self._read()
         found = self._mounts[0]

@@ -101,7 +101,7 @@ class Node:
 
 @dataclass(slots=True)
 class LeasedRange:
-    """Chunks that a node is reading. ``void``: the node is gone, its chunks are others' business."""
+    """Chunks that a node is reading. ``void``: it is gone, its chunks are others' business."""
 
     lease_id: int
     version_id: bytes
@@ -131,7 +131,7 @@ class Member:
 
 @dataclass(slots=True)
 class Search:
-    """Chunks whose guardian is gone, and the nodes that have not yet said whether they have them."""
+    """Chunks without a guardian, and the nodes that have not yet said whether they have them."""
 
     version_id: bytes
     wanted: int

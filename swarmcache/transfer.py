@@ -1,4 +1,4 @@
-"""The data plane: bytes of chunks out to peers, in from peers, and in from a file server.
+"""The data plane: bytes of chunks out to peers and in from peers.
 
 A small framed protocol on plain TCP. After the handshake of ``auth`` (purpose ``data``) the peer
 that connected sends requests of fixed size, and each is answered by a header of fixed size and, if
@@ -45,16 +45,13 @@ from swarmcache.auth import (
     Initiator,
     SessionKeys,
 )
-from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, ChunkLayout, FileVersion
+from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, ChunkLayout
 from swarmcache.errors import (
     ChunkAbsent,
     ChunkCorrupt,
-    LeaseExpired,
     PeerBusy,
     PeerUnavailable,
     RemoteError,
-    SourceChanged,
-    SourceFailed,
     SwarmcacheError,
 )
 
@@ -74,10 +71,6 @@ ACCEPTS_AT_ONCE = 64
 OUT_OF_DESCRIPTORS_S = 1.0
 
 RECEIVE_PIECE_BYTES = 256 * 1024  # still in the core's cache when it is digested
-READ_PIECE_BYTES = 512 * 1024  # measured: two threads are 13 % faster than with 256 KiB
-READ_AHEAD_BYTES = 1024 * 1024
-# The kernel cuts one WILLNEED to the device's read-ahead size, whose default is 128 KiB.
-READ_AHEAD_STEP_BYTES = 128 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
 RATE_PIECE_MIN_BYTES = 4096
 
@@ -835,112 +828,6 @@ class ChunkFetcher:
             self._connections.drop(connection)
             raise
         return connection
-
-
-# --- in: reading from the file server -------------------------------------------------------------
-
-
-class SourceReader:
-    """Reads ranges of a source through the descriptor that its user opened."""
-
-    def read_range(
-        self,
-        fd: int,
-        version: FileVersion,
-        layout: ChunkLayout,
-        first: int,
-        count: int,
-        *,
-        may_go_on: Callable[[], bool],
-        write_piece: Callable[[int, memoryview], None],
-        on_chunk: Callable[[int, bytes], None],
-    ) -> int:
-        """Read ``count`` chunks from ``first`` on, in order; returns the number of bytes read.
-
-        Runs in the caller's thread. ``write_piece(offset_bytes, piece)`` gets the bytes as they
-        come and must not keep them; ``on_chunk(chunk, digest)`` follows when a chunk is whole and
-        the source was found unchanged after it was read. ``may_go_on()`` is asked before every
-        piece. No byte outside the range is read, by the kernel's read-ahead neither.
-
-        Raises SourceChanged, SourceFailed, LeaseExpired, or what the callbacks raise.
-        """
-        end = layout.offset_bytes(first + count - 1) + layout.length_bytes(first + count - 1)
-        reading = _RangeReading(fd, version, may_go_on, write_piece, end)
-        for chunk in range(first, first + count):
-            digest = reading.read_chunk(layout.offset_bytes(chunk), layout.length_bytes(chunk))
-            on_chunk(chunk, digest)
-        return end - layout.offset_bytes(first)
-
-
-class _RangeReading:
-    """One range while it is read."""
-
-    def __init__(
-        self,
-        fd: int,
-        version: FileVersion,
-        may_go_on: Callable[[], bool],
-        write_piece: Callable[[int, memoryview], None],
-        end: int,
-    ) -> None:
-        self._fd = fd
-        self._version = version
-        self._may_go_on = may_go_on
-        self._write_piece = write_piece
-        self._end = end
-        self._asked_until = 0
-        buffer = mmap.mmap(-1, READ_PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._buffer = memoryview(buffer)
-        with _source_errors():
-            self._ctime_ns = os.fstat(fd).st_ctime_ns
-            # The kernel's own read-ahead would run over the end of the range.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        self._check_unchanged()
-
-    def read_chunk(self, offset: int, length: int) -> bytes:
-        """Read and pass on one chunk; returns its digest."""
-        hasher = blake3()
-        end = offset + length
-        while offset < end:
-            if not self._may_go_on():
-                raise LeaseExpired("the lease ran out before the range was read")
-            piece = self._buffer[: min(READ_PIECE_BYTES, end - offset)]
-            with _source_errors():
-                self._ask_ahead(offset)
-                size_bytes = os.preadv(self._fd, [piece], offset)
-            if size_bytes == 0:
-                raise SourceChanged("the source became shorter while it was read")
-            piece = piece[:size_bytes]
-            hasher.update(piece)
-            self._write_piece(offset, piece)
-            offset += size_bytes
-        self._check_unchanged()
-        return hasher.digest()
-
-    def _ask_ahead(self, offset: int) -> None:
-        """Have the kernel fetch the next bytes of the range, and only of the range."""
-        asked = max(self._asked_until, offset)
-        until = min(offset + READ_PIECE_BYTES + READ_AHEAD_BYTES, self._end)
-        while asked < until:
-            step_bytes = min(READ_AHEAD_STEP_BYTES, until - asked)
-            os.posix_fadvise(self._fd, asked, step_bytes, os.POSIX_FADV_WILLNEED)
-            asked += step_bytes
-        self._asked_until = asked
-
-    def _check_unchanged(self) -> None:
-        with _source_errors():
-            stat = os.fstat(self._fd)
-        found = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if found != (self._version.size_bytes, self._version.mtime_ns, self._ctime_ns):
-            raise SourceChanged("size, modification or change time of the source is another now")
-
-
-@contextmanager
-def _source_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SourceFailed(f"cannot read the source: {error.strerror}") from error
 
 
 def _set_timeout(sock: socket.socket, option: int, timeout_s: float) -> None:

@@ -1,0 +1,158 @@
+"""Reading leased ranges of chunks from a file server, through the descriptor that a user opened.
+
+Bytes are digested while they are read, and no byte outside the range leaves the file server: the
+kernel's own read-ahead is switched off and the next bytes of the range are asked for explicitly.
+After every chunk the source is looked at once more; when its size, modification or change time is
+another, nothing that was read since the last look counts.
+
+A long range is read by two threads, one half each. Ranges are cut to equal times, so a long one
+means a fast source, and then one core alone (copying, digesting and writing) is what limits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from swarmcache.chunks import ChunkLayout, FileVersion
+from swarmcache.errors import LeaseExpired, SourceChanged, SourceFailed
+
+READ_PIECE_BYTES = 512 * 1024  # measured: two threads are 13 % faster than with 256 KiB
+READ_AHEAD_BYTES = 1024 * 1024
+# The kernel cuts one WILLNEED to the device's read-ahead size, whose default is 128 KiB.
+READ_AHEAD_STEP_BYTES = 128 * 1024
+SPLIT_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RangeSink:
+    """What becomes of a range that is read. All three are called in the reading threads.
+
+    ``may_go_on()`` is asked before every piece. ``write_piece(offset_bytes, piece)`` gets the bytes
+    as they come and must not keep them. ``on_chunk(chunk, digest)`` follows when a chunk is whole
+    and the source was found unchanged after it was read.
+    """
+
+    may_go_on: Callable[[], bool]
+    write_piece: Callable[[int, memoryview], None]
+    on_chunk: Callable[[int, bytes], None]
+
+
+def read_range(
+    fd: int,
+    version: FileVersion,
+    layout: ChunkLayout,
+    first: int,
+    count: int,
+    sink: RangeSink,
+    *,
+    split_bytes: int = SPLIT_BYTES,
+) -> int:
+    """Read ``count`` chunks from ``first`` on; returns the number of bytes read.
+
+    Blocks until the range is read. Raises SourceChanged, SourceFailed, LeaseExpired, or what the
+    sink raises; then no thread reads any more.
+    """
+    reading = _RangeReading(fd, version, layout, sink)
+    size_bytes = layout.offset_bytes(first + count - 1) + layout.length_bytes(first + count - 1)
+    size_bytes -= layout.offset_bytes(first)
+    if count == 1 or size_bytes < split_bytes:
+        reading.read_part(first, count)
+        return size_bytes
+    half = count // 2
+    with ThreadPoolExecutor(1, thread_name_prefix="read half") as other_thread:
+        other = other_thread.submit(reading.read_part, first + half, count - half)
+        reading.read_part(first, half)
+        other.result()
+    return size_bytes
+
+
+class _RangeReading:
+    """One range while it is read."""
+
+    def __init__(
+        self, fd: int, version: FileVersion, layout: ChunkLayout, sink: RangeSink
+    ) -> None:
+        self._fd = fd
+        self._version = version
+        self._layout = layout
+        self._sink = sink
+        self._failed = threading.Event()
+        with _source_errors():
+            self._ctime_ns = os.fstat(fd).st_ctime_ns
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._check_unchanged()
+
+    def read_part(self, first: int, count: int) -> None:
+        """Read consecutive chunks; ends soon after another part has failed."""
+        buffer = mmap.mmap(-1, READ_PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        last = first + count - 1
+        end = self._layout.offset_bytes(last) + self._layout.length_bytes(last)
+        asked = self._layout.offset_bytes(first)
+        try:
+            for chunk in range(first, first + count):
+                hasher = blake3()
+                for offset, piece_end in self._pieces(chunk):
+                    asked = self._ask_ahead(max(asked, offset), offset, end)
+                    self._read_piece(memoryview(buffer), offset, piece_end, hasher)
+                self._check_unchanged()
+                self._sink.on_chunk(chunk, hasher.digest())
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _pieces(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the pieces of a chunk, as offsets into the file."""
+        begin = self._layout.offset_bytes(chunk)
+        end = begin + self._layout.length_bytes(chunk)
+        for offset in range(begin, end, READ_PIECE_BYTES):
+            yield offset, min(offset + READ_PIECE_BYTES, end)
+
+    def _read_piece(self, buffer: memoryview, offset: int, end: int, hasher: blake3) -> None:
+        """Read, digest and pass on one piece, which may take several reads."""
+        while offset < end:
+            if self._failed.is_set() or not self._sink.may_go_on():
+                raise LeaseExpired("the lease ran out before the range was read")
+            with _source_errors():
+                size_bytes = os.preadv(self._fd, [buffer[: end - offset]], offset)
+            if size_bytes == 0:
+                raise SourceChanged("the source became shorter while it was read")
+            piece = buffer[:size_bytes]
+            hasher.update(piece)
+            self._sink.write_piece(offset, piece)
+            offset += size_bytes
+
+    def _ask_ahead(self, asked: int, offset: int, end: int) -> int:
+        """Have the kernel fetch the next bytes of the part, and only of the part.
+
+        Returns up to where it was asked by now.
+        """
+        until = min(offset + READ_PIECE_BYTES + READ_AHEAD_BYTES, end)
+        with _source_errors():
+            while asked < until:
+                step_bytes = min(READ_AHEAD_STEP_BYTES, until - asked)
+                os.posix_fadvise(self._fd, asked, step_bytes, os.POSIX_FADV_WILLNEED)
+                asked += step_bytes
+        return asked
+
+    def _check_unchanged(self) -> None:
+        with _source_errors():
+            status = os.fstat(self._fd)
+        found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if found != (self._version.size_bytes, self._version.mtime_ns, self._ctime_ns):
+            raise SourceChanged("size, modification or change time of the source is another now")
+
+
+@contextmanager
+def _source_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceFailed(f"cannot read the source: {error.strerror}") from error

@@ -1,0 +1,150 @@
+"""Reading ranges of a source while it is meddled with."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from swarmcache.chunks import ChunkLayout, FileVersion
+from swarmcache.errors import LeaseExpired, NoSpace, SourceChanged, SourceFailed
+from swarmcache.source_reader import RangeSink, read_range
+
+CHUNK_BYTES = 256 * 1024
+SIZE_BYTES = 5 * CHUNK_BYTES + 1234
+DATA = random.Random(1).randbytes(SIZE_BYTES)
+LAYOUT = ChunkLayout(SIZE_BYTES, CHUNK_BYTES)
+
+
+def digest_of(chunk: int) -> bytes:
+    return blake3(DATA[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]).digest()
+
+
+class Reading:
+    """Reads ranges of a file, and can meddle with it at each step."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.fd = os.open(path, flags)
+        stat = path.stat()
+        self.version = FileVersion(os.fsencode(path), stat.st_size, stat.st_mtime_ns)
+        self.target = bytearray(SIZE_BYTES)
+        self.digests: dict[int, bytes] = {}
+        self.threads: set[int] = set()
+
+    def read(
+        self,
+        first: int,
+        count: int,
+        may_go_on: Callable[[], bool] = lambda: True,
+        meddle: Callable[[], object] = lambda: None,
+        split_bytes: int = SIZE_BYTES + 1,
+    ) -> int:
+        def write_piece(offset: int, piece: memoryview) -> None:
+            self.threads.add(threading.get_ident())
+            self.target[offset : offset + len(piece)] = piece
+            meddle()
+
+        sink = RangeSink(may_go_on, write_piece, self.digests.__setitem__)
+        return read_range(
+            self.fd, self.version, LAYOUT, first, count, sink, split_bytes=split_bytes
+        )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def reading(path: Path) -> Iterator[Reading]:
+    reading = Reading(path)
+    yield reading
+    os.close(reading.fd)
+
+
+def test_a_range_is_read_and_digested_and_nothing_else(reading: Reading) -> None:
+    read_bytes = reading.read(4, 2)
+
+    begin = 4 * CHUNK_BYTES
+    assert read_bytes == SIZE_BYTES - begin
+    assert reading.target == bytes(begin) + DATA[begin:]
+    assert reading.digests == {chunk: digest_of(chunk) for chunk in (4, 5)}
+
+
+def test_a_long_range_is_read_by_two_threads(reading: Reading) -> None:
+    read_bytes = reading.read(0, 6, split_bytes=SIZE_BYTES)
+
+    assert read_bytes == SIZE_BYTES
+    assert len(reading.threads) == 2
+    assert reading.target == DATA
+    assert reading.digests == {chunk: digest_of(chunk) for chunk in range(6)}
+
+
+def test_when_one_half_fails_no_thread_goes_on(reading: Reading) -> None:
+    def only_the_second_half() -> bool:
+        return threading.current_thread().name.startswith("read half")
+
+    with pytest.raises(LeaseExpired):
+        reading.read(0, 6, may_go_on=only_the_second_half, split_bytes=SIZE_BYTES)
+
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read half")]
+
+
+def test_reading_stops_when_the_lease_is_over(reading: Reading) -> None:
+    answers = iter([True, True, False])
+
+    with pytest.raises(LeaseExpired):
+        reading.read(0, 6, may_go_on=lambda: next(answers))
+
+    assert list(reading.digests) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda path: os.truncate(path, 10), id="cut"),
+        pytest.param(lambda path: os.truncate(path, SIZE_BYTES + 1), id="appended to"),
+        pytest.param(lambda path: os.utime(path, ns=(0, 0)), id="touched"),
+        pytest.param(lambda path: path.chmod(0o640), id="ctime only"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read_is_noticed(
+    reading: Reading, path: Path, change: Callable[[Path], object]
+) -> None:
+    with pytest.raises(SourceChanged):
+        reading.read(1, 2, meddle=lambda: change(path))
+
+    assert reading.digests == {}
+
+
+def test_a_source_that_is_another_version_is_not_read(reading: Reading, path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+    with pytest.raises(SourceChanged):
+        reading.read(0, 1)
+
+    assert reading.target == bytes(SIZE_BYTES)
+
+
+def test_an_error_of_the_file_server_is_named(path: Path) -> None:
+    reading = Reading(path, os.O_WRONLY)
+    try:
+        with pytest.raises(SourceFailed, match="Bad file descriptor"):
+            reading.read(0, 1)
+    finally:
+        os.close(reading.fd)
+
+
+def test_what_the_sink_raises_passes_through(reading: Reading) -> None:
+    def no_space() -> None:
+        raise NoSpace("the disk is full")
+
+    with pytest.raises(NoSpace):
+        reading.read(0, 1, meddle=no_space)
