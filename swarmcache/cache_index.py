@@ -148,8 +148,9 @@ class CacheIndex:
     def find_for(self, version_id: bytes, user: User) -> tuple[Replica, bool] | None:
         """The replica, and whether the user has a link to it."""
         query = (
-            f"SELECT {_COLUMNS}, EXISTS (SELECT 1 FROM link l WHERE l.version_id = r.version_id"  # noqa: S608 (constants)
-            " AND l.uid = ? AND l.name = ?) FROM replica r WHERE version_id = ?"
+            f"SELECT {_COLUMNS}, EXISTS (SELECT 1 FROM link l"  # noqa: S608 (constants)
+            " WHERE l.version_id = r.version_id AND l.uid = ? AND l.name = ?)"
+            " FROM replica r WHERE version_id = ?"
         )
         rows = self._rows(query, user.uid, user.name, version_id)
         return (_replica(rows[0][:-1]), bool(rows[0][-1])) if rows else None
@@ -287,8 +288,8 @@ class CacheIndex:
 
     def _ids(self, condition: str, *parameters: object) -> Iterator[bytes]:
         query = (
-            f"SELECT version_id FROM replica WHERE {condition} AND version_id > ?"  # noqa: S608 (constants)
-            " ORDER BY version_id LIMIT ?"
+            f"SELECT version_id FROM replica WHERE {condition}"  # noqa: S608 (constants)
+            " AND version_id > ? ORDER BY version_id LIMIT ?"
         )
         last = b""
         while True:

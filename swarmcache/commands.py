@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarmcache.client import Client
-from swarmcache.errors import ConfigError, SwarmcacheError
+from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from swarmcache.config import Config
 
 EXIT_FAILED = 1
@@ -196,11 +198,9 @@ def daemon(
         },
     )
     _start_log(log_level)
-    import asyncio
-
     from swarmcache.peer import run_daemon
 
-    asyncio.run(run_daemon(settings))
+    _serve(run_daemon(settings))
 
 
 @app.command()
@@ -223,11 +223,9 @@ def tracker(
         },
     )
     _start_log(log_level)
-    import asyncio
-
     from swarmcache.tracker import run_tracker
 
-    asyncio.run(run_tracker(settings))
+    _serve(run_tracker(settings))
 
 
 @app.command()
@@ -255,6 +253,16 @@ def _settings(config_file: Path | None, options: dict[str, Any]) -> Config:
     from swarmcache.config import load
 
     return load(options, os.environ, config_file)
+
+
+def _serve(server: Coroutine[Any, Any, None]) -> None:
+    """Run a server until it ends. Raises LocalError where this machine does not let it serve."""
+    import asyncio
+
+    try:
+        asyncio.run(server)
+    except OSError as error:  # an address that is in use, or not this machine's
+        raise LocalError(f"cannot serve: {error.strerror or error}") from error
 
 
 def _start_log(level: LogLevel) -> None:

@@ -181,12 +181,12 @@ def _disk_text(disk: Mapping[str, Any]) -> str:
 def _nodes_table(nodes: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "Nodes",
-        *("node", "name", "version", "up:right", "disk:right", "free:right", "cached:right"),
+        *("node", "name", "connected:right", "disk:right", "free:right", "cached:right"),
         *("files:right", "replicas:right", "leases:right"),
     )
     for each in nodes:
         table.add_row(
-            *_cells(each, "node", "name", "version"),
+            *_cells(each, "node", "name"),
             _duration_text(each.get("connected_s", 0)),
             *_sizes(each, "capacity_bytes", "free_bytes", "used_bytes"),
             *_cells(each, "file_count", "replicas", "leases"),

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 CLIENTS_MAX = 4096
 CLIENTS_PER_USER_MAX = 1024
 DESCRIPTORS_MAX = 4
-BACKLOG_BYTES = 1 << 20
+BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 
 Handler = Callable[["LocalConnection", Get | StatusOf, int | None], None]

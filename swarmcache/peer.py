@@ -103,7 +103,7 @@ from swarmcache.serving import (
     cluster_key,
     listening_port,
     say_ready,
-    until_told_to_end,
+    told_to_end,
 )
 from swarmcache.source_file import SourceExaminer, SourceFile, same_version
 from swarmcache.source_reader import RangeSink, read_range
@@ -810,9 +810,10 @@ def open_cache(config: Config) -> Cache:
 async def run_daemon(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when jobs can ask."""
     allow_many_descriptors()
+    told = told_to_end()
     daemon = Daemon(config, cluster_key(config))
     say_ready("daemon", await daemon.start())
     try:
-        await until_told_to_end()
+        await told.wait()
     finally:
         await daemon.stop()

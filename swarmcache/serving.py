@@ -36,10 +36,10 @@ def say_ready(server: str, address: HostPort) -> None:
     print(f"swarmcache {server} ready on {address}", file=sys.stderr, flush=True)
 
 
-async def until_told_to_end() -> None:
-    """Return on SIGTERM or SIGINT."""
+def told_to_end() -> asyncio.Event:
+    """From now on SIGTERM and SIGINT set this event instead of ending the process at once."""
     loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    await ended.wait()
+        loop.add_signal_handler(number, told.set)
+    return told

@@ -22,7 +22,7 @@ from swarmcache.serving import (
     cluster_key,
     listening_port,
     say_ready,
-    until_told_to_end,
+    told_to_end,
 )
 from swarmcache.tracker_events import (
     CloseSession,
@@ -115,6 +115,7 @@ class Tracker:
 async def run_tracker(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when nodes can connect."""
     allow_many_descriptors()
+    told = told_to_end()
     tracker = Tracker(config, cluster_key(config))
     runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -122,6 +123,6 @@ async def run_tracker(config: Config) -> None:
     await web.TCPSite(runner, listen.host, listen.port, backlog=4096).start()
     say_ready("tracker", HostPort(listen.host, listening_port(runner)))
     try:
-        await until_told_to_end()
+        await told.wait()
     finally:
         await runner.cleanup()

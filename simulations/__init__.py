@@ -1,0 +1,1 @@
+"""The production machines under a virtual clock, network, disk and file server."""

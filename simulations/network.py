@@ -1,0 +1,184 @@
+"""Bytes in motion: every node has an uplink and a downlink, and flows share them.
+
+A *link* carries one direction of one machine. A *flow* is one chunk on its way over exactly two
+links, the uplink of its source and the downlink of its destination. What is between them (the
+switch) is never the bottleneck.
+
+How a link is shared. A flow that starts gets the smaller of what its two links offer, and a link
+offers all that is free or an equal share of its rate, whichever is more; flows above an equal share
+are cut back for it. A flow that ends leaves its rate to the flows beside it that can use it, as far
+as their other links have room. That is max-min fairness with two steps left out:
+
+* what a cut leaves free on the *other* link of the flow that was cut lies idle until a flow starts
+  or ends there (errs towards slow);
+* among flows that go on, shares are not evened out when one ends (errs in neither direction: who
+  of them is done first changes, the sum does not).
+
+Exact max-min fairness would go through all flows of the cluster at every start and end; this goes
+through the flows of two links. Not modelled: packets, loss, slow start, queues in switches.
+
+Invariant: the rates of the flows on a link never sum to more than the rate of the link, and a flow
+ends when exactly its length was carried.
+"""
+
+from __future__ import annotations
+
+from simulations.engine import Engine
+
+# Room on a link below this part of its rate is not handed out when a flow ends. It saves a third
+# of the rate changes and can cost at most this part of the rate.
+WORTH_HANDING_OUT = 0.01
+
+
+class Link:
+    """One direction of one machine's connection. ``rate`` in bytes/s, ``free`` of it not in use."""
+
+    __slots__ = ("carried_bytes", "flows", "free", "name", "rate")
+
+    def __init__(self, name: str, rate: float) -> None:
+        assert rate > 0
+        self.name = name
+        self.rate = rate
+        self.free = rate
+        self.carried_bytes = 0
+        # Every flow on this link, with its other link. A dict, since it keeps its order.
+        self.flows: dict[Flow, Link] = {}
+
+    def offer(self) -> float:
+        """The rate that a flow could have if it started now; bytes/s."""
+        share = self.rate / (len(self.flows) + 1)
+        return self.free if self.free > share else share
+
+
+class Flow:
+    """``length_bytes`` on their way over ``up`` and ``down``. Subclasses say what comes after."""
+
+    __slots__ = ("deadline_s", "down", "due_s", "end_s", "length_bytes", "rate", "rest_bytes",
+                 "since_s", "up")  # fmt: skip
+
+    def __init__(self, up: Link, down: Link, length_bytes: int, deadline_s: float) -> None:
+        self.up = up
+        self.down = down
+        self.length_bytes = length_bytes
+        self.deadline_s = deadline_s
+        self.rate = 0.0
+        # What is still to be carried at ``since_s``, and when that is done at this rate.
+        self.rest_bytes = float(length_bytes)
+        self.since_s = 0.0
+        self.end_s = 0.0
+        # When the engine will next look at this flow; negative when it has ended.
+        self.due_s = 0.0
+
+    def ended(self, complete: bool) -> None:
+        """Called once, when all was carried or (not ``complete``) the deadline has come."""
+        raise NotImplementedError
+
+
+class Network:
+    """All flows between all links."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def start(self, flow: Flow) -> None:
+        """Put a flow on its two links."""
+        up, down = flow.up, flow.down
+        rate = min(up.offer(), down.offer())
+        if up.free < rate:
+            self._cut_back(up, rate)
+        if down.free < rate:
+            self._cut_back(down, rate)
+        # Rounding may leave a link short of a few bytes per second; never below zero.
+        rate = min(rate, up.free, down.free)
+        up.free -= rate
+        down.free -= rate
+        up.flows[flow] = down
+        down.flows[flow] = up
+        now_s = self._engine.now_s
+        flow.rate = rate
+        flow.since_s = now_s
+        flow.end_s = now_s + flow.rest_bytes / rate
+        self._look_again(flow)
+
+    def _cut_back(self, link: Link, wanted: float) -> None:
+        """Make ``wanted`` bytes/s free on a link, at the cost of flows above an equal share."""
+        now_s = self._engine.now_s
+        share = link.rate / (len(link.flows) + 1)
+        above = [(flow, other) for flow, other in link.flows.items() if flow.rate > share]
+        excess = sum([flow.rate for flow, _ in above]) - share * len(above)
+        if excess <= 0.0:  # all flows have equal shares; ``wanted`` differs by a rounding error
+            return
+        part = min((wanted - link.free) / excess, 1.0)
+        for flow, other in above:
+            rate = flow.rate
+            less = (rate - share) * part
+            flow.rest_bytes -= rate * (now_s - flow.since_s)
+            flow.since_s = now_s
+            rate -= less
+            flow.rate = rate
+            # Later than before, so the engine looks early enough as it is.
+            flow.end_s = now_s + flow.rest_bytes / rate
+            other.free += less
+            link.free += less
+
+    def _hand_out(self, link: Link) -> None:
+        """Give what is free on a link to its flows, as far as their other links have room."""
+        free = link.free
+        if free < link.rate * WORTH_HANDING_OUT:
+            return
+        now_s = self._engine.now_s
+        takers = [
+            (flow, other)
+            for flow, other in link.flows.items()
+            if other.free >= other.rate * WORTH_HANDING_OUT
+        ]
+        # Those with the least room first: what they cannot use is shared by the others.
+        takers.sort(key=_room)
+        waiting = len(takers)
+        for flow, other in takers:
+            more = min(free / waiting, other.free)
+            waiting -= 1
+            free -= more
+            other.free -= more
+            rate = flow.rate
+            flow.rest_bytes -= rate * (now_s - flow.since_s)
+            flow.since_s = now_s
+            rate += more
+            flow.rate = rate
+            flow.end_s = now_s + flow.rest_bytes / rate
+            if flow.end_s < flow.due_s:
+                self._look_again(flow)
+        link.free = free
+
+    def _look_again(self, flow: Flow) -> None:
+        due_s = flow.end_s if flow.end_s < flow.deadline_s else flow.deadline_s
+        now_s = self._engine.now_s
+        flow.due_s = due_s if due_s > now_s else now_s
+        self._engine.at(flow.due_s, self._look, flow)
+
+    def _look(self, flow: Flow) -> None:
+        """End a flow that is done. Entries that were overtaken by an earlier one do nothing."""
+        now_s = self._engine.now_s
+        if flow.due_s != now_s:
+            return
+        if flow.end_s > now_s < flow.deadline_s:
+            self._look_again(flow)
+            return
+        flow.due_s = -1.0
+        complete = flow.end_s <= now_s
+        up, down = flow.up, flow.down
+        for link in (up, down):
+            del link.flows[flow]
+            link.free = link.free + flow.rate if link.flows else link.rate
+        if complete:
+            up.carried_bytes += flow.length_bytes
+            down.carried_bytes += flow.length_bytes
+        self._hand_out(up)
+        self._hand_out(down)
+        flow.ended(complete)
+
+
+def _room(taker: tuple[Flow, Link]) -> float:
+    return taker[1].free
