@@ -512,7 +512,7 @@ class Cache:
         with suppress(FileExistsError):  # one of 256, nearly always there
             os.mkdir(target[:2], 0o700, dir_fd=self._objects_fd)
         data = encode_manifest(partial.version, partial.manifest())
-        fd = os.open(name + _MANIFEST, _MAKE | os.O_TRUNC, 0o400, dir_fd=self._partial_fd)
+        fd = os.open(name + _MANIFEST, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
         try:
             write_all(fd, data, 0)
         finally:

@@ -110,6 +110,9 @@ class PartialStore:
                 self._remove(version_id)
                 self._check_room(version, self.stored_bytes(version, layout))
                 stack.callback(self._remove, version_id)
+            else:
+                # Read-only already if a publication was cut short.
+                os.chmod(name, 0o600, dir_fd=self._fd)
             fd = os.open(name, _MAKE, 0o600, dir_fd=self._fd)
             file = SharedFile(fd)
             stack.callback(file.release)

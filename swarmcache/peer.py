@@ -223,7 +223,7 @@ class Daemon:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
         self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
         self._spawn(self._stay_with_tracker())
-        self._spawn(self._measure_disk())
+        self._spawn(self._look_after_disk())
         self._spawn(self._recover_undurable())
         return HostPort(listen.host, port)
 
@@ -687,13 +687,14 @@ class Daemon:
             log.error("cannot read a manifest: %s", error)
         self._shell.handle(ManifestLoaded(version_id, digests))
 
-    async def _measure_disk(self) -> None:
+    async def _look_after_disk(self) -> None:
+        """Now and then write down when copies were last used, and measure the disk."""
         while True:
             try:
-                disk = await self._in_thread(self._disk_threads, self._cache.status)
-                self._shell.handle(DiskMeasured(disk))
+                await self._in_thread(self._disk_threads, self._cache.flush)
+                self._shell.handle(DiskMeasured(self._cache.status()))
             except LocalError as error:
-                log.error("cannot measure the disk: %s", error)
+                log.error("the disk of the cache fails: %s", error)
             await asyncio.sleep(DISK_STATUS_S)
 
     async def _recover_undurable(self) -> None:

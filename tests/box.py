@@ -815,6 +815,7 @@ class Cluster:
     `daemons` (by name of host) are the processes that were started last.
     """
 
+    PROGRAM = ("-m", "swarmcache")
     SOCKET = Path("/run/swarmcache/daemon.sock")
     TRACKER_PORT = 7380
     DAEMON_PORT = 7381
@@ -845,10 +846,18 @@ class Cluster:
         return process
 
     def start_daemons(
-        self, nodes: Iterable[Host], settings: Mapping[str, object] | None = None
+        self,
+        nodes: Iterable[Host],
+        settings: Mapping[str, object] | None = None,
+        *,
+        program: Sequence[str] = PROGRAM,
     ) -> list[Process]:
-        """Start daemons side by side, with further settings; returns when all serve."""
-        started = {node: self._daemon(node, settings or {}) for node in nodes}
+        """Start daemons side by side, with further settings; returns when all serve.
+
+        `program`: what the interpreter is to run instead of swarmcache as it is, such as `-c` and a
+        script that breaks something first.
+        """
+        started = {node: self._daemon(node, settings or {}, program) for node in nodes}
         for process in started.values():
             process.wait_for_stderr("swarmcache daemon ready on", START_TIMEOUT_S)
         self.daemons.update((node.name, process) for node, process in started.items())
@@ -871,12 +880,14 @@ class Cluster:
             raise ChildProcessError(f"{get!r}: {get.stderr[-2000:]}")
         return [Path(line) for line in get.stdout.removesuffix("\n").split("\n")]
 
-    def _daemon(self, node: Host, settings: Mapping[str, object]) -> Process:
+    def _daemon(
+        self, node: Host, settings: Mapping[str, object], program: Sequence[str] = PROGRAM
+    ) -> Process:
         arguments: list[Argument] = ["daemon", "--tracker", self._tracker_address]
         arguments += ["--listen", f"{node.address}:{self.DAEMON_PORT}"]
         arguments += ["--cache-dir", node.disk / "cache", "--socket", self.SOCKET]
         arguments += ["--secret-file", self.secret_file]
-        return self._command(node, arguments, setting_variables(settings))
+        return self._command(node, arguments, setting_variables(settings), program=program)
 
     def _command(
         self,
@@ -884,10 +895,11 @@ class Cluster:
         arguments: Sequence[Argument],
         env: Mapping[str, str] | None = None,
         uid: int = 0,
+        program: Sequence[str] = PROGRAM,
     ) -> Process:
         settings = setting_variables(self._settings)
         return host.start(
-            [sys.executable, "-m", "swarmcache", *arguments],
+            [sys.executable, *program, *arguments],
             env={"PYTHONPATH": str(REPOSITORY), **settings, **(env or {})},
             uid=uid,
             log=f"swarmcache-{os.fsdecode(arguments[0])}",

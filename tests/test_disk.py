@@ -451,6 +451,7 @@ def test_after_a_reboot_only_what_was_durable_is_handed_out_unseen(root: Path) -
     cache.close()
     change_index(root, "UPDATE replica SET boot_id = x'00'")
     where = object_of(root, rotten[0])
+    where.chmod(0o600)
     with where.open("r+b") as file:
         file.write(bytes(100))  # delayed blocks that never reached the disk
     os.utime(object_of(root, good[0]), ns=(0, 0))  # neither did this time
@@ -541,6 +542,11 @@ def restore_mtime_after_flip(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def cut(path: Path) -> None:
+    path.chmod(0o600)
+    os.truncate(path, 10)
+
+
 def exchange(path: Path) -> None:
     data = path.read_bytes()
     path.unlink()
@@ -549,7 +555,7 @@ def exchange(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tamper",
-    [flip, restore_mtime_after_flip, exchange, Path.unlink, lambda path: os.truncate(path, 10)],
+    [flip, restore_mtime_after_flip, exchange, cut, Path.unlink],
 )
 def test_a_copy_that_somebody_touched_is_dropped_everywhere(
     cache: Cache, root: Path, tamper: Callable[[Path], None]

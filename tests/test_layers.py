@@ -38,6 +38,7 @@ LAYERS = {
         "local_socket",
         "machine_shell",
         "partial",
+        "partial_store",
         "peer",
         "serving",
         "source_file",

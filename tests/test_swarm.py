@@ -1,0 +1,398 @@
+"""Promises kept by real daemons on the hosts of a box: one file server, many nodes, many faults.
+
+Each test says in its name what must hold. What is asserted was seen from outside: by the file
+server that writes down every read, by the counters of the links, by reading the printed paths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.box import Box, wait_until
+from tests.swarm_helpers import (
+    CHUNK_BYTES,
+    FLIPPING_DAEMON,
+    MIB,
+    PATIENCE_S,
+    TRANSFER_S,
+    Swarm,
+    digest_of,
+    leases_in,
+)
+
+pytestmark = [pytest.mark.box, pytest.mark.slow]
+
+# Bytes on a link for each byte of a file: headers of TCP, IP and Ethernet, requests, digests.
+OVERHEAD = 1.08
+STALL_S = 5.0
+# A daemon's and a client's start, and the last answer, on a busy machine.
+STALL_GRACE_S = 3.0
+# A file server as slow as this reads a file of 16 MiB in 7 s: time to break something meanwhile.
+SLOW_MBIT = 20.0
+
+MakeSwarm = Callable[..., Swarm]
+
+
+@pytest.fixture
+def make_swarm(tmp_path: Path) -> Iterator[MakeSwarm]:
+    """Makes a running swarm: ``make_swarm(4, slots_max=2, file_server_mbit=20)``."""
+    with ExitStack() as stack:
+
+        def make(
+            hosts: int,
+            *,
+            running: int | None = None,
+            slots_max: int = 8,
+            file_server_mbit: float | None = None,
+        ) -> Swarm:
+            box = stack.enter_context(Box(hosts=hosts, rate_mbit=200.0, directory=tmp_path))
+            if file_server_mbit is not None:
+                box.fs.shape(up_mbit=file_server_mbit, down_mbit=file_server_mbit)
+            swarm = Swarm(box, {"file_servers.default.slots_max": slots_max})
+            swarm.start(box.nodes[:running])
+            return swarm
+
+        yield make
+
+
+# --- without faults ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nodes", "slots_max"), [(6, 8), (5, 2)])
+def test_a_file_reaches_every_node_and_leaves_the_file_server_once(
+    make_swarm: MakeSwarm, nodes: int, slots_max: int
+) -> None:
+    swarm = make_swarm(nodes, slots_max=slots_max)
+    file_server = swarm.box.file_server
+    file = swarm.put("corpus", 64 * MIB)
+    sent_before = swarm.box.fs.bytes_sent()
+
+    swarm.assert_all_cached(swarm.get_everywhere(file), file)
+
+    assert swarm.box.fs.bytes_sent() - sent_before <= OVERHEAD * 64 * MIB
+    assert 64 * MIB <= file_server.bytes_read(file) <= 1.01 * 64 * MIB
+    assert min(nodes, slots_max) >= file_server.readers_peak(file) >= 2
+
+
+def test_a_latecomer_gets_everything_from_peers(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(3, running=2)
+    file = swarm.put("corpus", 16 * MIB)
+    early, latecomer = swarm.box.nodes[:2], swarm.box.nodes[2]
+    swarm.assert_all_cached(swarm.get_everywhere(file, early), file)
+    read_before = swarm.box.file_server.bytes_read()
+
+    swarm.cluster.start_daemons([latecomer])
+    swarm.wait_for_tracker([latecomer])
+    swarm.assert_all_cached(swarm.get_everywhere(file, [latecomer]), file)
+
+    assert swarm.box.file_server.bytes_read() == read_before
+
+
+def test_twenty_gets_of_one_file_on_one_node_are_one_download(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(1)
+    (node,) = swarm.box.nodes
+    file = swarm.put("corpus", 32 * MIB)
+    received_before = node.bytes_received()
+
+    gets = [swarm.cluster.get(node, file) for _ in range(20)]
+    found = swarm.paths(gets)
+
+    assert len(set(found)) == 1 and found[0] != file
+    assert digest_of(found[0]) == swarm.digests[file][-1]
+    assert node.bytes_received() - received_before <= OVERHEAD * 32 * MIB
+    assert swarm.box.file_server.bytes_read(file) <= 1.01 * 32 * MIB
+
+
+def test_the_single_file_of_one_user_does_not_wait_for_all_files_of_another(
+    make_swarm: MakeSwarm,
+) -> None:
+    """Also: where the copies lie, and who can look at them."""
+    ann, ben = 1001, 1002
+    swarm = make_swarm(2, slots_max=1, file_server_mbit=SLOW_MBIT)
+    first, second = swarm.box.nodes
+    many = [swarm.put(f"of_ann_{number}", 2 * MIB) for number in range(6)]
+    single = swarm.put("of_ben", 2 * MIB)
+
+    get_many = swarm.cluster.get(first, *many, uid=ann)
+    swarm.wait_for(second, lambda status: len(status["cluster"]["swarms"]) == 6, "six swarms")
+    get_single = swarm.cluster.get(first, single, uid=ben)
+    copies = swarm.cluster.paths(get_many, TRANSFER_S)
+    (copy,) = swarm.cluster.paths(get_single, TRANSFER_S)
+
+    reads = swarm.box.file_server.reads
+    assert max(read.answered_s for read in reads(single)) < max(
+        read.answered_s for path in many for read in reads(path)
+    )
+    assert swarm.box.file_server.readers_peak() == 1
+    for path, cached in zip([*many, single], [*copies, copy], strict=True):
+        assert cached != path and digest_of(cached) == swarm.digests[path][-1]
+    for reader, own, foreign in ((ann, copies[0], copy), (ben, copy, copies[0])):
+        assert first.run(["cat", own], uid=reader, check=False).returncode == 0
+        assert first.run(["cat", foreign], uid=reader, check=False).returncode != 0
+        assert first.run(["ls", foreign.parent], uid=reader, check=False).returncode != 0
+
+
+# --- nodes that fail -----------------------------------------------------------------------------
+
+
+def test_a_slot_is_free_soon_after_its_holder_was_killed_and_the_others_finish(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(4, slots_max=1, file_server_mbit=SLOW_MBIT)
+    file = swarm.put("corpus", 16 * MIB)
+    watcher = swarm.box.nodes[0]
+    gets = swarm.get_everywhere(file)
+    reader = swarm.wait_for_reader(seen_from=watcher)
+
+    reader.node.kill(swarm.cluster.daemons[reader.node.name])
+    swarm.wait_for(
+        watcher,
+        lambda status: reader.lease_id not in leases_in(status).values(),
+        "the end of a dead node's lease",
+        timeout_s=5.0,
+    )
+    swarm.wait_for(watcher, leases_in, "a lease for another node")
+
+    victim = swarm.box.nodes.index(reader.node)
+    assert swarm.paths([gets.pop(victim)]) == [file]
+    swarm.assert_all_cached(gets, file)
+    assert swarm.box.file_server.readers_peak(file) == 1
+
+
+def test_a_holder_that_was_stopped_for_longer_than_its_lease_does_not_read_on(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT)
+    file = swarm.put("corpus", 24 * MIB)
+    watcher = swarm.box.nodes[0]
+    gets = swarm.get_everywhere(file)
+    reader = swarm.wait_for_reader(seen_from=watcher)
+    daemon = swarm.cluster.daemons[reader.node.name]
+
+    reader.node.stop(daemon)
+    swarm.wait_for(
+        watcher,
+        lambda status: len(leases_in(status)) == 2
+        and swarm.node_id(reader.node) not in leases_in(status),
+        "two other nodes with leases",
+    )
+    reader.node.cont(daemon)
+
+    swarm.assert_all_cached(gets, file)
+    assert swarm.box.file_server.readers_peak(file) <= 2
+
+
+def test_a_killed_daemon_fetches_only_what_is_missing_when_it_is_back(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(2)
+    file = swarm.put("corpus", 64 * MIB)
+    holder, node = swarm.box.nodes
+    swarm.assert_all_cached(swarm.get_everywhere(file, [holder]), file)
+
+    interrupted = swarm.cluster.get(node, file)
+    done_bytes = swarm.wait_for_done(node, 32 * MIB)
+    node.kill(swarm.cluster.daemons[node.name])
+    assert swarm.paths([interrupted]) == [file]
+    swarm.cluster.start_daemons([node])
+    swarm.wait_for_tracker([node])
+    received_before = node.bytes_received()
+    swarm.assert_all_cached(swarm.get_everywhere(file, [node]), file)
+
+    missing_bytes = 64 * MIB - done_bytes + 2 * CHUNK_BYTES
+    assert node.bytes_received() - received_before <= OVERHEAD * missing_bytes
+
+
+def test_a_peer_that_sends_flipped_bits_is_found_out_and_not_asked_again(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(4, running=3)
+    liar = swarm.box.nodes[3]
+    honest = swarm.box.nodes[:3]
+    swarm.cluster.start_daemons([liar], program=FLIPPING_DAEMON)
+    swarm.wait_for_tracker([liar])
+    first, second = swarm.put("first", 16 * MIB), swarm.put("second", 16 * MIB)
+
+    gets = swarm.get_everywhere(first)
+    swarm.assert_all_cached(gets, first)
+
+    for node in honest:
+        swarm.wait_for(node, lambda status: distrusted(status) == [swarm.node_id(liar)], "distrust")
+        assert swarm.node_id(liar) not in swarm.status(node)["node"]["received_bytes"]
+        table = swarm.cluster.command(node, "status")
+        assert table.wait(PATIENCE_S) == 0
+        assert f"Not asked again, having sent wrong bytes: {swarm.node_id(liar)}" in table.stdout
+    (corrupt,) = swarm.status(liar)["cluster"]["corrupt"]
+    assert corrupt == {"node": swarm.node_id(liar), "reports": 3}
+
+    uploaded_bytes = swarm.status(liar)["node"]["uploaded_bytes"]
+    swarm.assert_all_cached(swarm.get_everywhere(second), second)
+    assert swarm.status(liar)["node"]["uploaded_bytes"] == uploaded_bytes
+
+
+def distrusted(status: dict[str, object]) -> list[str]:
+    """Peers that this node does not ask any more."""
+    node = status["node"]
+    assert isinstance(node, dict)
+    return [peer["node"] for peer in node["peers"] if peer["distrusted"]]
+
+
+def test_a_file_is_read_again_when_its_only_holder_sends_flipped_bits(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(3, running=2)
+    liar = swarm.box.nodes[2]
+    swarm.cluster.start_daemons([liar], program=FLIPPING_DAEMON)
+    swarm.wait_for_tracker([liar])
+    file = swarm.put("corpus", 8 * MIB)
+    swarm.assert_all_cached(swarm.get_everywhere(file, [liar]), file)
+
+    swarm.assert_all_cached(swarm.get_everywhere(file, swarm.box.nodes[:2]), file)
+
+
+def test_nodes_that_are_cut_off_hold_up_nobody_and_finish_when_they_are_back(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(5)
+    file = swarm.put("corpus", 64 * MIB)
+    serving, downloading, *others = swarm.box.nodes
+    swarm.assert_all_cached(swarm.get_everywhere(file, [serving, others[0]]), file)
+
+    gets = {node: swarm.cluster.get(node, file) for node in [downloading, *others[1:]]}
+    swarm.wait_for_done(downloading, 8 * MIB)
+    for node in (serving, downloading):
+        node.cut_off()
+    swarm.assert_all_cached([gets[node] for node in others[1:]], file)
+    for node in (serving, downloading):
+        node.heal()
+
+    begin_s = time.monotonic()
+    swarm.assert_right([gets[downloading]], file)
+    assert time.monotonic() - begin_s <= PATIENCE_S
+    swarm.wait_for_tracker([downloading])
+    swarm.assert_all_cached(swarm.get_everywhere(file, [downloading]), file)
+
+
+def test_what_only_a_node_had_that_is_cut_off_is_read_again(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(3)
+    file = swarm.put("corpus", 8 * MIB)
+    holder, *others = swarm.box.nodes
+    swarm.assert_all_cached(swarm.get_everywhere(file, [holder]), file)
+    holder.cut_off()
+
+    swarm.assert_all_cached(swarm.get_everywhere(file, others), file)
+
+
+# --- a tracker that fails ------------------------------------------------------------------------
+
+
+def test_a_tracker_that_was_killed_in_mid_swarm_and_comes_back_costs_nothing_but_time(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT)
+    file = swarm.put("corpus", 24 * MIB)
+    gets = swarm.get_everywhere(file)
+    swarm.wait_for_reader(seen_from=swarm.box.nodes[0])
+
+    assert swarm.cluster.tracker is not None
+    swarm.box.head.kill(swarm.cluster.tracker)
+    back_at_s = time.monotonic() + 3.0
+    wait_until(lambda: time.monotonic() >= back_at_s, PATIENCE_S, "three seconds")
+    assert all(get.returncode is None for get in gets), "the tracker was back too late"
+    swarm.cluster.start_tracker()
+
+    swarm.assert_all_cached(gets, file)
+    assert swarm.box.file_server.readers_peak(file) <= 2
+
+
+@pytest.mark.parametrize("fault", ["killed", "cut off"])
+def test_without_a_tracker_each_get_prints_the_original_path_in_time(
+    make_swarm: MakeSwarm, fault: str
+) -> None:
+    swarm = make_swarm(2)
+    file = swarm.put("corpus", 4 * MIB)
+    assert swarm.cluster.tracker is not None
+    if fault == "killed":
+        swarm.box.head.kill(swarm.cluster.tracker)
+    else:
+        swarm.box.head.cut_off()
+
+    begin_s = time.monotonic()
+    gets = swarm.get_everywhere(file)
+    assert swarm.paths(gets) == [file, file]
+    assert time.monotonic() - begin_s <= STALL_S + STALL_GRACE_S
+    for get in gets:
+        assert "no progress for 5 s" in get.stderr
+        assert "using the original path" in get.stderr
+    assert swarm.box.file_server.bytes_read() == 0
+
+
+# --- a source that changes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["replaced", "replaced by a longer one", "appended to"])
+def test_a_source_that_changes_in_mid_swarm_gives_no_mixed_and_no_stale_bytes(
+    make_swarm: MakeSwarm, change: str
+) -> None:
+    swarm = make_swarm(3, file_server_mbit=SLOW_MBIT)
+    file = swarm.put("corpus", 16 * MIB)
+    gets = swarm.get_everywhere(file)
+    swarm.wait_for_done(swarm.box.nodes[0], 4 * MIB)
+
+    if change == "replaced":
+        swarm.put("corpus", 16 * MIB)
+    elif change == "replaced by a longer one":
+        swarm.put("corpus", 17 * MIB)
+    else:
+        swarm.append(file, MIB)
+    assert all(get.returncode is None for get in gets), "the change came too late"
+
+    swarm.assert_right(gets, file)
+    swarm.assert_all_cached(swarm.get_everywhere(file), file)
+
+
+# --- strangers -----------------------------------------------------------------------------------
+
+
+def test_a_stranger_with_another_secret_gets_nothing_and_is_not_listed(
+    make_swarm: MakeSwarm, tmp_path: Path
+) -> None:
+    swarm = make_swarm(3, running=2)
+    *friends, stranger = swarm.box.nodes
+    file = swarm.put("corpus", 8 * MIB)
+    swarm.assert_all_cached(swarm.get_everywhere(file, friends), file)
+
+    own_secret = tmp_path / "another_secret"
+    own_secret.touch(mode=0o600)
+    own_secret.write_text("0123456789abcdef0123456789abcdef\n")
+    sent_before = sum(friend.bytes_sent() for friend in friends)
+    swarm.cluster.secret_file = own_secret
+    (daemon,) = swarm.cluster.start_daemons([stranger])
+    assert swarm.paths([swarm.cluster.get(stranger, file)]) == [file]
+
+    assert not swarm.status(stranger)["node"]["tracker_connected"]
+    assert "secret" in daemon.stderr
+    listed = [node["node"] for node in swarm.status(friends[0])["cluster"]["nodes"]]
+    assert sorted(listed) == sorted(map(swarm.node_id, friends))
+    assert sum(friend.bytes_sent() for friend in friends) - sent_before < CHUNK_BYTES
+
+
+@pytest.mark.parametrize("server", ["daemon", "tracker"])
+def test_without_a_secret_a_server_listens_to_its_own_machine_only(
+    make_swarm: MakeSwarm, server: str
+) -> None:
+    swarm = make_swarm(1, running=0)
+    (node,) = swarm.box.nodes
+    settings = {"daemon": ["--cache-dir", node.disk / "cache"], "tracker": ["--state-dir", node.disk]}
+    refused = swarm.cluster.command(
+        node, server, "--listen", f"{node.address}:7391", *settings[server]
+    )
+
+    assert refused.wait(PATIENCE_S) == 2
+    assert "expected a loopback address" in refused.stderr
+    assert "cluster.secret_file is not set" in refused.stderr
