@@ -142,21 +142,31 @@ def open_source(asked: bytes) -> Source:
     """
     try:
         _check_regular(os.stat(asked))
-        real_path = os.path.realpath(asked)
-        fd = os.open(real_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(asked, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         raise SourceUnreadable(reason_of(error)) from error
     try:
         found = os.fstat(fd)
         _check_regular(found)
         os.set_blocking(fd, True)  # the daemon reads through it, and shall not have to ask twice
+        return Source(fd, _real_path_of_open(fd, asked), found)
     except OSError as error:
         os.close(fd)
         raise SourceUnreadable(reason_of(error)) from error
     except SourceUnreadable:
         os.close(fd)
         raise
-    return Source(fd, real_path, found)
+
+
+def _real_path_of_open(fd: int, asked: bytes) -> bytes:
+    """The real path of the very file that is open, as the kernel knows it. Raises OSError."""
+    try:
+        path = os.readlink(b"/proc/self/fd/%d" % fd)
+    except FileNotFoundError:  # no /proc
+        return os.path.realpath(asked)
+    if path.startswith(b"/") and not path.endswith(b" (deleted)"):
+        return path
+    return os.path.realpath(asked)  # a name that ends like this, or a file that has just gone
 
 
 def _check_regular(found: os.stat_result) -> None:

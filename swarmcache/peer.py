@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,8 +101,8 @@ from swarmcache.peer_state import FLIGHTS_MAX, Fetching, PeerState
 from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
+    bind,
     cluster_key,
-    listening_port,
     say_ready,
     told_to_end,
 )
@@ -157,11 +158,6 @@ class Daemon:
         self._config = config
         self._key = key
         self._loop = asyncio.get_running_loop()
-        self._examiner = SourceExaminer(config)
-        self._cache = open_cache(config)
-        self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
-        self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
-        self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
         self._received_bytes: Counter[str] = Counter()
         self._read_bytes = 0
         self._uploaded_bytes = 0
@@ -175,34 +171,63 @@ class Daemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         self._started_s = now_s()
+        self._resources = AsyncExitStack()
 
-    # --- life -----------------------------------------------------------------------------------
+    # --- life ------------------------------------------------------------------------------------
 
     async def start(self) -> HostPort:
-        """Listen; returns the address of the control server. Raises LocalError, OSError."""
+        """Serve; returns the address of the control server.
+
+        Raises LocalError, ConfigError, OSError; then nothing is left open.
+        """
+        async with AsyncExitStack() as stack:
+            self._open_cache(stack)
+            address = await self._listen(stack)
+            self._start_machine(stack)
+            await self._serve(stack)
+            self._resources = stack.pop_all()
+        return address
+
+    async def stop(self) -> None:
+        """End everything in an orderly way; who still waits gets the original path."""
+        await self._resources.aclose()
+
+    def _open_cache(self, stack: AsyncExitStack) -> None:
+        self._examiner = SourceExaminer(self._config)
+        stack.callback(self._examiner.close)
+        self._cache = open_cache(self._config)
+        stack.callback(self._cache.close)
+        self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
+        self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
+        for threads in (self._disk_threads, self._read_threads, self._examine_threads):
+            stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
+
+    async def _listen(self, stack: AsyncExitStack) -> HostPort:
+        """Open both ports, and decide how this node is called."""
         listen = self._config.daemon.listen
-        self._runner = web.AppRunner(
-            self._application(), access_log=None, shutdown_timeout=1.0, handle_signals=False
-        )
-        await self._runner.setup()
-        await web.TCPSite(self._runner, listen.host, listen.port, backlog=1024).start()
-        port = listening_port(self._runner)
+        transfer = self._config.transfer
+        self._listener = bind(listen)
+        stack.callback(self._listener.close)
+        port = int(self._listener.getsockname()[1])
         self._chunk_server = ChunkServer(
             self._key,
             self._cache.open_source,
-            uploads_max=self._config.transfer.uploads_max,
-            upload_rate_max_bytes_per_s=self._config.transfer.upload_rate_max_bytes_per_s,
+            uploads_max=transfer.uploads_max,
+            upload_rate_max_bytes_per_s=transfer.upload_rate_max_bytes_per_s,
             on_uploaded=self._uploaded,
         )
         data_port = await self._chunk_server.start(listen.host, port + 1 if listen.port else 0)
-        advertised = self._config.daemon.advertise or HostPort(listen.host, port)
-        if advertised.port == 0:
-            advertised = HostPort(advertised.host, port)
-        name = socket.gethostname()[:64]
-        self.address = NodeAddress(str(advertised), data_port, name)
+        stack.push_async_callback(self._chunk_server.stop)
+        advertised = self._config.daemon.advertise or listen
+        advertised = HostPort(advertised.host, advertised.port or port)
+        self.address = NodeAddress(str(advertised), data_port, socket.gethostname()[:64])
         self._identity = msgspec.msgpack.encode(self.address)
         if len(self._identity) > IDENTITY_MAX_BYTES:
             raise ConfigError(f"the advertised address {advertised} is too long")
+        return HostPort(listen.host, port)
+
+    def _start_machine(self, stack: AsyncExitStack) -> None:
         self._fetcher = ChunkFetcher(
             self._key,
             self.address.node.encode(),
@@ -210,6 +235,7 @@ class Daemon:
             buffers_bytes_max=BUFFERS_BYTES_MAX,
             download_rate_max_bytes_per_s=self._config.transfer.download_rate_max_bytes_per_s,
         )
+        stack.push_async_callback(asyncio.to_thread, self._fetcher.close)
         self._state = PeerState(
             self.address,
             random.Random(os.urandom(16)),
@@ -220,36 +246,40 @@ class Daemon:
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
         )
+        stack.callback(self._stop_machine)
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        await stack.enter_async_context(self._session)
+        stack.push_async_callback(self._end_tasks)
+        await web.SockSite(runner, self._listener, backlog=1024).start()
         self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
+        stack.callback(self._local_server.close)
+        stack.callback(self._answer_everybody)
         self._spawn(self._stay_with_tracker())
         self._spawn(self._look_after_disk())
         self._spawn(self._recover_undurable())
-        return HostPort(listen.host, port)
 
-    async def stop(self) -> None:
-        """End everything in an orderly way; who still waits gets the original path."""
+    def _answer_everybody(self) -> None:
         for request in list(self._requests):
             self._answer_original(request, "the daemon is being stopped")
-        self._local_server.close()
-        self._shell.stop()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for link in [*self._links.values(), *([self._tracker_link] if self._tracker_link else [])]:
-            await link.wait_closed()
-        await self._session.close()
-        await self._runner.cleanup()
-        await self._chunk_server.stop()
-        self._state.lease_until_s = 0.0
-        await asyncio.to_thread(self._stop_threads)
-        self._cache.close()
-        self._examiner.close()
 
-    def _stop_threads(self) -> None:
-        self._fetcher.close()
-        for threads in (self._read_threads, self._disk_threads, self._examine_threads):
-            threads.shutdown(cancel_futures=True)
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for link in list(self._links.values()):
+            await link.wait_closed()
+        if self._tracker_link is not None:
+            await self._tracker_link.wait_closed()
+
+    def _stop_machine(self) -> None:
+        self._shell.stop()
+        self._state.lease_until_s = 0.0  # whoever reads under a lease stops
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -289,6 +319,11 @@ class Daemon:
             os.close(fd)
             connection.send(Original(str(error)))
             return
+        except Exception as error:
+            # A bug of ours; the job still gets a path, and the log the traceback.
+            os.close(fd)
+            connection.send(Original(f"internal error: {error}"))
+            raise
         if path is not None:
             os.close(fd)
             connection.send(Cached(os.fsencode(path), hit=True))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
+import socket
 import sys
-
-from aiohttp import web
 
 from swarmcache.auth import ClusterKey
 from swarmcache.config import Config, load_secret
@@ -26,9 +25,13 @@ def allow_many_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def listening_port(runner: web.AppRunner) -> int:
-    """The port that a started runner listens on."""
-    return int(runner.addresses[0][1])
+def bind(address: HostPort) -> socket.socket:
+    """A listening socket on the first address that the name stands for. Raises OSError."""
+    found = socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, _, _, _, where = found[0]
+    return socket.create_server(where[:2], family=family, backlog=4096)
 
 
 def say_ready(server: str, address: HostPort) -> None:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class MountTable:
         self._file = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 (closed with the table)
         self._poll = select.poll()
         self._poll.register(self._file, select.POLLPRI)
+        self._lock = threading.Lock()
         self._mounts = self._read()
 
     def close(self) -> None:
@@ -58,15 +60,23 @@ class MountTable:
         self._file.close()
 
     def find(self, path: bytes) -> Mount:
-        """The mount that a real path is on. Whole components count, the last mount wins."""
-        if self._poll.poll(0):
-            self._mounts = self._read()
-        found = self._mounts[0]
-        for mount in self._mounts:
-            inside = path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")
-            if inside and len(mount.point) >= len(found.point):
-                found = mount
-        return found
+        """The mount that a real path is on. Whole components count, the last mount wins.
+
+        Safe to call from many threads. Raises SourceUnreadable where there is none.
+        """
+        with self._lock:
+            if self._poll.poll(0):
+                self._mounts = self._read()
+            mounts = self._mounts
+        inside = [
+            mount
+            for mount in mounts
+            if path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")
+        ]
+        if not inside:
+            raise SourceUnreadable("it is on no file system that the daemon sees")
+        longest = max(len(mount.point) for mount in inside)
+        return [mount for mount in inside if len(mount.point) == longest][-1]
 
     def _read(self) -> list[Mount]:
         self._file.seek(0)

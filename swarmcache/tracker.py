@@ -19,8 +19,8 @@ from swarmcache.messages import decode_to_tracker, encode
 from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
+    bind,
     cluster_key,
-    listening_port,
     say_ready,
     told_to_end,
 )
@@ -118,11 +118,12 @@ async def run_tracker(config: Config) -> None:
     told = told_to_end()
     tracker = Tracker(config, cluster_key(config))
     runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    listen = config.tracker.listen
-    await web.TCPSite(runner, listen.host, listen.port, backlog=4096).start()
-    say_ready("tracker", HostPort(listen.host, listening_port(runner)))
     try:
-        await told.wait()
+        await runner.setup()
+        with bind(config.tracker.listen) as listener:
+            await web.SockSite(runner, listener, backlog=4096).start()
+            port = int(listener.getsockname()[1])
+            say_ready("tracker", HostPort(config.tracker.listen.host, port))
+            await told.wait()
     finally:
         await runner.cleanup()

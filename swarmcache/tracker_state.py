@@ -462,15 +462,19 @@ class TrackerState:
             self._tell(name, Peers(swarm.version_id, part), effects)
 
     def _choose_peers(self, swarm: Swarm, name: str) -> list[str]:
-        """New neighbours for a member: everybody in a small swarm, a random half of the limit in a
-        large one (the other half is left for those who come later)."""
+        """New neighbours for a member: everybody in a small swarm, some at random in a large one.
+
+        Those who come later choose among those who are here, so whoever is here must have room
+        left, or the swarm would fall apart into groups that never meet. With three eighths of the
+        limit per newcomer a member fills up only when the swarm is five times as large as when it
+        came itself.
+        """
         member = swarm.members[name]
         room = self._peers_max - len(member.neighbours)
-        if len(swarm.members) - 1 > self._peers_max:
-            room = min(room, max(self._peers_max // 2 - len(member.neighbours), 0))
-            candidates: Iterable[str] = self._shuffled(swarm.order, 8 * self._peers_max)
-        else:
-            candidates = swarm.order
+        candidates: Iterable[str] = swarm.order
+        if len(swarm.members) - 1 > self._peers_max // 2:
+            room = max(-(-3 * self._peers_max // 8) - len(member.neighbours), 0)
+            candidates = self._drawn(swarm.order, 8 * self._peers_max)
         chosen: dict[str, None] = {}
         for other in candidates:
             if len(chosen) >= room:
@@ -480,7 +484,7 @@ class TrackerState:
                 chosen[other] = None
         return list(chosen)
 
-    def _shuffled(self, names: list[str], tries: int) -> Iterator[str]:
+    def _drawn(self, names: list[str], tries: int) -> Iterator[str]:
         for _ in range(tries):
             yield names[int(self._rng.random() * len(names))]
 

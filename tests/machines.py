@@ -1,0 +1,805 @@
+"""A small cluster in virtual time: the machines of several nodes and of one tracker, joined by queues.
+
+A seed decides everything: how long every message, request and disk call takes, and what breaks.
+Connections keep the order of their messages, nothing else does. Every event that a machine is given
+is followed by its ``check``; the cluster itself checks what no machine can see alone: how many
+nodes read from the file server at once, that a request is answered once, that a file is put in
+place only with the right digests, and that nothing is dropped while something is under way for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from blake3 import blake3
+
+from swarmcache import messages
+from swarmcache.chunks import ChunkLayout, FileVersion, mask_to_bytes
+from swarmcache.messages import BetweenNodes, FromTracker, NodeAddress, Replicas, ToTracker
+from swarmcache.peer_events import (
+    AnnounceReplicas,
+    AnswerCached,
+    AnswerOriginal,
+    AnswerStatus,
+    ChunkAbsent,
+    ChunkArrived,
+    ChunkCorrupt,
+    ChunkRead,
+    ChunksRecovered,
+    DialPeer,
+    DistrustPeer,
+    DropPartial,
+    FetchChunk,
+    FilePublished,
+    FileWanted,
+    HangUp,
+    LoadManifest,
+    ManifestLoaded,
+    PeerBusy,
+    PeerConnected,
+    PeerEffect,
+    PeerEvent,
+    PeerLost,
+    PeerSaid,
+    PeerUnreachable,
+    PublishFailed,
+    PublishFile,
+    RangeReadDone,
+    RangeReadFailed,
+    ReadRange,
+    ReserveSpace,
+    SpaceRefused,
+    SpaceReserved,
+    TellPeer,
+    TellTracker,
+    TimePassed,
+    TrackerConnected,
+    TrackerLost,
+    TrackerSaid,
+    WriteFailed,
+)
+from swarmcache.peer_state import PeerState
+from swarmcache.tracker_events import (
+    CloseSession,
+    JournalEnd,
+    JournalGrant,
+    NodeConnected,
+    NodeLost,
+    NodeSaid,
+    Tell,
+    TrackerEffect,
+    TrackerEvent,
+)
+from swarmcache.tracker_events import TimePassed as TrackerTimePassed
+from swarmcache.tracker_state import TrackerState
+
+MIB = 1 << 20
+SERVER = "nfs01:/export"
+# One piece read from the file server never takes longer, as in the margin of a lease.
+PIECE_MAX_S = 0.4
+SPINS_MAX = 20
+EVENTS_MAX = 200_000
+
+
+def version_of(name: str, size_bytes: int) -> FileVersion:
+    """A file version that nobody else has."""
+    return FileVersion(b"/nfs/" + name.encode(), size_bytes, 1_700_000_000_000_000_000)
+
+
+def digest_of(version: FileVersion, layout: ChunkLayout, chunk: int) -> bytes:
+    """What the digest of a chunk of this file is: another one for every way of cutting the file."""
+    return blake3(b"%s %d %d" % (version.version_id, layout.chunk_size_bytes, chunk)).digest()
+
+
+def address_of(index: int) -> NodeAddress:
+    """The address of the node with this number; ids are in the order of the numbers."""
+    return NodeAddress(f"node{index:03}:7381", 7382, f"node{index:03}")
+
+
+@dataclass
+class Faults:
+    """How likely it is that one thing goes wrong, each time that it is done."""
+
+    busy: float = 0.0
+    absent: float = 0.0
+    unreachable: float = 0.0
+    corrupt: float = 0.0
+    write: float = 0.0
+    publish: float = 0.0
+    space: float = 0.0
+    read: float = 0.0
+
+
+@dataclass
+class Stored:
+    """What a node's disk has of one file version."""
+
+    version: FileVersion
+    layout: ChunkLayout
+    chunks: dict[int, bytes] = field(default_factory=dict)
+    complete: bool = False
+
+    def is_right(self) -> bool:
+        """Every chunk is there with the digest that it should have."""
+        wanted = range(self.layout.chunk_count)
+        return all(
+            self.chunks.get(chunk) == digest_of(self.version, self.layout, chunk)
+            for chunk in wanted
+        )
+
+
+class Node:
+    """A node with its disk. ``life`` grows with every restart; what a former life began is void."""
+
+    def __init__(self, cluster: Cluster, index: int, offset_s: float) -> None:
+        self.cluster = cluster
+        self.address = address_of(index)
+        self.name = self.address.node
+        self.offset_s = offset_s
+        self.alive = True
+        self.life = 0
+        self.paused_until_s = 0.0
+        self.disk: dict[bytes, Stored] = {}
+        self.state = self._fresh_state()
+        self.session: int | None = None
+        self.links: dict[str, int] = {}
+        self.waiting: dict[int, FileVersion] = {}
+        self.distrusted: set[str] = set()
+        self.under_way: Counter[bytes] = Counter()
+        self.wake_at_s: float | None = None
+        self.spins = 0
+
+    def _fresh_state(self) -> PeerState:
+        seed = self.cluster.rng.random()
+        return PeerState(self.address, Random(seed), peers_max=self.cluster.peers_max)
+
+    def clock_s(self) -> float:
+        """What this node's own clock shows."""
+        return self.cluster.now_s + self.offset_s
+
+    def restart(self) -> None:
+        """A new daemon on the same disk."""
+        self.alive = True
+        self.life += 1
+        self.state = self._fresh_state()
+        self.under_way.clear()
+        self.distrusted.clear()
+        self.wake_at_s = None
+
+
+class Cluster:
+    """Nodes, tracker and network, driven by one queue of things to come."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        nodes: int,
+        slots_max: int = 2,
+        peers_max: int = 40,
+        faults: Faults | None = None,
+        corrupting: tuple[int, ...] = (),
+        piece_max_s: float = 0.05,
+    ) -> None:
+        self.rng = Random(seed)
+        self.now_s = 1000.0
+        self.peers_max = peers_max
+        self.slots_max = slots_max
+        self.faults = faults or Faults()
+        self.piece_max_s = min(piece_max_s, PIECE_MAX_S)
+        self.answers: Counter[int] = Counter()
+        self.originals = 0
+        self.read_bytes = 0
+        self.readers_peak = 0
+        self.reading: Counter[str] = Counter()
+        self.corrupting = {address_of(index).node for index in corrupting}
+        self.changed: set[bytes] = set()
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._ids = itertools.count(1)
+        self._last_s: dict[object, float] = {}
+        self._requests = itertools.count(1)
+        self._wants: dict[int, tuple[str, FileVersion, int, bool, str]] = {}
+        self.journal: dict[int, str] = {}
+        self.lease_ids = 1
+        self.tracker_up = True
+        self.tracker_life = 0
+        self.sessions: dict[int, tuple[str, int]] = {}
+        self.tracker_wake_s: float | None = None
+        self.tracker_spins = 0
+        self.tracker = self._fresh_tracker()
+        self.nodes = {
+            address_of(index).node: Node(self, index, self.rng.uniform(-500.0, 500.0))
+            for index in range(nodes)
+        }
+        for node in self.nodes.values():
+            self._connect(node)
+
+    # --- time and order --------------------------------------------------------------------------
+
+    def after(self, delay_s: float, act: Callable[[], None]) -> None:
+        """Do something later."""
+        heapq.heappush(self._queue, (self.now_s + delay_s, next(self._order), act))
+
+    def _in_order(self, channel: object, act: Callable[[], None]) -> None:
+        """Do something after a random delay, but not before what this channel carried earlier."""
+        at_s = max(self.now_s + self.delay_s(), self._last_s.get(channel, 0.0))
+        self._last_s[channel] = at_s
+        heapq.heappush(self._queue, (at_s, next(self._order), act))
+
+    def delay_s(self) -> float:
+        """How long a message or a disk call takes: mostly a little, now and then much."""
+        return self.rng.expovariate(1 / 0.3) if self.rng.random() < 0.02 else self.rng.random() / 50
+
+    def _hit(self, chance: float) -> bool:
+        return chance > 0 and self.rng.random() < chance
+
+    def run(self, until: Callable[[], bool], limit_s: float) -> None:
+        """Let things happen until the condition holds; it must, within so much virtual time."""
+        end_s = self.now_s + limit_s
+        for _ in range(EVENTS_MAX):
+            if until():
+                return
+            assert self._queue, "nothing is going to happen any more"
+            at_s, _, act = heapq.heappop(self._queue)
+            assert at_s <= end_s, f"not done after {limit_s:g} s"
+            self.now_s = max(self.now_s, at_s)
+            act()
+        raise AssertionError(f"not done after {EVENTS_MAX} events")
+
+    def run_for(self, duration_s: float) -> None:
+        """Let things happen for so long."""
+        end_s = self.now_s + duration_s
+        self.after(duration_s, lambda: None)
+        self.run(lambda: self.now_s >= end_s, duration_s)
+
+    # --- what tests do ---------------------------------------------------------------------------
+
+    def want(
+        self,
+        index: int,
+        version: FileVersion,
+        *,
+        chunk_size_bytes: int = MIB,
+        can_read: bool = True,
+        user: str = "ada",
+        server: str = SERVER,
+    ) -> int:
+        """A client of this node asks for a file; it asks again whenever it gets the original."""
+        request = next(self._requests)
+        node = self.nodes[address_of(index).node]
+        if not node.alive:
+            return request
+        self._wants[request] = (node.name, version, chunk_size_bytes, can_read, user)
+        node.waiting[request] = version
+        wanted = FileWanted(request, version, server, user, chunk_size_bytes, can_read)
+        self.tell_node(node, wanted)
+        return request
+
+    def has(self, index: int, version: FileVersion) -> bool:
+        """The node has this file in place."""
+        stored = self.nodes[address_of(index).node].disk.get(version.version_id)
+        return stored is not None and stored.complete
+
+    def everybody_has(self, version: FileVersion) -> bool:
+        """Every node that is alive has the file in place, and nobody waits for it."""
+        return all(
+            self.has(index, version) and version not in node.waiting.values()
+            for index, node in enumerate(self.nodes.values())
+            if node.alive
+        )
+
+    def kill(self, index: int) -> None:
+        """The daemon ends without a word; its clients go elsewhere."""
+        node = self.nodes[address_of(index).node]
+        if not node.alive:
+            return
+        node.alive = False
+        node.waiting.clear()
+        self.reading.pop(node.name, None)
+        if node.session is not None:
+            session, node.session = node.session, None
+            self._lose_session(session)
+        for other in list(node.links):
+            self._cut(node.name, other, tell=(other,))
+
+    def restart(self, index: int) -> None:
+        """A new daemon begins where the killed one was, and its clients ask again."""
+        node = self.nodes[address_of(index).node]
+        assert not node.alive
+        node.restart()
+        self._connect(node)
+
+    def break_link(self, index: int, other: int) -> None:
+        """The connection of two nodes ends; both notice."""
+        first, second = address_of(index).node, address_of(other).node
+        if second in self.nodes[first].links:
+            self._cut(first, second, tell=(first, second))
+
+    def break_session(self, index: int) -> None:
+        """The connection of a node to the tracker ends; both notice, and it connects again."""
+        node = self.nodes[address_of(index).node]
+        if node.session is None:
+            return
+        session, node.session = node.session, None
+        self._lose_session(session)
+        self.tell_node(node, TrackerLost("the connection broke"))
+        self.after(self.rng.random(), lambda: self._connect(node))
+
+    def pause(self, index: int, duration_s: float) -> None:
+        """The node's process is stopped: nothing reaches it, it reads nothing, until it wakes."""
+        node = self.nodes[address_of(index).node]
+        node.paused_until_s = self.now_s + duration_s
+
+    def kill_tracker(self) -> None:
+        """The tracker ends without a word. Only its journal stays."""
+        self.tracker_up = False
+        self.tracker_life += 1
+        for session, (name, _) in list(self.sessions.items()):
+            del self.sessions[session]
+            node = self.nodes[name]
+            if node.session == session:
+                node.session = None
+                self._in_order(("session", session), self._node_act(node, self._tracker_gone))
+
+    def restart_tracker(self) -> None:
+        """A new tracker with the journal of the killed one; the nodes find it by and by."""
+        assert not self.tracker_up
+        self.tracker_up = True
+        self.tracker_wake_s = None
+        self.tracker = self._fresh_tracker()
+        self._wake_tracker()
+
+    # --- the tracker -----------------------------------------------------------------------------
+
+    def _fresh_tracker(self) -> TrackerState:
+        return TrackerState(
+            Random(self.rng.random()),
+            slots_max=lambda _: self.slots_max,
+            peers_max=self.peers_max,
+            earlier_leases=dict(self.journal),
+            first_lease_id=self.lease_ids,
+            now_s=self.now_s,
+        )
+
+    def tell_tracker(self, event: TrackerEvent) -> None:
+        """Give the tracker an event and do what it wants."""
+        if not self.tracker_up:
+            return
+        effects = self.tracker.handle(event, self.now_s)
+        self.tracker.check()
+        for effect in effects:
+            self._tracker_effect(effect)
+        self._wake_tracker()
+
+    def _wake_tracker(self) -> None:
+        at_s = self.tracker.wake_at_s()
+        if at_s is None or (self.tracker_wake_s is not None and self.tracker_wake_s <= at_s):
+            return
+        self.tracker_wake_s = at_s
+        life = self.tracker_life
+        self.tracker_spins = self.tracker_spins + 1 if at_s <= self.now_s else 0
+        assert self.tracker_spins < SPINS_MAX, "the tracker wakes again and again"
+
+        def wake() -> None:
+            if self.tracker_life == life and self.tracker_wake_s == at_s:
+                self.tracker_wake_s = None
+                self.tell_tracker(TrackerTimePassed())
+
+        self.after(max(at_s - self.now_s, 0.0), wake)
+
+    def _tracker_effect(self, effect: TrackerEffect) -> None:
+        match effect:
+            case Tell():
+                self._tell_from_tracker(effect.session, effect.message)
+            case CloseSession():
+                if effect.session in self.sessions:
+                    name, _ = self.sessions[effect.session]
+                    node = self.nodes[name]
+                    if node.session == effect.session:
+                        node.session = None
+                        self.after(0.0, self._node_act(node, self._tracker_gone))
+                    self._lose_session(effect.session)
+            case JournalGrant():
+                self.journal[effect.lease_id] = effect.node
+                self.lease_ids = max(self.lease_ids, effect.lease_id + 1)
+            case JournalEnd():
+                self.journal.pop(effect.lease_id, None)
+
+    def _tell_from_tracker(self, session: int, message: FromTracker) -> None:
+        if session not in self.sessions:
+            return
+        name, life = self.sessions[session]
+        node = self.nodes[name]
+        again = messages.decode_from_tracker(messages.encode(message))
+
+        def deliver() -> None:
+            if node.alive and node.life == life and node.session == session:
+                self.tell_node(node, TrackerSaid(again))
+
+        self._in_order(("to node", session), deliver)
+
+    def _connect(self, node: Node) -> None:
+        """Dial the tracker until it answers."""
+        life = node.life
+
+        def arrive() -> None:
+            if not node.alive or node.life != life or node.session is not None:
+                return
+            if not self.tracker_up:
+                self.after(0.3, arrive)
+                return
+            session = next(self._ids)
+            node.session = session
+            self.sessions[session] = (node.name, node.life)
+            self.tell_tracker(NodeConnected(session))
+            self.tell_node(node, TrackerConnected())
+
+        self.after(self.delay_s(), arrive)
+
+    def _tracker_gone(self, node: Node) -> None:
+        if node.session is None:
+            self.tell_node(node, TrackerLost("the tracker is gone"))
+            self._connect(node)
+
+    def _lose_session(self, session: int) -> None:
+        life = self.tracker_life
+
+        def lose() -> None:
+            if self.sessions.pop(session, None) is not None and self.tracker_life == life:
+                self.tell_tracker(NodeLost(session))
+
+        self._in_order(("to tracker", session), lose)
+
+    def _say_to_tracker(self, node: Node, message: ToTracker) -> None:
+        session = node.session
+        if session is None:
+            return
+        again = messages.decode_to_tracker(messages.encode(message))
+
+        def deliver() -> None:
+            if session in self.sessions:
+                self.tell_tracker(NodeSaid(session, again))
+
+        self._in_order(("to tracker", session), deliver)
+
+    # --- nodes -----------------------------------------------------------------------------------
+
+    def tell_node(self, node: Node, event: PeerEvent) -> None:
+        """Give a node an event and do what it wants."""
+        if not node.alive:
+            return
+        if node.paused_until_s > self.now_s:
+            self._in_order(("pause", node.name, node.life), self._resume(node, event))
+            return
+        effects = node.state.handle(event, node.clock_s())
+        node.state.check()
+        for effect in effects:
+            self._node_effect(node, effect)
+        self._wake_node(node)
+
+    def _resume(self, node: Node, event: PeerEvent) -> Callable[[], None]:
+        life = node.life
+
+        def resume() -> None:
+            if node.life == life:
+                self.tell_node(node, event)
+
+        self._last_s[("pause", node.name, life)] = max(
+            self._last_s.get(("pause", node.name, life), 0.0), node.paused_until_s
+        )
+        return resume
+
+    def _wake_node(self, node: Node) -> None:
+        at_s = node.state.wake_at_s()
+        if at_s is None or (node.wake_at_s is not None and node.wake_at_s <= at_s):
+            return
+        node.wake_at_s = at_s
+        life = node.life
+        node.spins = node.spins + 1 if at_s <= node.clock_s() else 0
+        assert node.spins < SPINS_MAX, "a node wakes again and again"
+
+        def wake() -> None:
+            if node.life == life and node.wake_at_s == at_s:
+                node.wake_at_s = None
+                self.tell_node(node, TimePassed())
+
+        # A timer is never early, whatever the rounding of the two clocks.
+        self.after(max(at_s - node.clock_s(), 0.0) + 1e-9, wake)
+
+    def _node_act(self, node: Node, act: Callable[[Node], None]) -> Callable[[], None]:
+        """To be done unless the daemon has ended by then."""
+        life = node.life
+
+        def guarded() -> None:
+            if node.alive and node.life == life:
+                act(node)
+
+        return guarded
+
+    def _later(self, node: Node, event: PeerEvent, delay_s: float | None = None) -> None:
+        """The event of something that this node's shell began."""
+
+        def tell(at: Node) -> None:
+            self.tell_node(at, event)
+
+        self.after(self.delay_s() if delay_s is None else delay_s, self._node_act(node, tell))
+
+    def _node_effect(self, node: Node, effect: PeerEffect) -> None:
+        match effect:
+            case TellTracker():
+                self._say_to_tracker(node, effect.message)
+            case TellPeer():
+                self._say_to_peer(node, effect.node, effect.message)
+            case DialPeer():
+                self._dial(node, effect.address)
+            case HangUp():
+                if effect.node in node.links:
+                    self._cut(node.name, effect.node, tell=(effect.node,))
+            case ReserveSpace():
+                self._reserve(node, effect)
+            case FetchChunk():
+                self._fetch(node, effect)
+            case ReadRange():
+                self._read(node, effect)
+            case PublishFile():
+                self._publish(node, effect.version_id)
+            case DropPartial():
+                assert not node.under_way[effect.version_id], "dropped while something is under way"
+                stored = node.disk.get(effect.version_id)
+                if stored is not None and (not effect.keep or stored.complete):
+                    del node.disk[effect.version_id]
+            case LoadManifest():
+                self._later(node, ManifestLoaded(effect.version_id, self._manifest(node, effect)))
+            case AnnounceReplicas():
+                held = [key for key, stored in sorted(node.disk.items()) if stored.complete]
+                self._say_to_tracker(node, Replicas(held))
+            case AnswerCached() | AnswerOriginal():
+                self._answer(node, effect)
+            case AnswerStatus():
+                self.answers[effect.request] += 1
+            case DistrustPeer():
+                node.distrusted.add(effect.node)
+
+    def _manifest(self, node: Node, effect: LoadManifest) -> tuple[bytes, ...]:
+        stored = node.disk.get(effect.version_id)
+        if stored is None or not stored.complete:
+            return ()
+        return tuple(stored.chunks[chunk] for chunk in range(stored.layout.chunk_count))
+
+    def _answer(self, node: Node, effect: AnswerCached | AnswerOriginal) -> None:
+        self.answers[effect.request] += 1
+        assert self.answers[effect.request] == 1, "a request was answered twice"
+        assert effect.request in node.waiting, "somebody was answered who did not ask"
+        version = node.waiting.pop(effect.request)
+        assert version.version_id == effect.version_id
+        if isinstance(effect, AnswerCached):
+            stored = node.disk[effect.version_id]
+            assert stored.complete, "answered before the file was in place"
+            assert stored.is_right(), "answered with a wrong file"
+            return
+        self.originals += 1
+        name, version, chunk_size_bytes, can_read, user = self._wants[effect.request]
+        index = list(self.nodes).index(name)
+
+        def again(at: Node) -> None:
+            if version.version_id not in self.changed and not self.has(index, version):
+                self.want(
+                    index, version, chunk_size_bytes=chunk_size_bytes, can_read=can_read, user=user
+                )
+
+        self.after(0.5, self._node_act(node, again))
+
+    # --- connections of nodes --------------------------------------------------------------------
+
+    def _dial(self, node: Node, address: NodeAddress) -> None:
+        assert node.name < address.node, "only the lower node id dials"
+
+        def arrive(dialling: Node) -> None:
+            other = self.nodes[address.node]
+            if not other.alive or self._hit(self.faults.unreachable):
+                self.tell_node(dialling, PeerLost(other.name, "connection refused"))
+                return
+            if other.name in dialling.links:
+                self._cut(dialling.name, other.name, tell=(other.name,))
+            link = next(self._ids)
+            dialling.links[other.name] = other.links[dialling.name] = link
+            self._in_order(
+                ("link", link, other.name),
+                self._node_act(other, lambda at: self._linked(at, dialling, link)),
+            )
+            self.tell_node(dialling, PeerConnected(other.address))
+
+        self.after(self.delay_s(), self._node_act(node, arrive))
+
+    def _linked(self, node: Node, other: Node, link: int) -> None:
+        if node.links.get(other.name) == link:
+            self.tell_node(node, PeerConnected(other.address))
+
+    def _say_to_peer(self, node: Node, name: str, message: BetweenNodes) -> None:
+        link = node.links.get(name)
+        if link is None:
+            return
+        other = self.nodes[name]
+        again = messages.decode_between_nodes(messages.encode(message))
+
+        def deliver(at: Node) -> None:
+            if at.links.get(node.name) == link:
+                self.tell_node(at, PeerSaid(node.name, again))
+
+        self._in_order(("link", link, name), self._node_act(other, deliver))
+
+    def _cut(self, first: str, second: str, tell: tuple[str, ...]) -> None:
+        link = self.nodes[first].links.pop(second)
+        self.nodes[second].links.pop(first)
+        for name, other in ((first, second), (second, first)):
+            if name in tell:
+                lost = PeerLost(other, "the connection broke")
+                node = self.nodes[name]
+
+                def deliver(at: Node, other: str = other, lost: PeerLost = lost) -> None:
+                    if other not in at.links:
+                        self.tell_node(at, lost)
+
+                self._in_order(("link", link, name), self._node_act(node, deliver))
+
+    # --- disks -----------------------------------------------------------------------------------
+
+    def _reserve(self, node: Node, effect: ReserveSpace) -> None:
+        version_id = effect.version.version_id
+        assert not node.under_way[version_id], "an attempt began before the former one had ended"
+        layout = ChunkLayout(effect.version.size_bytes, effect.chunk_size_bytes)
+        if self._hit(self.faults.space):
+            self._ends(node, version_id, SpaceRefused(version_id, "the disk is full"))
+            return
+        stored = node.disk.get(version_id)
+        if stored is None or stored.layout != layout or stored.complete:
+            stored = node.disk[version_id] = Stored(effect.version, layout)
+        digests = dict(stored.chunks)
+        self._ends(node, version_id, SpaceReserved(version_id, effect.chunk_size_bytes))
+        node.under_way[version_id] += 1
+
+        def recovered(at: Node) -> None:
+            at.under_way[version_id] -= 1
+            self.tell_node(at, ChunksRecovered(version_id, digests))
+
+        self.after(1.0 + self.delay_s(), self._node_act(node, recovered))
+
+    def _ends(
+        self, node: Node, version_id: bytes, event: PeerEvent, delay_s: float | None = None
+    ) -> None:
+        """Something that ends with this event is under way for a file version."""
+        node.under_way[version_id] += 1
+
+        def end(at: Node) -> None:
+            if at.paused_until_s > self.now_s:
+                self.after(at.paused_until_s - self.now_s, self._node_act(at, end))
+                return
+            at.under_way[version_id] -= 1
+            self.tell_node(at, event)
+
+        self.after(self.delay_s() if delay_s is None else delay_s, self._node_act(node, end))
+
+    def _publish(self, node: Node, version_id: bytes) -> None:
+        stored = node.disk[version_id]
+        assert stored.is_right(), "a wrong file would be put in place"
+        if self._hit(self.faults.publish):
+            self._ends(node, version_id, PublishFailed(version_id, "the disk failed"))
+            return
+        node.under_way[version_id] += 1
+
+        def done(at: Node) -> None:
+            at.under_way[version_id] -= 1
+            stored.complete = True
+            self.tell_node(at, FilePublished(version_id))
+
+        self.after(self.delay_s(), self._node_act(node, done))
+
+    def _fetch(self, node: Node, request: FetchChunk) -> None:
+        other = self.nodes[request.address.node]
+        key = (request.version_id, request.chunk, other.name)
+        assert other.name not in node.distrusted, "a distrusted peer was asked"
+        node.under_way[request.version_id] += 1
+
+        def end(at: Node) -> None:
+            if at.paused_until_s > self.now_s:
+                self.after(at.paused_until_s - self.now_s, self._node_act(at, end))
+                return
+            outcome = self._outcome(at, other, request)
+            if isinstance(outcome, WriteFailed):
+                self.tell_node(at, outcome)
+                outcome = PeerUnreachable(*key, reason="the disk refused the chunk")
+            at.under_way[request.version_id] -= 1
+            self.tell_node(at, outcome)
+
+        self.after(self.delay_s() + 0.01, self._node_act(node, end))
+
+    def _outcome(self, node: Node, other: Node, request: FetchChunk) -> PeerEvent:
+        key = (request.version_id, request.chunk, other.name)
+        if not other.alive or self._hit(self.faults.unreachable):
+            return PeerUnreachable(*key, reason="connection reset")
+        if self._hit(self.faults.busy):
+            return PeerBusy(*key)
+        stored = other.disk.get(request.version_id)
+        if stored is None or request.chunk not in stored.chunks or self._hit(self.faults.absent):
+            return ChunkAbsent(*key)
+        digest = stored.chunks[request.chunk]
+        wrong = other.name in self.corrupting or self._hit(self.faults.corrupt)
+        if wrong or digest != request.digest:
+            return ChunkCorrupt(*key)
+        if self._hit(self.faults.write):
+            return WriteFailed(request.version_id, "the disk is full")
+        node.disk[request.version_id].chunks[request.chunk] = digest
+        return ChunkArrived(*key)
+
+    # --- the file server -------------------------------------------------------------------------
+
+    def _read(self, node: Node, effect: ReadRange) -> None:
+        node.under_way[effect.version_id] += 1
+        began_s = self.now_s
+        chunks = list(range(effect.first, effect.first + effect.count))
+
+        def fail(at: Node, reason: str, *, changed: bool = False) -> None:
+            at.under_way[effect.version_id] -= 1
+            failed = RangeReadFailed(effect.version_id, effect.lease_id, reason, changed)
+            self.tell_node(at, failed)
+
+        def next_piece(at: Node) -> None:
+            if at.paused_until_s > self.now_s:
+                self.after(at.paused_until_s - self.now_s, self._node_act(at, next_piece))
+            elif not chunks:
+                at.under_way[effect.version_id] -= 1
+                size_bytes = effect.count * MIB
+                done = RangeReadDone(
+                    effect.version_id, effect.lease_id, size_bytes, self.now_s - began_s
+                )
+                self.tell_node(at, done)
+            elif not at.state.may_read(effect.lease_id, at.clock_s()):
+                fail(at, "the lease ran out")
+            elif effect.version_id in self.changed:
+                fail(at, "the source changed", changed=True)
+            elif self._hit(self.faults.read):
+                fail(at, "stale file handle")
+            else:
+                self._piece(at, effect, chunks, next_piece)
+
+        next_piece(node)
+
+    def _piece(
+        self,
+        node: Node,
+        effect: ReadRange,
+        chunks: list[int],
+        next_piece: Callable[[Node], None],
+    ) -> None:
+        self.reading[node.name] += 1
+        readers = sum(self.reading.values())
+        self.readers_peak = max(self.readers_peak, readers)
+        assert readers <= self.slots_max, f"{readers} transfers, {self.slots_max} slots"
+
+        def end(at: Node) -> None:
+            self.reading[at.name] -= 1
+            if not self.reading[at.name]:
+                del self.reading[at.name]
+            stored = at.disk[effect.version_id]
+            chunk = chunks.pop(0)
+            digest = digest_of(stored.version, stored.layout, chunk)
+            stored.chunks[chunk] = digest
+            self.read_bytes += stored.layout.length_bytes(chunk)
+            self.tell_node(at, ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
+            next_piece(at)
+
+        self.after(self.rng.random() * self.piece_max_s, self._node_act(node, end))
+
+
+def bits(*chunks: int) -> bytes:
+    """The chunks as a mask on the wire."""
+    mask = 0
+    for chunk in chunks:
+        mask |= 1 << chunk
+    return mask_to_bytes(mask)
