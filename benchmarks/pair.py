@@ -1,7 +1,7 @@
 """How fast do two daemons' data planes move a file, beside the barest loop that does the same?
 
-``python -m benchmarks.pair`` moves a file from one process to another over loopback, tmpfs to
-tmpfs, digested on arrival, in two ways that take turns in one run:
+A file moves from one process to another over loopback, tmpfs to tmpfs, digested on arrival, in two
+ways that take turns in one run:
 
 * bare: one thread on each side, blocking ``sendfile`` -> ``recv_into`` -> BLAKE3 -> ``pwrite``,
   without requests, chunks, proofs or checks;
@@ -13,23 +13,20 @@ out fresh memory. The figure is the ratio of the medians; the target is 0.80.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import resource
 import socket
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
+from benchmarks.report import Figure, Options, Spread
 from swarmcache.auth import ClusterKey
 from swarmcache.chunks import ChunkLayout
 from swarmcache.transfer import ChunkFetcher, ChunkServer
@@ -38,6 +35,10 @@ TMPFS = Path("/dev/shm")
 CHUNK_SIZE_BYTES = 2 * 1024 * 1024  # what a file of 1 GiB is cut into
 BARE_PIECE_BYTES = 1024 * 1024
 VERSION_ID = bytes(32)
+PAIRS = 5
+RATIO_MIN = 0.80
+THREADS = 2
+BARE = "the bare loop"
 KEY = ClusterKey.from_secret(None)
 GIB = 1 << 30
 
@@ -56,32 +57,43 @@ class WholeFile:
         os.close(self.fd)
 
 
-def measure(size_bytes: int = GIB, pairs: int = 5, threads: int = 2) -> dict[str, Any]:
-    """Move a file both ways in turns; GB/s, CPU seconds per GiB of each end, and the ratio."""
+def measure(options: Options) -> list[Figure]:
+    """Throughput, and CPU seconds per GiB of each end, both ways."""
+    size_bytes = 16 << 20 if options.quick else GIB
+    rounds = _rounds(size_bytes, options.choose_runs(PAIRS))
+    spreads = {
+        way: {
+            figure: Spread.of([figures[figure] for figures in figures_of_rounds])
+            for figure in figures_of_rounds[0]
+        }
+        for way, figures_of_rounds in rounds.items()
+    }
+    ours, bare = spreads["ours"], spreads["bare"]
+    rate = "gb_per_s"
+    met = ours[rate].median >= RATIO_MIN * bare[rate].median
+    target = f"ratio >= {RATIO_MIN:.2f}"
+    with_target = Figure("pair: throughput", ours[rate], "GB/s", BARE, bare[rate], target, met)
+    others = [
+        Figure(f"pair: CPU of the {end}", ours[figure], "s per GiB", BARE, bare[figure])
+        for end, figure in (("server", "serve_cpu_s_per_gib"), ("fetcher", "fetch_cpu_s_per_gib"))
+    ]
+    return [with_target, *others]
+
+
+def _rounds(size_bytes: int, pairs: int) -> dict[str, list[dict[str, float]]]:
+    """The figures of each round, bare and ours, which take turns."""
+    rounds: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory(dir=TMPFS, prefix="swarmcache-pair-") as directory:
         source, target = Path(directory, "source"), Path(directory, "target")
         digests = _make_source(source, size_bytes)
         target.write_bytes(bytes(size_bytes))
-        rounds: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
         for _ in range(pairs):
             for name, server, fetch in (
                 ("bare", _serve_bare, _fetch_bare),
                 ("ours", _serve_ours, _fetch_ours),
             ):
-                figures = _one_round(server, fetch, source, target, digests, threads)
-                rounds[name].append(figures)
-    result: dict[str, Any] = {"size_bytes": size_bytes, "pairs": pairs, "threads": threads}
-    for name, figures_of_rounds in rounds.items():
-        result[name] = {
-            figure: _spread([figures[figure] for figures in figures_of_rounds])
-            for figure in figures_of_rounds[0]
-        }
-    result["ratio"] = result["ours"]["gb_per_s"]["median"] / result["bare"]["gb_per_s"]["median"]
-    return result
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+                rounds[name].append(_one_round(server, fetch, source, target, digests))
+    return rounds
 
 
 def _make_source(path: Path, size_bytes: int) -> list[bytes]:
@@ -95,7 +107,7 @@ def _make_source(path: Path, size_bytes: int) -> list[bytes]:
     return digests
 
 
-Fetch = Callable[[int, Path, list[bytes], int], None]
+Fetch = Callable[[int, Path, list[bytes]], None]
 
 
 def _one_round(
@@ -104,7 +116,6 @@ def _one_round(
     source: Path,
     target: Path,
     digests: list[bytes],
-    threads: int,
 ) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -112,7 +123,7 @@ def _one_round(
     process.start()
     port = ours.recv()
     cpu_before_s, before_s = time.process_time(), time.perf_counter()
-    fetch(port, target, digests, threads)
+    fetch(port, target, digests)
     elapsed_s = time.perf_counter() - before_s
     cpu_fetch_s = time.process_time() - cpu_before_s
     ours.send("stop")
@@ -150,7 +161,7 @@ def _serve_bare(source: Path, pipe: Connection) -> None:
     pipe.send(_cpu_s() - before_s)
 
 
-def _fetch_bare(port: int, target: Path, digests: list[bytes], threads: int) -> None:
+def _fetch_bare(port: int, target: Path, digests: list[bytes]) -> None:
     buffer = memoryview(bytearray(BARE_PIECE_BYTES))
     hasher = blake3()
     offset = 0
@@ -184,8 +195,8 @@ async def _serve_until_told(source: Path, pipe: Connection) -> None:
     await server.stop()
 
 
-def _fetch_ours(port: int, target: Path, digests: list[bytes], threads: int) -> None:
-    fetcher = ChunkFetcher(KEY, b"bench", threads=threads, buffers_bytes_max=64 * 1024 * 1024)
+def _fetch_ours(port: int, target: Path, digests: list[bytes]) -> None:
+    fetcher = ChunkFetcher(KEY, b"bench", threads=THREADS, buffers_bytes_max=64 * 1024 * 1024)
     with target.open("r+b") as file:
         layout = ChunkLayout(os.fstat(file.fileno()).st_size, CHUNK_SIZE_BYTES)
 
@@ -211,28 +222,3 @@ def _fetch_ours(port: int, target: Path, digests: list[bytes], threads: int) -> 
         for future in futures:
             future.result()
     fetcher.close()
-
-
-def main() -> None:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pair", description=__doc__)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    result = measure(arguments.size_mib << 20, arguments.pairs, arguments.threads)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name in ("bare", "ours"):
-        for figure, spread in result[name].items():
-            print(
-                f"{name} {figure:20} {spread['median']:6.2f}"
-                f"  ({spread['min']:.2f} .. {spread['max']:.2f})"
-            )
-    print(f"ratio {result['ratio']:.2f} (target >= 0.80)")
-
-
-if __name__ == "__main__":
-    main()

@@ -28,6 +28,7 @@ from blake3 import blake3
 from simulations.engine import Engine, SimulationFailed
 from simulations.network import Flow, Link, Network
 from swarmcache.chunks import ChunkLayout, FileVersion, choose_chunk_size
+from swarmcache.config import TransferSettings
 from swarmcache.messages import NodeAddress, Replicas, encode
 from swarmcache.peer_events import (
     AnnounceReplicas,
@@ -79,6 +80,7 @@ from swarmcache.tracker_events import (
 )
 from swarmcache.tracker_events import TimePassed as TrackerTimePassed
 from swarmcache.tracker_state import TrackerState
+from swarmcache.transfer import WAITING_PER_UPLOAD
 
 FILE_SERVER = "nfs01:/export"
 USER = "user"
@@ -97,8 +99,8 @@ class ClusterSettings:
     node_rate: float = 125e6
     file_server_rate: float = 125e6
     slots_max: int = 8
-    uploads_max: int = 16
-    uploads_waiting_max: int = 64
+    uploads_max: int = TransferSettings().uploads_max
+    uploads_waiting_max: int = TransferSettings().uploads_max * WAITING_PER_UPLOAD
     latency_s: float = 0.0002
     publish_s: float = 0.001
     check_every: int = 10_000

@@ -22,6 +22,7 @@ class ChunkPicker:
     def __init__(self, chunk_count: int, rng: Random) -> None:
         self._chunk_count = chunk_count
         self._levels = [full_mask(chunk_count)]
+        self._counts = [0] * chunk_count
         self._rng = rng
 
     @property
@@ -31,29 +32,37 @@ class ChunkPicker:
 
     def add(self, mask: int) -> None:
         """Each chunk in ``mask`` has one more holder."""
-        rising = 0
-        for count, level in enumerate(self._levels):
-            moved = level & mask
-            self._levels[count] = (level ^ moved) | rising
-            mask ^= moved
-            rising = moved
-            if not mask and not rising:
-                return
-        assert not mask, "a chunk beyond the end of the file"
-        if rising:
-            self._levels.append(rising)
+        counts, levels = self._counts, self._levels
+        while mask:
+            bit = mask & -mask
+            mask ^= bit
+            chunk = bit.bit_length() - 1
+            count = counts[chunk]
+            counts[chunk] = count + 1
+            levels[count] ^= bit
+            if count + 1 == len(levels):
+                levels.append(0)
+            levels[count + 1] |= bit
 
     def remove(self, mask: int) -> None:
         """Each chunk in ``mask`` has one holder less."""
-        falling = 0
-        for count in range(len(self._levels) - 1, 0, -1):
-            level = self._levels[count]
-            moved = level & mask
-            self._levels[count] = (level ^ moved) | falling
-            mask ^= moved
-            falling = moved
-        assert not mask, "a chunk without holders lost one"
-        self._levels[0] |= falling
+        counts, levels = self._counts, self._levels
+        while mask:
+            bit = mask & -mask
+            mask ^= bit
+            chunk = bit.bit_length() - 1
+            count = counts[chunk]
+            assert count, "a chunk without holders lost one"
+            counts[chunk] = count - 1
+            levels[count] ^= bit
+            levels[count - 1] |= bit
+
+    def forget(self, chunk: int) -> None:
+        """This chunk is wanted no more: none of its holders counts from here on."""
+        bit = 1 << chunk
+        self._levels[self._counts[chunk]] ^= bit
+        self._counts[chunk] = 0
+        self._levels[0] |= bit
 
     def pick(self, candidates: int) -> int | None:
         """One of the rarest chunks in ``candidates`` that has a holder, or None."""
@@ -77,3 +86,5 @@ class ChunkPicker:
             assert not seen & level, "a chunk is in two levels"
             seen |= level
         assert seen == full_mask(self._chunk_count), "a chunk is in no level"
+        for chunk, count in enumerate(self._counts):
+            assert self._levels[count] >> chunk & 1, "a chunk is in the wrong level"

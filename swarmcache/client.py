@@ -115,6 +115,15 @@ class Progress:
         self.peers = int(message["peers"])
         self.waiting_for = str(message.get("waiting_for", ""))
 
+    def complete(self, answer: Answer) -> None:
+        """The file has come; the last figures are those of its answer."""
+        self.size_bytes = answer.size_bytes
+        self.from_peers_bytes = answer.from_peers_bytes
+        self.from_file_server_bytes = answer.from_file_server_bytes
+        fetched_bytes = answer.from_peers_bytes + answer.from_file_server_bytes
+        self.recovered_bytes = max(0, answer.size_bytes - fetched_bytes)
+        self.waiting_for = ""
+
 
 # --- the source ----------------------------------------------------------------------------------
 
@@ -304,7 +313,16 @@ class _Exchange:
     ``reused``: the connection was idle before, and its daemon has not said anything since.
     """
 
-    __slots__ = ("asked", "attempts", "connection", "index", "reused", "silent_at_s", "source")
+    __slots__ = (
+        "asked",
+        "attempts",
+        "connection",
+        "index",
+        "progress",
+        "reused",
+        "silent_at_s",
+        "source",
+    )
 
     def __init__(self, index: int, asked: bytes, source: Source) -> None:
         self.index = index
@@ -312,6 +330,7 @@ class _Exchange:
         self.source = source
         self.attempts = 0
         self.connection: Connection | None = None
+        self.progress: Progress | None = None
         self.reused = False
         self.silent_at_s = 0.0
 
@@ -427,8 +446,9 @@ class _Exchanges:
         else:
             exchange.reused = False
             exchange.silent_at_s = time.monotonic() + SILENCE_S_MAX
-            if self._on_progress is not None and progress is not None:
-                self._on_progress(progress)
+            if progress is not None:
+                exchange.progress = progress
+                self._tell(progress)
             if answer is not None:
                 self._client.give_back(self._forget_connection(exchange))
                 self._finish(exchange, answer, retry)
@@ -478,7 +498,14 @@ class _Exchanges:
         )
         self._settle(exchange, answer)
 
+    def _tell(self, progress: Progress) -> None:
+        if self._on_progress is not None:
+            self._on_progress(progress)
+
     def _settle(self, exchange: _Exchange, answer: Answer) -> None:
+        if answer.cached and exchange.progress is not None:
+            exchange.progress.complete(answer)
+            self._tell(exchange.progress)
         exchange.source.close()
         self._answers[exchange.index] = answer
 

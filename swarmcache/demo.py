@@ -110,14 +110,14 @@ def run_demo(size_bytes: int, console: Console | None = None) -> int:
         console.print("Interrupted.")
         code = 128 + interrupted.number
     except (SwarmcacheError, OSError) as error:
-        console.print(f"The demo failed: {error}", markup=False)
+        console.print(f"The demo failed: {error}", markup=False, soft_wrap=True)
         code = 1
     finally:
         signals.leave_alone()
         left = demo.clean_up() if demo is not None else []
         signals.restore()
     if left:
-        console.print("Not as it should be: " + "; ".join(left), markup=False)
+        console.print("Not as it should be: " + "; ".join(left), markup=False, soft_wrap=True)
         return code or 1
     console.print("Nothing is left behind: all processes have ended, all files are removed.")
     return code
@@ -172,7 +172,7 @@ class Program:
 
     def said(self) -> str:
         """Its last lines on stderr."""
-        return " / ".join(self.lines) or "it said nothing"
+        return "".join(f"\n    {line}" for line in self.lines) or "it said nothing"
 
     def wait_until_ready(self) -> str:
         """The address that it serves on. Raises DemoFailed."""

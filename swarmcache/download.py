@@ -31,13 +31,12 @@ from swarmcache.chunks import (
 from swarmcache.messages import HAVE_CHUNKS_MAX, Have, NodeAddress
 from swarmcache.peer_events import FetchChunk, TellPeer
 
-# Chunks in flight: enough to keep the link busy for WINDOW_S at the rate seen so far. Fewer make
-# each one come sooner (and be passed on sooner), more hide the delays of slow peers.
-WINDOW_S = 0.15
-WINDOW_MIN = 6
+# Chunks in flight of one download. Simulated flash crowds of 8, 32 and 100 nodes end soonest with a
+# little more than the number of chunks that a peer sends at once (8): with fewer, uplinks idle; with
+# more, each chunk comes later and is passed on later.
+WINDOW = 10
 # Requests to one peer at once: the second one waits at the peer while the first one is sent.
 PEER_FLIGHTS_MIN = 2
-RATE_TAU_S = 0.5
 # Announcements of one download are collected this long at the most: 33 messages per second and
 # neighbour, whatever the rate.
 ANNOUNCE_INTERVAL_S = 0.03
@@ -45,6 +44,7 @@ ANNOUNCE_INTERVAL_S = 0.03
 # many times the usual time.
 HEDGE_FACTOR = 3.0
 HEDGE_MIN_S = 0.2
+HEDGES_MIN = 2  # and one more for every hundred chunks
 STALL_S = 2.0
 DEADLINE_S = 5.0
 DEADLINE_RATE_BYTES_PER_S = 256 * 1024
@@ -83,6 +83,7 @@ class Download:
         self.from_file_server_bytes = 0
         self.recovered_bytes = 0
         self.hedges = 0
+        self._hedges_max = HEDGES_MIN + self.chunk_count // 100
         self.conflicts = 0
         self._full = full_mask(self.chunk_count)
         self._missing = self._full
@@ -94,9 +95,8 @@ class Download:
         self._rng = rng
         self._fresh = 0
         self._announced_s = -math.inf
-        self._rate_bytes_per_s = 0.0
-        self._rate_at_s = 0.0
         self._service_s = 0.0
+        self._backing_off_until_s = 0.0
 
     # --- what is known ---------------------------------------------------------------------------
 
@@ -111,10 +111,13 @@ class Download:
         assert self.complete, "digests of a file that is not complete"
         return tuple(digest for digest in self._digests if digest is not None)
 
-    @property
-    def unreachable(self) -> int:
-        """Mask of the missing chunks that no neighbour has."""
-        return self._missing & ~self._picker.available
+    def unreachable(self, now_s: float) -> int:
+        """Mask of the missing chunks that no neighbour has who answers."""
+        reach = 0
+        for peer in self.peers.values():
+            if peer.source and peer.not_before_s <= now_s:
+                reach |= peer.mask
+        return self._missing & ~reach
 
     # --- neighbours ------------------------------------------------------------------------------
 
@@ -137,15 +140,16 @@ class Download:
             self._forget_chunks(peer, peer.mask)
             peer.source = False
 
-    def peer_has(self, node: str, chunks: Sequence[int], digests: bytes) -> None:
+    def peer_has(self, node: str, chunks: Sequence[int], digests: bytes) -> bool:
         """A neighbour announced chunks, with their digests in the same order.
 
         The first digest heard of a chunk counts until all who announced it are gone; a neighbour
-        with another one is not taken for a holder of that chunk.
+        with another one is not taken for a holder of that chunk. Returns whether there may be
+        something new to ask for.
         """
         peer = self.peers.get(node)
         if peer is None:
-            return
+            return False
         mask = 0
         for position, chunk in enumerate(chunks):
             if chunk >= self.chunk_count:
@@ -161,8 +165,11 @@ class Download:
             mask |= 1 << chunk
         mask &= ~peer.mask
         peer.mask |= mask
-        if peer.source:
-            self._picker.add(mask)
+        mask &= ~self.held
+        if not mask or not peer.source:
+            return False
+        self._picker.add(mask)
+        return self._flight_count < WINDOW and bool(mask & self._missing)
 
     def peer_is_complete(self, node: str) -> bool:
         """This neighbour holds every chunk."""
@@ -208,7 +215,6 @@ class Download:
         elapsed_s = self._land(chunk, node, now_s)
         length_bytes = self.layout.length_bytes(chunk)
         self.from_peers_bytes += length_bytes
-        self._note_rate(length_bytes, now_s)
         self._service_s = _smooth(self._service_s, elapsed_s)
         peer = self.peers.get(node)
         if peer is not None:
@@ -246,7 +252,7 @@ class Download:
     def requests(self, now_s: float, flights_max: int) -> list[FetchChunk]:
         """Chunks to ask for now, at most ``flights_max``; they count as in flight from here on."""
         requests: list[FetchChunk] = []
-        room = min(flights_max, self._window(now_s) - self._flight_count)
+        room = min(flights_max, WINDOW - self._flight_count)
         while room > 0:
             request = self._next_request(now_s) or self._next_hedge(now_s)
             if request is None:
@@ -277,11 +283,12 @@ class Download:
         at_s = math.inf
         if self._fresh:
             at_s = self._announced_s + ANNOUNCE_INTERVAL_S
-        if self._missing or self._flights:
+        if self._backing_off_until_s > now_s:
             for peer in self.peers.values():
                 if peer.not_before_s > now_s:
                     at_s = min(at_s, peer.not_before_s)
-        if self._flights and not self._missing & self._picker.available:
+        may_hedge = self._flights and self.hedges < self._hedges_max
+        if may_hedge and not self._missing & self._picker.available:
             since_s = min(min(flights.values()) for flights in self._flights.values())
             hedge_at_s = since_s + self._hedge_after_s()
             if hedge_at_s > now_s:
@@ -312,6 +319,7 @@ class Download:
         self._missing &= ~bit
         self._reading &= ~bit
         self._fresh |= bit
+        self._picker.forget(chunk)
 
     def _land(self, chunk: int, node: str, now_s: float) -> float:
         """A request has ended; the chunk is missing again unless somebody else is asked for it."""
@@ -335,7 +343,7 @@ class Download:
         peer.mask &= ~mask
         if not peer.source:
             return
-        self._picker.remove(mask)
+        self._picker.remove(mask & ~self.held)
         for chunk in chunks_in(mask & ~self._picker.available & self._missing):
             self._digests[chunk] = None
 
@@ -343,20 +351,11 @@ class Download:
         peer = self.peers.get(node)
         if peer is not None:
             peer.not_before_s = until_s
-
-    def _note_rate(self, length_bytes: int, now_s: float) -> None:
-        decay = math.exp((self._rate_at_s - now_s) / RATE_TAU_S)
-        self._rate_bytes_per_s = self._rate_bytes_per_s * decay + length_bytes / RATE_TAU_S
-        self._rate_at_s = now_s
-
-    def _window(self, now_s: float) -> int:
-        decay = math.exp((self._rate_at_s - now_s) / RATE_TAU_S)
-        wanted_bytes = self._rate_bytes_per_s * decay * WINDOW_S
-        return max(WINDOW_MIN, math.ceil(wanted_bytes / self.layout.chunk_size_bytes))
+            self._backing_off_until_s = max(until_s, self._backing_off_until_s)
 
     def _usable(self, now_s: float) -> list[PeerView]:
         sources = [peer for peer in self.peers.values() if peer.source and peer.mask]
-        flights_max = max(PEER_FLIGHTS_MIN, -(-self._window(now_s) // max(len(sources), 1)))
+        flights_max = max(PEER_FLIGHTS_MIN, -(-WINDOW // max(len(sources), 1)))
         return [
             peer
             for peer in sources
@@ -364,21 +363,26 @@ class Download:
         ]
 
     def _next_request(self, now_s: float) -> FetchChunk | None:
-        if not self._missing & self._picker.available:
+        """Ask the peer that we ask for least, of those that have what we miss, for its rarest."""
+        wanted = self._missing & self._picker.available
+        if not wanted:
             return None
-        usable = self._usable(now_s)
-        reach = 0
-        for peer in usable:
-            reach |= peer.mask
-        chunk = self._picker.pick(self._missing & reach)
-        if chunk is None:
+        random = self._rng.random
+        peer = min(
+            (peer for peer in self._usable(now_s) if peer.mask & wanted),
+            key=lambda peer: len(peer.flights) + random(),
+            default=None,
+        )
+        if peer is None:
             return None
+        chunk = self._picker.pick(wanted & peer.mask)
+        assert chunk is not None
         self._missing ^= 1 << chunk
-        return self._ask(chunk, self._best(usable, chunk), now_s)
+        return self._ask(chunk, peer, now_s)
 
     def _next_hedge(self, now_s: float) -> FetchChunk | None:
-        """Nothing new is left to ask for: ask a second peer for the request that takes longest."""
-        if self._missing & self._picker.available or not self._flights:
+        """Nothing new is left to ask for: ask a second peer for what takes longest."""
+        if self._missing & self._picker.available or self.hedges >= self._hedges_max:
             return None
         overdue_s = now_s - self._hedge_after_s()
         late = [
@@ -443,7 +447,7 @@ class Download:
         available = 0
         for peer in self.peers.values():
             available |= peer.mask if peer.source else 0
-        assert available == self._picker.available, "the picker counts holders that are not there"
+        assert available & ~self.held == self._picker.available, "the picker miscounts"
 
 
 def _smooth(old: float, new: float) -> float:

@@ -143,6 +143,13 @@ class Holding(Message, tag="holding"):
     held: Mask
 
 
+class Missing(Message, tag="missing"):
+    """The node has had nothing for a while, and no neighbour that answers has these chunks."""
+
+    version_id: VersionId
+    wanted: Mask
+
+
 class ReportCorrupt(Message, tag="report_corrupt"):
     """A peer delivered bytes that do not have the digest that it announced."""
 
@@ -194,7 +201,8 @@ class Lease(Message, tag="lease"):
 class Renewed(Message, tag="renewed"):
     """Answer to ``Heartbeat``. All leases of the node now end at ``until_s`` (node's clock).
 
-    ``waiting`` are the node's swarms that wait for a slot of their file server.
+    ``waiting`` are the node's swarms that wait for a slot of their file server, or for an answer of
+    the nodes that may have chunks which somebody misses.
     """
 
     until_s: float
@@ -202,7 +210,7 @@ class Renewed(Message, tag="renewed"):
 
 
 class Query(Message, tag="query"):
-    """Which of these chunks do you have? Asked when a node that was to have them is gone."""
+    """Which of these chunks do you have? Asked when somebody cannot get them."""
 
     version_id: VersionId
     query_id: Count
@@ -259,6 +267,7 @@ ToTracker = (
     | RangeFailed
     | Heartbeat
     | Holding
+    | Missing
     | ReportCorrupt
     | StatusRequest
 )

@@ -474,18 +474,8 @@ class Daemon:
 
     async def _stay_with_tracker(self) -> None:
         """Keep one connection to the tracker, as long as the daemon lives."""
-        wait_s = RECONNECT_S
         while True:
-            try:
-                address = self._config.cluster.tracker
-                link = await connect(self._session, address, self._key, "tracker", self._identity)
-            except SwarmcacheError as error:
-                self._shell.handle(TrackerLost(f"no connection to the tracker: {error}"))
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(wait_s * 2, RECONNECT_MAX_S)
-                continue
-            wait_s = RECONNECT_S
-            log.info("connected to the tracker at %s", address)
+            link = await self._reach_tracker()
             self._tracker_link = link
             self._shell.handle(TrackerConnected())
             reason = "the tracker closed the connection"
@@ -499,6 +489,26 @@ class Daemon:
             self._tracker_link = None
             self._shell.handle(TrackerLost(reason))
             await link.wait_closed()
+
+    async def _reach_tracker(self) -> Link:
+        """Try until there is a connection. Says why there is none, each reason once."""
+        address = self._config.cluster.tracker
+        wait_s = RECONNECT_S
+        former = ""
+        while True:
+            try:
+                link = await connect(self._session, address, self._key, "tracker", self._identity)
+            except SwarmcacheError as error:
+                reason = f"no connection to the tracker: {error}"
+                if reason != former:
+                    log.warning("%s", reason)
+                former = reason
+                self._shell.handle(TrackerLost(reason))
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(wait_s * 2, RECONNECT_MAX_S)
+            else:
+                log.info("connected to the tracker at %s", address)
+                return link
 
     def _tell_tracker(self, message: Message) -> None:
         if self._tracker_link is not None:

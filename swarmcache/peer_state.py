@@ -31,6 +31,7 @@ from swarmcache.chunks import (
 from swarmcache.download import Download
 from swarmcache.messages import (
     HAVE_CHUNKS_MAX,
+    LOADS_MAX,
     BetweenNodes,
     DiskStatus,
     FromTracker,
@@ -44,6 +45,7 @@ from swarmcache.messages import (
     Lease,
     Leave,
     Message,
+    Missing,
     NodeAddress,
     Peers,
     Query,
@@ -112,6 +114,8 @@ HEARTBEAT_BUSY_S = 1.0
 HEARTBEAT_IDLE_S = 10.0
 REDIAL_S = 1.0
 REDIAL_MAX_S = 30.0
+# A download that has had nothing for this long tells the tracker what it cannot get, so often.
+COMPLAIN_S = 1.0
 # A connection that no swarm needs any more is kept this long for the next one.
 LINGER_S = 30.0
 # While the local disk works on a file (reserving, digesting what an earlier life left, putting it
@@ -136,6 +140,7 @@ class Fetching:
     chunk_size_bytes: int
     can_read: bool
     progress_at_s: float
+    complained_at_s: float = 0.0
     download: Download | None = None
     blocked: bool = False
     joined: bool = False
@@ -166,13 +171,18 @@ class Neighbour:
 
 @dataclass(slots=True)
 class NodeLease:
-    """A range of chunks that this node may read, until ``PeerState.lease_until_s``."""
+    """A range of chunks that this node may read, until ``PeerState.lease_until_s``.
+
+    ``cancelled``: why it must end early. The tracker is told when the reader has stopped, not
+    before: until then a piece may still be on its way from the file server.
+    """
 
     version_id: bytes
     first: int
     count: int
     file_server: str
     user: str
+    cancelled: str | None = None
 
 
 class PeerState:
@@ -256,7 +266,7 @@ class PeerState:
             if fetching.download is not None:
                 fetching.download.check()
         for lease in self._leases.values():
-            assert lease.version_id in self._fetching, "a lease for nothing that is wanted"
+            assert lease.version_id in self._busy, "a lease under which nobody reads"
         for node, neighbour in self._neighbours.items():
             assert node == neighbour.address.node, "a neighbour under another's name"
             assert not (neighbour.up and neighbour.dialling), "dialling a neighbour that is up"
@@ -269,7 +279,8 @@ class PeerState:
 
     def may_read(self, lease_id: int, now_s: float) -> bool:
         """Whether this lease still holds, by this node's clock. Safe to call from any thread."""
-        return lease_id in self._leases and now_s < self.lease_until_s
+        lease = self._leases.get(lease_id)
+        return lease is not None and lease.cancelled is None and now_s < self.lease_until_s
 
     def fetching(self, version_id: bytes) -> Fetching | None:
         """The state of one wanted file version, for progress displays."""
@@ -326,7 +337,7 @@ class PeerState:
                 progress_at_s=now_s,
             )
             self._fetching[version_id] = fetching
-            self._drop_seed(version_id)
+            self._drop_seed(version_id, now_s)
             self._reserve(fetching, effects)
         elif event.can_read and not fetching.can_read:
             fetching.can_read = True
@@ -403,18 +414,28 @@ class PeerState:
                 self._handle_space(event, now_s, effects)
             case FilePublished():
                 self._handle_published(event.version_id, now_s, effects)
-            case SpaceRefused() | PublishFailed():
-                self._give_up(event.version_id, event.reason, now_s, effects)
-                self._end(event.version_id, effects)
-            case WriteFailed():
-                self._give_up(event.version_id, event.reason, now_s, effects)
+            case SpaceRefused() | PublishFailed() | WriteFailed():
+                self._handle_disk_failed(event, now_s, effects)
             case ReplicaDropped():
-                self._drop_seed(event.version_id)
+                self._drop_seed(event.version_id, now_s)
                 self._tell(Leave(event.version_id), effects)
             case ManifestLoaded():
-                self._handle_manifest(event, effects)
+                self._handle_manifest(event, now_s, effects)
             case DiskMeasured():
                 self._disk = event.disk
+
+    def _handle_disk_failed(
+        self,
+        event: SpaceRefused | PublishFailed | WriteFailed,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> None:
+        fetching = self._fetching.get(event.version_id)
+        # A blocked attempt has not asked the disk for anything: an earlier one has failed.
+        if fetching is not None and not fetching.blocked:
+            self._give_up(event.version_id, event.reason, now_s, effects)
+        if not isinstance(event, WriteFailed):
+            self._end(event.version_id, effects)
 
     def _handle_space(
         self, event: SpaceReserved | ChunksRecovered, now_s: float, effects: list[PeerEffect]
@@ -482,11 +503,7 @@ class PeerState:
             return
         self._answer_original(fetching, reason, effects, source_changed=source_changed)
         self._forget_timer(version_id)
-        for lease_id, lease in list(self._leases.items()):
-            if lease.version_id == version_id:
-                del self._leases[lease_id]
-                held = self._held_of(fetching, lease) if keep else b""
-                self._tell(RangeFailed(lease_id, version_id, held, reason, source_changed), effects)
+        self._cancel_leases(version_id, reason)
         if fetching.joined:
             self._tell(Leave(version_id), effects)
         for node, neighbour in self._neighbours.items():
@@ -499,12 +516,14 @@ class PeerState:
 
     # --- seeds ----------------------------------------------------------------------------------
 
-    def _handle_manifest(self, event: ManifestLoaded, effects: list[PeerEffect]) -> None:
+    def _handle_manifest(
+        self, event: ManifestLoaded, now_s: float, effects: list[PeerEffect]
+    ) -> None:
         seed = self._seeds.get(event.version_id)
         if seed is None:
             return
         if not event.digests:
-            self._drop_seed(event.version_id)
+            self._drop_seed(event.version_id, now_s)
             self._tell(Leave(event.version_id), effects)
             return
         seed.digests = event.digests
@@ -520,11 +539,11 @@ class PeerState:
             chunks = list(range(start, start + len(part)))
             effects.append(TellPeer(node, Have(version_id, chunks, b"".join(part))))
 
-    def _drop_seed(self, version_id: bytes) -> None:
+    def _drop_seed(self, version_id: bytes, now_s: float) -> None:
         seed = self._seeds.pop(version_id, None)
         if seed is not None:
-            for node in seed.nodes:
-                self._neighbours[node].versions.discard(version_id)
+            for node in sorted(seed.nodes):
+                self._part(node, version_id, now_s)
 
     # --- the tracker ----------------------------------------------------------------------------
 
@@ -553,7 +572,8 @@ class PeerState:
             )
             for lease_id, lease in self._leases.items()
         ]
-        self._tell(Register(self.address, now_s, leases, self._disk), effects)
+        # One message has room for no more; the tracker does not adopt the others, so they end.
+        self._tell(Register(self.address, now_s, leases[:LOADS_MAX], self._disk), effects)
         self._heartbeat_sent_s = now_s
         for fetching in self._fetching.values():
             if fetching.on_disk and fetching.version.size_bytes:
@@ -613,7 +633,7 @@ class PeerState:
                 answer = Holding(message.version_id, message.query_id, mask_to_bytes(held))
                 self._tell(answer, effects)
             case Revoked():
-                self._drop_seed(message.version_id)
+                self._drop_seed(message.version_id, now_s)
                 self._give_up(
                     message.version_id, message.reason, now_s, effects, source_changed=True
                 )
@@ -633,6 +653,8 @@ class PeerState:
         fetching.chunk_size_bytes = message.chunk_size_bytes
         fetching.download = None
         fetching.on_disk = False
+        fetching.publishing = False
+        self._cancel_leases(message.version_id, "the swarm cuts the file differently")
         self._drop(message.version_id, effects, keep=False)
         self._reserve(fetching, effects)
         self._arm(message.version_id, now_s)
@@ -670,18 +692,23 @@ class PeerState:
         )
         self._beat(now_s)
 
+    def _cancel_leases(self, version_id: bytes, reason: str) -> None:
+        """Nothing more is to be read of this file version."""
+        for lease in self._leases.values():
+            if lease.version_id == version_id and lease.cancelled is None:
+                lease.cancelled = reason
+
     def _end_lease(self, lease_id: int) -> NodeLease | None:
         lease = self._leases.pop(lease_id, None)
-        if lease is not None:
+        if lease is not None and lease.cancelled is None:
             fetching = self._fetching.get(lease.version_id)
             if fetching is not None and fetching.download is not None:
                 fetching.download.read_ends(lease.first, lease.count)
         return lease
 
-    def _held_of(self, fetching: Fetching, lease: NodeLease) -> bytes:
-        if fetching.download is None:
-            return b""
-        return mask_to_bytes(fetching.download.held & range_mask(lease.first, lease.count))
+    def _held_of(self, lease: NodeLease) -> bytes:
+        held = self._held_mask(lease.version_id)
+        return mask_to_bytes(held & range_mask(lease.first, lease.count))
 
     def _handle_reading(
         self,
@@ -689,34 +716,33 @@ class PeerState:
         now_s: float,
         effects: list[PeerEffect],
     ) -> None:
-        if not isinstance(event, ChunkRead):
-            self._end(event.version_id, effects)
-        fetching = self._fetching.get(event.version_id)
-        download = fetching.download if fetching is not None else None
-        if fetching is None or download is None:
-            return
-        match event:
-            case ChunkRead():
-                download.chunk_read(event.chunk, event.digest)
+        if isinstance(event, ChunkRead):
+            fetching = self._fetching.get(event.version_id)
+            if fetching is not None and fetching.download is not None:
+                fetching.download.chunk_read(event.chunk, event.digest)
                 fetching.progress_at_s = now_s
-            case RangeReadDone():
-                if self._end_lease(event.lease_id) is not None:
-                    done = RangeRead(
-                        event.lease_id, event.version_id, event.read_bytes, event.elapsed_s
-                    )
-                    self._tell(done, effects)
-            case RangeReadFailed():
-                if event.source_changed:
-                    self._give_up(
-                        event.version_id, event.reason, now_s, effects, source_changed=True
-                    )
-                    return
-                lease = self._end_lease(event.lease_id)
-                if lease is not None:
-                    held = self._held_of(fetching, lease)
-                    failed = RangeFailed(event.lease_id, event.version_id, held, event.reason)
-                    self._tell(failed, effects)
+        else:
+            self._handle_reader_end(event, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
+
+    def _handle_reader_end(
+        self, event: RangeReadDone | RangeReadFailed, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        """The tracker is told of the end of the lease, unless the lease was void already."""
+        version_id, lease_id = event.version_id, event.lease_id
+        lease = self._end_lease(lease_id)
+        if lease is not None and lease.cancelled is not None:
+            self._tell(RangeFailed(lease_id, version_id, b"", lease.cancelled), effects)
+        elif lease is not None and isinstance(event, RangeReadDone):
+            done = RangeRead(lease_id, version_id, event.read_bytes, event.elapsed_s)
+            self._tell(done, effects)
+        elif lease is not None and isinstance(event, RangeReadFailed):
+            held = b"" if event.source_changed else self._held_of(lease)
+            failed = RangeFailed(lease_id, version_id, held, event.reason, event.source_changed)
+            self._tell(failed, effects)
+            if event.source_changed:
+                self._give_up(version_id, event.reason, now_s, effects, source_changed=True)
+        self._end(version_id, effects)
 
     # --- neighbours -----------------------------------------------------------------------------
 
@@ -731,6 +757,8 @@ class PeerState:
             neighbour = self._neighbours[address.node] = Neighbour(address)
         neighbour.address = address
         neighbour.versions.add(version_id)
+        if address.node in self._distrusted and version_id in self._fetching:
+            self._tell(ReportCorrupt(version_id, address.node), effects)
         if neighbour.up:
             self._greet(neighbour, version_id, effects)
         elif not neighbour.dialling and self.address.node < address.node:
@@ -810,11 +838,12 @@ class PeerState:
         if neighbour is None:
             # It heard of us from the tracker before we heard of it.
             neighbour = self._neighbours[address.node] = Neighbour(address)
-            self._timers.set(address.node, now_s + LINGER_S)
         neighbour.address = address
         neighbour.dialling = False
         neighbour.up = True
         neighbour.failures = 0
+        if not neighbour.versions:
+            self._timers.set(address.node, now_s + LINGER_S)
         for version_id in sorted(neighbour.versions):
             self._greet(neighbour, version_id, effects)
             self._go_on(version_id, now_s, effects)
@@ -834,8 +863,8 @@ class PeerState:
                 if node not in fetching.download.peers:
                     # It was introduced to us before we were introduced to it.
                     self._meet(neighbour.address, version_id, now_s, effects)
-                fetching.download.peer_has(node, message.chunks, message.digests)
-                self._go_on(version_id, now_s, effects)
+                if fetching.download.peer_has(node, message.chunks, message.digests):
+                    self._go_on(version_id, now_s, effects)
             case Gone():
                 self._part(node, version_id, now_s)
 
@@ -870,14 +899,21 @@ class PeerState:
         self._feed_starved(now_s, effects)
 
     def _distrust(self, node: str, version_id: bytes, effects: list[PeerEffect]) -> None:
-        """Wrong bytes came from this peer: it is not asked again, in any swarm."""
+        """Wrong bytes came from this peer: it is not asked again, in any swarm.
+
+        The tracker is told for each swarm that both are in, since this node needs others for what
+        that peer has.
+        """
         if node in self._distrusted:
             return
         self._distrusted.add(node)
-        for fetching in self._fetching.values():
+        neighbour = self._neighbours.get(node)
+        shared = neighbour.versions if neighbour is not None else set()
+        for other_id, fetching in self._fetching.items():
             if fetching.download is not None:
                 fetching.download.distrust(node)
-        self._tell(ReportCorrupt(version_id, node), effects)
+            if other_id == version_id or other_id in shared:
+                self._tell(ReportCorrupt(other_id, node), effects)
         effects.append(DistrustPeer(node))
 
     def _feed_starved(self, now_s: float, effects: list[PeerEffect]) -> None:
@@ -937,6 +973,8 @@ class PeerState:
             at_s = max(fetching.progress_at_s, oldest_s) + self._patience_s(fetching)
         else:
             at_s = fetching.progress_at_s + ABANDON_S
+        if fetching.joined and not fetching.publishing:
+            at_s = min(at_s, _complaint_due_s(fetching))
         if fetching.download is not None and fetching.on_disk:
             wake_at_s = fetching.download.wake_at_s(now_s)
             at_s = at_s if wake_at_s is None else min(at_s, wake_at_s)
@@ -959,19 +997,29 @@ class PeerState:
 
     def _look_after(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching[version_id]
-        stalled_s = now_s - fetching.progress_at_s
-        if not fetching.requests and stalled_s >= ABANDON_S:
+        if not fetching.requests and now_s >= fetching.progress_at_s + ABANDON_S:
             self._give_up(version_id, "nobody waits for it", now_s, effects, keep=True)
             return
         self._answer_stalled(fetching, now_s, effects)
+        self._complain(fetching, now_s, effects)
         self._go_on(version_id, now_s, effects)
         self._arm(version_id, now_s)
+
+    def _complain(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
+        """Tell the tracker what nobody gives us: it may not know yet that a holder is gone."""
+        if not fetching.joined or fetching.publishing or now_s < _complaint_due_s(fetching):
+            return
+        fetching.complained_at_s = now_s
+        wanted = fetching.download.unreachable(now_s) if fetching.download is not None else 0
+        if wanted:
+            self._tell(Missing(fetching.version.version_id, mask_to_bytes(wanted)), effects)
 
     def _answer_stalled(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
         patience_s = self._patience_s(fetching)
         version_id = fetching.version.version_id
         for request, since_s in list(fetching.requests.items()):
-            if now_s - max(since_s, fetching.progress_at_s) >= patience_s:
+            # The same sum as in _arm: a difference may round to less, and wake us for ever.
+            if now_s >= max(fetching.progress_at_s, since_s) + patience_s:
                 del fetching.requests[request]
                 del self._requests[request]
                 reason = f"no progress for {patience_s:g} s: {self._why_stalled(fetching)}"
@@ -982,7 +1030,7 @@ class PeerState:
             return "the disk of the cache does not answer"
         if not self.tracker_connected:
             return self._tracker_reason
-        if fetching.download is not None and not fetching.download.unreachable:
+        if fetching.download is not None and not fetching.download.unreachable(math.inf):
             return "the peers that have the missing chunks do not answer"
         return "no peer has the missing chunks, and none could be read from the file server"
 
@@ -996,3 +1044,7 @@ class PeerState:
                 effects.append(HangUp(node))
         elif not neighbour.up and self.address.node < node:
             self._dial(neighbour, effects)
+
+
+def _complaint_due_s(fetching: Fetching) -> float:
+    return max(fetching.progress_at_s, fetching.complained_at_s) + COMPLAIN_S

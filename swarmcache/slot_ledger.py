@@ -91,14 +91,11 @@ class SlotLedger:
         """The holder gave the slot back, or it is void. None: it was not out any more."""
         return self.leases.pop(lease_id, None)
 
-    def renew(self, node: str, until_s: float) -> bool:
-        """The node is alive: its leases last longer. Returns whether it has any."""
-        renewed = False
-        for lease in self.leases.values():
-            if lease.node == node:
-                lease.until_s = max(lease.until_s, until_s)
-                renewed = True
-        return renewed
+    def renew(self, lease_id: int, until_s: float) -> None:
+        """Its holder is alive: the lease lasts longer. Not by node: a node that began anew must not
+        keep alive what its former life held."""
+        lease = self.leases[lease_id]
+        lease.until_s = max(lease.until_s, until_s)
 
     def expired(self, now_s: float) -> list[SlotLease]:
         """Leases whose deadline has passed; the caller releases them."""

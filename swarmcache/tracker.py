@@ -118,12 +118,12 @@ async def run_tracker(config: Config) -> None:
     told = told_to_end()
     tracker = Tracker(config, cluster_key(config))
     runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
-    try:
-        await runner.setup()
-        with bind(config.tracker.listen) as listener:
+    with bind(config.tracker.listen) as listener:
+        try:
+            await runner.setup()
             await web.SockSite(runner, listener, backlog=4096).start()
             port = int(listener.getsockname()[1])
             say_ready("tracker", HostPort(config.tracker.listen.host, port))
             await told.wait()
-    finally:
-        await runner.cleanup()
+        finally:
+            await runner.cleanup()

@@ -23,7 +23,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from swarmcache.chunks import ChunkLayout, full_mask, mask_from_bytes, range_mask
+from swarmcache.chunks import (
+    ChunkLayout,
+    full_mask,
+    mask_from_bytes,
+    mask_to_bytes,
+    range_mask,
+)
 from swarmcache.messages import (
     LOADS_MAX,
     PROTOCOL_VERSION,
@@ -37,6 +43,7 @@ from swarmcache.messages import (
     Joined,
     Lease,
     Leave,
+    Missing,
     NodeAddress,
     Peers,
     Query,
@@ -85,7 +92,10 @@ CHUNK_COUNT_MAX = 1 << 21
 
 @dataclass(slots=True)
 class Node:
-    """A connected node. ``clock_s`` is what its clock showed at ``clock_at_s`` of ours, or less."""
+    """A connected node. ``clock_s`` is what its clock showed at ``clock_at_s`` of ours, or less.
+
+    ``silent``: it has not answered a query in time, and not said anything since.
+    """
 
     session: int
     address: NodeAddress
@@ -97,6 +107,7 @@ class Node:
     swarms: set[bytes] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     read_bytes_per_s: float = 0.0
+    silent: bool = False
 
 
 @dataclass(slots=True)
@@ -119,10 +130,11 @@ class LeasedRange:
 
 @dataclass(slots=True)
 class Member:
-    """One node in one swarm."""
+    """One node in one swarm. ``trusted``: nobody has had wrong bytes of this file from it."""
 
     can_read: bool
     complete: bool
+    trusted: bool = True
     neighbours: set[str] = field(default_factory=set)
     guarded: int = 0
     failures: int = 0
@@ -131,11 +143,16 @@ class Member:
 
 @dataclass(slots=True)
 class Search:
-    """Chunks without a guardian, and the nodes that have not yet said whether they have them."""
+    """Chunks without a guardian, and the nodes that have not yet said whether they have them.
+
+    ``doubted``: the guardian itself is asked, since somebody cannot get the chunks. Its neighbours
+    are next.
+    """
 
     version_id: bytes
     wanted: int
     waiting: set[str]
+    doubted: str | None = None
 
 
 @dataclass(slots=True)
@@ -266,6 +283,8 @@ class TrackerState:
             return
         self._timers.set(session, now_s + NODE_SILENT_S)
         node = self._sessions[session]
+        if node is not None:
+            node.silent = False
         if isinstance(message, Register):
             self._register(session, message, now_s, effects)
             return
@@ -288,8 +307,10 @@ class TrackerState:
                 self._range_failed(node, message, now_s, effects)
             case Holding():
                 self._holding(node, message, now_s, effects)
+            case Missing():
+                self._missing(node, message, now_s, effects)
             case ReportCorrupt():
-                self._corrupt[message.node] = self._corrupt.get(message.node, 0) + 1
+                self._report_corrupt(message, now_s, effects)
             case StatusRequest():
                 effects.append(Tell(session, Status(message.request_id, self.status(now_s))))
 
@@ -306,6 +327,10 @@ class TrackerState:
             effects.append(CloseSession(session, reason))
             return
         name = message.address.node
+        known = self._sessions[session]
+        if known is not None and known.address.node != name:
+            effects.append(CloseSession(session, "one connection, two nodes"))
+            return
         former = self._nodes.get(name)
         if former is not None:
             self._sessions[former.session] = None
@@ -329,22 +354,37 @@ class TrackerState:
         """Whether a lease that the node says it holds is (still, or again) out."""
         until_s = now_s + LEASE_S
         leased = self._ranges.get(lease.lease_id)
-        if leased is None and lease.lease_id in self._earlier:
+        name = node.address.node
+        fits = lease.first + lease.count <= CHUNK_COUNT_MAX
+        if leased is None and self._earlier.get(lease.lease_id) == name and fits:
             ledger = self._server(lease.file_server).ledger
-            name = node.address.node
             ledger.adopt(lease.lease_id, lease.version_id, name, lease.user, until_s)
             leased = self._ranges[lease.lease_id] = LeasedRange(
                 lease.lease_id, lease.version_id, lease.file_server, name, lease.first, lease.count
             )
-        elif leased is None or leased.node != node.address.node:
+        elif leased is None or leased.node != name:
             return False
         leased.void = False
         node.leases.add(lease.lease_id)
-        self._servers[leased.file_server].ledger.renew(leased.node, until_s)
+        self._servers[leased.file_server].ledger.renew(leased.lease_id, until_s)
         swarm = self._swarms.get(leased.version_id)
         if swarm is not None:
-            swarm.unread &= ~leased.mask
+            self._enter_range(swarm, leased)
         return True
+
+    def _enter_range(self, swarm: Swarm, leased: LeasedRange) -> None:
+        """A range that is out already is not unread. One that does not fit (the swarm cuts the file
+        differently) keeps its slot and is no business of the swarm."""
+        if leased.first + leased.count > swarm.layout.chunk_count:
+            leased.void = True
+        elif not leased.void:
+            swarm.unread &= ~leased.mask
+
+    def _renew(self, node: Node, now_s: float) -> None:
+        """All leases of the node last longer, as the node is about to be told."""
+        for lease_id in node.leases:
+            ledger = self._servers[self._ranges[lease_id].file_server].ledger
+            ledger.renew(lease_id, now_s + LEASE_S)
 
     def _until_s(self, node: Node, now_s: float) -> float:
         """When a lease renewed now ends on the node's own clock."""
@@ -356,9 +396,7 @@ class TrackerState:
         node.clock_s = message.clock_s
         node.clock_at_s = now_s
         node.disk = message.disk
-        for lease_id in node.leases:
-            ledger = self._servers[self._ranges[lease_id].file_server].ledger
-            ledger.renew(node.address.node, now_s + LEASE_S)
+        self._renew(node, now_s)
         waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
         renewed = Renewed(self._until_s(node, now_s), sorted(waiting)[:WAITING_MAX])
         effects.append(Tell(node.session, renewed))
@@ -392,7 +430,7 @@ class TrackerState:
             self._remove_member(self._swarms[version_id], name, orphaned, now_s, effects)
         for query_id, search in list(self._searches.items()):
             if name in search.waiting:
-                self._search_answered(query_id, name, 0, effects)
+                self._search_answered(query_id, name, 0, now_s, effects)
         self._grant_all(now_s, effects)
 
     # --- swarms ---------------------------------------------------------------------------------
@@ -413,10 +451,13 @@ class TrackerState:
             member = self._add_member(swarm, node, complete=False)
         member.can_read = message.can_read
         member.complete = False
-        if layout == swarm.layout:
-            found = mask_from_bytes(message.held) & swarm.unread
-            member.guarded |= found
-            swarm.unread ^= found
+        held = mask_from_bytes(message.held) if layout == swarm.layout and member.trusted else 0
+        lost = member.guarded & ~held
+        found = held & swarm.unread
+        member.guarded = (member.guarded | found) & held
+        swarm.unread ^= found
+        if lost:
+            self._take_over(swarm, lost, sorted(member.neighbours), now_s, effects)
         effects.append(Tell(node.session, Joined(version_id, swarm.layout.chunk_size_bytes)))
         self._introduce(swarm, name, effects)
         self._reclaim(swarm)
@@ -428,13 +469,13 @@ class TrackerState:
         swarm = Swarm(version_id, message.file_server, message.user, layout, unread)
         self._swarms[version_id] = swarm
         holders = sorted(self._replicas.get(version_id, ()))
-        if len(holders) > self._peers_max:
-            holders = self._rng.sample(holders, self._peers_max)
+        if len(holders) > self._peers_max // 2:
+            holders = self._rng.sample(holders, self._peers_max // 2)
         for holder in holders:
             self._add_member(swarm, self._nodes[holder], complete=True)
         for leased in self._ranges.values():
-            if leased.version_id == version_id and not leased.void:
-                swarm.unread &= ~leased.mask
+            if leased.version_id == version_id:
+                self._enter_range(swarm, leased)
         return swarm
 
     def _add_member(self, swarm: Swarm, node: Node, *, complete: bool) -> Member:
@@ -453,13 +494,17 @@ class TrackerState:
         member = swarm.members[name]
         chosen = sorted(member.neighbours) + self._choose_peers(swarm, name)
         for other in chosen:
-            member.neighbours.add(other)
-            swarm.members[other].neighbours.add(name)
-            self._tell(other, Peers(swarm.version_id, [self._nodes[name].address]), effects)
+            self._link(swarm, name, other, effects)
         addresses = [self._nodes[other].address for other in chosen]
         for start in range(0, len(addresses), LOADS_MAX):
             part = addresses[start : start + LOADS_MAX]
             self._tell(name, Peers(swarm.version_id, part), effects)
+
+    def _link(self, swarm: Swarm, name: str, other: str, effects: list[TrackerEffect]) -> None:
+        """Make two members neighbours, and tell ``other``."""
+        swarm.members[name].neighbours.add(other)
+        swarm.members[other].neighbours.add(name)
+        self._tell(other, Peers(swarm.version_id, [self._nodes[name].address]), effects)
 
     def _choose_peers(self, swarm: Swarm, name: str) -> list[str]:
         """New neighbours for a member: everybody in a small swarm, some at random in a large one.
@@ -534,23 +579,64 @@ class TrackerState:
         effects: list[TrackerEffect],
     ) -> None:
         """Find a new guardian for chunks, among complete members or by asking the neighbours."""
-        for member in swarm.members.values():
-            if member.complete:
-                member.guarded |= chunks
-                return
-        if not chunks:
+        if self._complete_member(swarm) or not neighbours or not chunks:
+            self._orphan(swarm, chunks)
             return
-        if not neighbours:
+        self._search(swarm, chunks, neighbours, now_s, effects)
+
+    def _complete_member(self, swarm: Swarm) -> Member | None:
+        """A member that can be relied on to have every chunk."""
+        for name, member in swarm.members.items():
+            if member.complete and member.trusted and not self._nodes[name].silent:
+                return member
+        return None
+
+    def _orphan(self, swarm: Swarm, chunks: int) -> None:
+        """Chunks that nobody guards: a complete member does from now on, or they are unread."""
+        member = self._complete_member(swarm)
+        if member is not None:
+            member.guarded |= chunks
+        else:
             swarm.unread |= chunks
-            return
+
+    def _search(
+        self,
+        swarm: Swarm,
+        chunks: int,
+        nodes: list[str],
+        now_s: float,
+        effects: list[TrackerEffect],
+        doubted: str | None = None,
+    ) -> None:
+        """Ask nodes which of these chunks they have."""
         query_id = self._next_query_id
         self._next_query_id += 1
-        self._searches[query_id] = Search(swarm.version_id, chunks, set(neighbours))
+        self._searches[query_id] = Search(swarm.version_id, chunks, set(nodes), doubted)
         swarm.searches.add(query_id)
         self._timers.set(f"query {query_id}", now_s + QUERY_S)
-        wanted = chunks.to_bytes((chunks.bit_length() + 7) // 8, "little")
-        for other in neighbours:
-            self._tell(other, Query(swarm.version_id, query_id, wanted), effects)
+        for node in nodes:
+            self._tell(node, Query(swarm.version_id, query_id, mask_to_bytes(chunks)), effects)
+
+    def _missing(
+        self, node: Node, message: Missing, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        """A member cannot get chunks: ask those who are said to have them, and introduce them."""
+        name = node.address.node
+        swarm = self._swarms.get(message.version_id)
+        if swarm is None or name not in swarm.members:
+            return
+        wanted = mask_from_bytes(message.wanted)
+        for other in list(swarm.order):
+            member = swarm.members[other]
+            chunks = member.guarded & wanted
+            if not chunks or other == name:
+                continue
+            member.guarded ^= chunks
+            wanted ^= chunks
+            self._search(swarm, chunks, [other], now_s, effects, doubted=other)
+            if other not in swarm.members[name].neighbours:
+                self._link(swarm, name, other, effects)
+                self._link(swarm, other, name, effects)
 
     def _holding(
         self, node: Node, message: Holding, now_s: float, effects: list[TrackerEffect]
@@ -558,32 +644,64 @@ class TrackerState:
         search = self._searches.get(message.query_id)
         if search is not None and node.address.node in search.waiting:
             held = mask_from_bytes(message.held)
-            self._search_answered(message.query_id, node.address.node, held, effects)
+            self._search_answered(message.query_id, node.address.node, held, now_s, effects)
             swarm = self._swarms.get(search.version_id)
             if swarm is not None:
                 self._grant(swarm.file_server, now_s, effects)
 
     def _search_answered(
-        self, query_id: int, name: str, held: int, effects: list[TrackerEffect]
+        self,
+        query_id: int,
+        name: str,
+        held: int,
+        now_s: float,
+        effects: list[TrackerEffect],
     ) -> None:
         search = self._searches[query_id]
         search.waiting.discard(name)
         swarm = self._swarms[search.version_id]
         member = swarm.members.get(name)
-        if member is not None:
+        if member is not None and member.trusted:
             member.guarded |= held & search.wanted
             search.wanted &= ~held
         if not search.wanted or not search.waiting:
-            self._end_search(query_id)
+            self._end_search(query_id, now_s, effects)
 
-    def _end_search(self, query_id: int) -> None:
-        """What nobody has must be read again."""
+    def _end_search(self, query_id: int, now_s: float, effects: list[TrackerEffect]) -> None:
+        """What nobody has must be read again. Who has not answered in time counts as silent."""
         search = self._searches.pop(query_id)
+        for name in search.waiting:
+            self._nodes[name].silent = True
         self._timers.set(f"query {query_id}", None)
         swarm = self._swarms[search.version_id]
         swarm.searches.discard(query_id)
-        swarm.unread |= search.wanted
+        doubted = swarm.members.get(search.doubted) if search.doubted is not None else None
+        if doubted is not None:
+            self._take_over(swarm, search.wanted, sorted(doubted.neighbours), now_s, effects)
+        else:
+            self._orphan(swarm, search.wanted)
         self._reclaim(swarm)
+
+    def _report_corrupt(
+        self, message: ReportCorrupt, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        """A node delivered wrong bytes: in this swarm it guards nothing and reads nothing more.
+
+        One report is enough, since whoever sent it will not ask that node again and needs its
+        chunks from somebody else. It counts for this swarm only: a reporter whose own memory is bad
+        would otherwise take the whole cluster's nodes away.
+        """
+        if message.node in self._nodes:
+            self._corrupt[message.node] = self._corrupt.get(message.node, 0) + 1
+        swarm = self._swarms.get(message.version_id)
+        member = swarm.members.get(message.node) if swarm is not None else None
+        if swarm is None or member is None:
+            return
+        member.trusted = False
+        chunks, member.guarded = member.guarded, 0
+        self._take_over(swarm, chunks, sorted(member.neighbours), now_s, effects)
+        self._reclaim(swarm)
+        self._grant(swarm.file_server, now_s, effects)
 
     def _dissolve(self, swarm: Swarm) -> None:
         """Nobody fetches it any more: what remains are replicas."""
@@ -610,8 +728,9 @@ class TrackerState:
             self._introduce(swarm, name, effects)
         else:
             member.complete = True
-            member.guarded |= swarm.unread
-            swarm.unread = 0
+            if member.trusted:
+                member.guarded |= swarm.unread
+                swarm.unread = 0
         if swarm.wanted:
             self._reclaim(swarm)
         else:
@@ -669,7 +788,8 @@ class TrackerState:
         for position, name in enumerate(swarm.order):
             member = swarm.members[name]
             able = member.can_read and not member.complete and not member.reading
-            if able and member.failures < READ_FAILURES_MAX:
+            able = able and not self._nodes[name].silent
+            if able and member.trusted and member.failures < READ_FAILURES_MAX:
                 swarm.order.append(swarm.order.pop(position))
                 return name
         return None
@@ -691,6 +811,8 @@ class TrackerState:
         self._ranges[lease_id] = leased
         server.ledger.grant(lease_id, swarm.version_id, name, user, now_s + LEASE_S)
         node.leases.add(lease_id)
+        # A holder has one deadline for all its leases, which this one moves.
+        self._renew(node, now_s)
         swarm.members[name].reading = True
         swarm.unread &= ~leased.mask
         self._reclaim(swarm)
@@ -705,7 +827,7 @@ class TrackerState:
         of what is left.
         """
         rate = node.read_bytes_per_s or server.read_bytes_per_s
-        wanted_bytes = rate * RANGE_S or RANGE_FIRST_BYTES
+        wanted_bytes = min(rate * RANGE_S or RANGE_FIRST_BYTES, swarm.layout.size_bytes)
         wanted = max(int(wanted_bytes / swarm.layout.chunk_size_bytes), 1)
         readers = min(server.ledger.slots_max, len(swarm.members))
         share = -(-swarm.unread.bit_count() // (2 * readers)) if readers > 1 else wanted
@@ -727,12 +849,14 @@ class TrackerState:
         member = swarm.members.get(leased.node) if swarm is not None else None
         if swarm is not None and not leased.void:
             read = leased.mask if held is None else leased.mask & held
-            if member is None:
+            if member is None or not member.trusted:
                 read = 0
             else:
                 member.guarded |= read
+            if member is not None:
                 member.reading = False
-            swarm.unread = (swarm.unread | leased.mask) & ~read
+            swarm.unread &= ~read
+            self._orphan(swarm, leased.mask & ~read)
             self._reclaim(swarm)
         return leased
 
@@ -786,7 +910,7 @@ class TrackerState:
             if isinstance(key, int):
                 effects.append(CloseSession(key, f"nothing heard for {NODE_SILENT_S:g} s"))
             else:
-                self._end_search(int(key.removeprefix("query ")))
+                self._end_search(int(key.removeprefix("query ")), now_s, effects)
         for server in self._servers.values():
             for lease in server.ledger.expired(now_s):
                 self._expire(self._ranges[lease.lease_id], now_s, effects)

@@ -1,4 +1,4 @@
-"""A small cluster in virtual time: the machines of several nodes and of one tracker, joined by queues.
+"""A small cluster in virtual time: the machines of some nodes and a tracker, joined by queues.
 
 A seed decides everything: how long every message, request and disk call takes, and what breaks.
 Connections keep the order of their messages, nothing else does. Every event that a machine is given
@@ -661,14 +661,19 @@ class Cluster:
         if stored is None or stored.layout != layout or stored.complete:
             stored = node.disk[version_id] = Stored(effect.version, layout)
         digests = dict(stored.chunks)
-        self._ends(node, version_id, SpaceReserved(version_id, effect.chunk_size_bytes))
+        reserved_s = self.delay_s()
+        reserved = SpaceReserved(version_id, effect.chunk_size_bytes)
+        self._ends(node, version_id, reserved, reserved_s)
         node.under_way[version_id] += 1
 
         def recovered(at: Node) -> None:
+            if at.paused_until_s > self.now_s:
+                self.after(at.paused_until_s - self.now_s, self._node_act(at, recovered))
+                return
             at.under_way[version_id] -= 1
             self.tell_node(at, ChunksRecovered(version_id, digests))
 
-        self.after(1.0 + self.delay_s(), self._node_act(node, recovered))
+        self.after(reserved_s + self.delay_s(), self._node_act(node, recovered))
 
     def _ends(
         self, node: Node, version_id: bytes, event: PeerEvent, delay_s: float | None = None
@@ -694,6 +699,9 @@ class Cluster:
         node.under_way[version_id] += 1
 
         def done(at: Node) -> None:
+            if at.paused_until_s > self.now_s:
+                self.after(at.paused_until_s - self.now_s, self._node_act(at, done))
+                return
             at.under_way[version_id] -= 1
             stored.complete = True
             self.tell_node(at, FilePublished(version_id))

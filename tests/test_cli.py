@@ -99,6 +99,7 @@ def test_get_of_a_directory_prints_the_directory_of_its_copies(
     assert (done.returncode, done.stdout) == (0, copies(tmp_path, tmp_path / "tree"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [b"not-\xff-utf8", b"with space", b"new\nline", b"-dash", b"x" * 255, b"--"]
 )
@@ -307,6 +308,7 @@ def run_on_terminal(*arguments: str | Path, env: dict[str, str]) -> tuple[bytes,
     return printed, shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-progress"]])
 def test_progress_is_shown_on_a_terminal_unless_unwanted(
     run_dir: Path, source: Path, tmp_path: Path, options: list[str]
@@ -407,6 +409,7 @@ STATUS = NodeStatus(
 )
 
 
+@pytest.mark.slow
 def test_status_shows_nodes_swarms_slots_and_distrusted_peers(run_dir: Path) -> None:
     with ScriptedDaemon(run_dir, lambda _: [STATUS]) as daemon:
         done = run("status", "--socket", daemon.path, env={"COLUMNS": "200"})
@@ -437,6 +440,7 @@ def test_status_as_json_is_one_object(run_dir: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_status_without_a_tracker_says_why(run_dir: Path) -> None:
     answer = NodeStatus(STATUS.node, None, "the tracker does not answer")
     with ScriptedDaemon(run_dir, lambda _: [answer]) as daemon:
@@ -472,6 +476,7 @@ def test_wrong_settings_are_one_line_on_stderr_and_exit_2(
     assert message in done.stderr.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["daemon", "tracker"])
 def test_an_address_in_use_is_one_line_on_stderr(tmp_path: Path, server: str) -> None:
     places = {
@@ -487,6 +492,7 @@ def test_an_address_in_use_is_one_line_on_stderr(tmp_path: Path, server: str) ->
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_every_command_has_help() -> None:
     for command in ("get", "status", "daemon", "tracker", "demo"):
         done = run(command, "--help")

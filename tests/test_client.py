@@ -146,6 +146,25 @@ def test_progress_is_reported_while_the_file_comes(run_dir: Path, source: Path) 
     assert (progress.peers, progress.waiting_for, progress.index) == (3, "a slot", 0)
 
 
+def test_the_last_progress_of_a_file_is_that_all_of_it_is_there(
+    run_dir: Path, tmp_path: Path, source: Path
+) -> None:
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        yield DaemonProgress(21, 8, 4, 2, peers=3, waiting_for="a slot")
+        yield from caching_in(tmp_path / "cache")(asked)
+
+    seen: list[tuple[int, int, int, str]] = []
+    with ScriptedDaemon(run_dir, answer) as daemon, Client(bytes(daemon.path)) as client:
+        client.get(
+            source,
+            on_progress=lambda p: seen.append(
+                (p.from_peers_bytes, p.from_file_server_bytes, p.recovered_bytes, p.waiting_for)
+            ),
+        )
+
+    assert seen == [(8, 4, 2, "a slot"), (21, 0, 0, "")]
+
+
 def test_answers_come_in_the_order_of_the_files_whatever_the_daemon_answers_first(
     run_dir: Path, tmp_path: Path
 ) -> None:

@@ -184,6 +184,8 @@ def test_a_holder_that_was_stopped_for_longer_than_its_lease_does_not_read_on(
     )
     reader.node.cont(daemon)
 
+    # The stopped node made no progress for some seconds: it may well give up.
+    swarm.assert_right([gets.pop(swarm.box.nodes.index(reader.node))], file)
     swarm.assert_all_cached(gets, file)
     assert swarm.box.file_server.readers_peak(file) <= 2
 
@@ -377,7 +379,7 @@ def test_a_stranger_with_another_secret_gets_nothing_and_is_not_listed(
     assert swarm.paths([swarm.cluster.get(stranger, file)]) == [file]
 
     assert not swarm.status(stranger)["node"]["tracker_connected"]
-    assert "secret" in daemon.stderr
+    assert "does not know the cluster's secret" in daemon.stderr
     listed = [node["node"] for node in swarm.status(friends[0])["cluster"]["nodes"]]
     assert sorted(listed) == sorted(map(swarm.node_id, friends))
     assert sum(friend.bytes_sent() for friend in friends) - sent_before < CHUNK_BYTES
