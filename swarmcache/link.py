@@ -140,21 +140,36 @@ async def connect(
         raise PeerUnavailable(f"{address}: {error}") from error
 
 
-async def accept(
-    request: web.Request, key: ClusterKey, purpose: Purpose, identity: bytes
-) -> tuple[Link, web.WebSocketResponse]:
-    """Take a connection in a request handler, which must return the response that comes second.
+async def serve(
+    request: web.Request,
+    key: ClusterKey,
+    purpose: Purpose,
+    identity: bytes,
+    talk: Callable[[Link], Awaitable[None]],
+) -> web.StreamResponse:
+    """Take a connection in a request handler, and ``talk`` over it until that ends.
 
-    Raises like ``connect``.
+    What the other side does wrong costs it the connection and us one line in the log.
     """
     socket = web.WebSocketResponse(
         max_msg_size=FRAME_MAX_BYTES, heartbeat=PING_S, compress=False, timeout=1.0
     )
-    await socket.prepare(request)
+    try:
+        await socket.prepare(request)
+        await talk(await _accept_in_time(socket, key, purpose, identity))
+    except SwarmcacheError as error:
+        log.warning("%s: %s", request.remote, error)
+    except (ConnectionError, aiohttp.ClientError) as error:
+        log.info("%s has gone before the handshake: %s", request.remote, error)
+    return socket
+
+
+async def _accept_in_time(
+    socket: web.WebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+) -> Link:
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            link = await _closing_on_error(socket, _accept(socket, key, purpose, identity))
-            return link, socket
+            return await _closing_on_error(socket, _accept(socket, key, purpose, identity))
     except TimeoutError as error:
         raise PeerUnavailable("the connecting side did not prove who it is in time") from error
 

@@ -309,5 +309,5 @@ Decoded = TypeVar("Decoded")
 def _decode(decoder: msgspec.msgpack.Decoder[Decoded], data: bytes) -> Decoded:
     try:
         return decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadMessage(f"not a message: {error}") from error

@@ -30,7 +30,7 @@ from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
-from swarmcache.link import Link, accept, connect
+from swarmcache.link import Link, connect, serve
 from swarmcache.local_protocol import (
     Cached,
     Failed,
@@ -533,9 +533,7 @@ class Daemon:
         return application
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
-        link, response = await accept(request, self._key, "peer", self._identity)
-        await self._talk(link)
-        return response
+        return await serve(request, self._key, "peer", self._identity, self._talk)
 
     async def _dial(self, address: NodeAddress) -> None:
         try:

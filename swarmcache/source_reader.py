@@ -100,6 +100,7 @@ class _RangeReading:
             for chunk in range(first, first + count):
                 hasher = blake3()
                 for offset, piece_end in self._pieces(chunk):
+                    self._check_lease()  # asking ahead makes the kernel read
                     asked = self._ask_ahead(max(asked, offset), offset, end)
                     self._read_piece(memoryview(buffer), offset, piece_end, hasher)
                 self._check_unchanged()
@@ -118,8 +119,6 @@ class _RangeReading:
     def _read_piece(self, buffer: memoryview, offset: int, end: int, hasher: blake3) -> None:
         """Read, digest and pass on one piece, which may take several reads."""
         while offset < end:
-            if self._failed.is_set() or not self._sink.may_go_on():
-                raise LeaseExpired("the lease ran out before the range was read")
             with _source_errors():
                 size_bytes = os.preadv(self._fd, [buffer[: end - offset]], offset)
             if size_bytes == 0:
@@ -128,6 +127,10 @@ class _RangeReading:
             hasher.update(piece)
             self._sink.write_piece(offset, piece)
             offset += size_bytes
+
+    def _check_lease(self) -> None:
+        if self._failed.is_set() or not self._sink.may_go_on():
+            raise LeaseExpired("the lease ran out before the range was read")
 
     def _ask_ahead(self, asked: int, offset: int, end: int) -> int:
         """Have the kernel fetch the next bytes of the part, and only of the part.

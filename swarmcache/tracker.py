@@ -11,9 +11,8 @@ from aiohttp import web
 from swarmcache.auth import ClusterKey
 from swarmcache.clock import now_s
 from swarmcache.config import Config
-from swarmcache.errors import SwarmcacheError
 from swarmcache.lease_journal import LeaseJournal
-from swarmcache.link import Link, accept
+from swarmcache.link import Link, serve
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import decode_to_tracker, encode
 from swarmcache.quantities import HostPort
@@ -69,25 +68,27 @@ class Tracker:
         return application
 
     async def _serve_node(self, request: web.Request) -> web.StreamResponse:
-        link, response = await accept(request, self._key, "tracker", b"tracker")
+        async def talk(link: Link) -> None:
+            log.info("%s connected", request.remote)
+            await self._talk(link)
+            log.info("%s is gone", request.remote)
+
+        return await serve(request, self._key, "tracker", b"tracker", talk)
+
+    async def _talk(self, link: Link) -> None:
+        """Receive from a node until the connection ends."""
         self._sessions += 1
         session = self._sessions
         self._links[session] = link
-        name = request.remote
-        log.info("%s connected", name)
         self._shell.handle(NodeConnected(session))
         try:
             await link.receive(
                 lambda data: self._shell.handle(NodeSaid(session, decode_to_tracker(data)))
             )
-        except SwarmcacheError as error:
-            log.warning("%s: %s", name, error)
         finally:
             del self._links[session]
             self._shell.handle(NodeLost(session))
             await link.wait_closed()
-        log.info("%s is gone", name)
-        return response
 
     def _carry_out(self, effect: TrackerEffect) -> None:
         match effect:

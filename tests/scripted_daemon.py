@@ -117,6 +117,7 @@ class ScriptedDaemon:
         content = b""
         if isinstance(request, Get):
             with open(descriptors.pop(0), "rb") as file:
+                file.seek(0)  # the position is shared with the client and earlier requests
                 content = file.read()
         asked = Asked(request, content, number)
         self.asked.append(asked)

@@ -360,6 +360,22 @@ def test_a_new_daemon_is_found_after_the_old_one_has_ended(
     assert len(new.asked) == 1
 
 
+def test_an_idle_connection_that_ends_unheard_is_replaced(
+    run_dir: Path, tmp_path: Path, source: Path
+) -> None:
+    """As when a daemon is restarted in the moment of a second request."""
+    cache = caching_in(tmp_path / "cache")
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        return [HANG_UP] if len(scripted.asked) == 2 else cache(asked)
+
+    with ScriptedDaemon(run_dir, answer) as scripted, Client(bytes(scripted.path)) as client:
+        answers = [client.get(source) for _ in range(2)]
+
+    assert [answer.cached for answer in answers] == [True, True]
+    assert [asked.connection for asked in scripted.asked] == [1, 1, 2]
+
+
 def test_a_daemon_that_ends_between_request_and_first_answer_is_asked_no_second_time(
     run_dir: Path, source: Path
 ) -> None:

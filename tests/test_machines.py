@@ -103,11 +103,10 @@ def run(seed: int) -> Cluster:
     )
     big = version_of(f"big{seed}", rng.randint(1, 24) * MIB - rng.randrange(MIB))
     small = version_of(f"small{seed}", rng.randint(0, 3) * MIB)
-    cuts = [rng.choice((MIB, 2 * MIB)) if rng.random() < 0.2 else MIB for _ in range(count)]
 
     def want(index: int) -> None:
         if not cluster.has(index, big):
-            cluster.want(index, big, chunk_size_bytes=cuts[index])
+            cluster.want(index, big)
 
     def want_small(index: int) -> None:
         cluster.want(index, small, user="bob")
@@ -212,3 +211,17 @@ def test_a_node_that_was_stopped_reads_no_more_when_it_wakes() -> None:
     others = [index for index in range(3) if address_of(index).node != holder]
     cluster.run(lambda: all(cluster.has(index, version) for index in others), 18)
     cluster.run(lambda: cluster.everybody_has(version), 60)
+
+
+def test_the_first_to_join_decides_how_the_file_is_cut() -> None:
+    cluster = Cluster(6, nodes=4)
+    version = version_of("corpus", 7 * MIB)
+    for index in range(4):
+        cluster.want(index, version, chunk_size_bytes=MIB << index)
+
+    cluster.run(lambda: cluster.everybody_has(version), 30)
+
+    layouts = {node.disk[version.version_id].layout for node in cluster.nodes.values()}
+    assert len(layouts) == 1
+    assert cluster.originals == 0
+    assert cluster.read_bytes == version.size_bytes

@@ -178,8 +178,9 @@ def test_a_holder_that_was_stopped_for_longer_than_its_lease_does_not_read_on(
     reader.node.stop(daemon)
     swarm.wait_for(
         watcher,
-        lambda status: len(leases_in(status)) == 2
-        and swarm.node_id(reader.node) not in leases_in(status),
+        lambda status: (
+            len(leases_in(status)) == 2 and swarm.node_id(reader.node) not in leases_in(status)
+        ),
         "two other nodes with leases",
     )
     reader.node.cont(daemon)
@@ -380,6 +381,9 @@ def test_a_stranger_with_another_secret_gets_nothing_and_is_not_listed(
 
     assert not swarm.status(stranger)["node"]["tracker_connected"]
     assert "does not know the cluster's secret" in daemon.stderr
+    assert swarm.cluster.tracker is not None
+    refusals = swarm.cluster.tracker.stderr
+    assert stranger.address in refusals and "Traceback" not in refusals
     listed = [node["node"] for node in swarm.status(friends[0])["cluster"]["nodes"]]
     assert sorted(listed) == sorted(map(swarm.node_id, friends))
     assert sum(friend.bytes_sent() for friend in friends) - sent_before < CHUNK_BYTES
