@@ -100,7 +100,7 @@ class ClusterSettings:
     file_server_rate: float = 125e6
     slots_max: int = 8
     uploads_max: int = TransferSettings().uploads_max
-    uploads_waiting_max: int = TransferSettings().uploads_max * WAITING_PER_UPLOAD
+    uploads_waiting_max: int = int(TransferSettings().uploads_max * WAITING_PER_UPLOAD)
     latency_s: float = 0.0002
     publish_s: float = 0.001
     check_every: int = 10_000

@@ -79,11 +79,15 @@ class LeaseJournal:
 
     def _read(self) -> dict[int, str]:
         try:
-            lines = os.fsdecode(self._path.read_bytes()).splitlines()
+            text = os.fsdecode(self._path.read_bytes())
         except FileNotFoundError:
             return {}
+        lines = text.splitlines()
         out: dict[int, str] = {}
-        known = bool(lines) and lines[0] == f"boot {self._boot_id}"
+        # A line without an end is the beginning of one: "end 1" may have been "end 17".
+        known = text.endswith("\n") and lines[0] == f"boot {self._boot_id}"
+        if lines and not text.endswith("\n"):
+            lines.pop()
         for line in lines[1:]:
             match line.split(" "):
                 case ["grant", number, node] if number.isdecimal():

@@ -93,7 +93,7 @@ def decode_request(line: bytes) -> Get | StatusOf:
     try:
         request: Get | StatusOf = _requests.decode(line)
         return request
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadMessage(f"not a request: {error}") from error
 
 

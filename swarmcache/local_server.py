@@ -96,7 +96,9 @@ class LocalConnection:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX)
+            data, descriptors, _, _ = socket.recv_fds(
+                self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError as error:
@@ -221,7 +223,10 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a daemon that has died. Raises LocalError when one is alive there."""
+    """Remove the socket of a daemon that has died. Raises LocalError when one is alive there, or
+    when what is there is no socket at all."""
+    if path.exists() and not path.is_socket():
+        raise LocalError(f"{path} exists and is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(os.fspath(path))

@@ -141,14 +141,16 @@ def _check_name(path: bytes, status: os.stat_result) -> None:
         raise refused
     try:
         seen = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise refused from error
-    except OSError:
+    except PermissionError:
         # We may not look there (a file server that does not trust root): the directory must at
         # least be on the same file system as the file.
         if _nearest_device(os.path.dirname(path)) != status.st_dev:
             raise refused from None
         return
+    except OSError as error:
+        raise SourceFailed(f"cannot look at the source: {error}") from error
     if (seen.st_dev, seen.st_ino) != (status.st_dev, status.st_ino):
         raise refused
 

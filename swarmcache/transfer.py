@@ -73,7 +73,9 @@ WAITING_PER_UPLOAD = 0.5
 ACCEPTS_AT_ONCE = 64
 OUT_OF_DESCRIPTORS_S = 1.0
 
-RECEIVE_PIECE_BYTES = 256 * 1024  # still in the core's cache when it is digested
+# Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for one
+# another at the interpreter's lock.
+RECEIVE_PIECE_BYTES = 1024 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
 RATE_PIECE_MIN_BYTES = 4096
 
@@ -194,9 +196,8 @@ class _Inbound:
     """A connection that somebody opened to us. One owner at a time: the loop or one thread."""
 
     def __init__(self, sock: socket.socket, acceptor: Acceptor) -> None:
-        # The socket blocks, because a blocking sendfile is the fastest; the loop and the reads use
-        # MSG_DONTWAIT.
-        sock.setblocking(True)
+        # Only a thread that serves lets the socket block, because a blocking sendfile is the
+        # fastest; the loop and the reads use MSG_DONTWAIT.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_timeout(sock, socket.SO_SNDTIMEO, SEND_STALL_S)
         self.sock = sock
@@ -428,6 +429,7 @@ class ChunkServer:
 
     def _serve(self, connection: _Inbound, request: tuple[bytes, int] | None) -> bool:
         """Answer requests as long as they come without a pause; whether to keep the connection."""
+        connection.sock.setblocking(True)  # uvloop makes it non-blocking whenever it watches it
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         with closing(_LastSource(self._open_source)) as sources:

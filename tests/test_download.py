@@ -242,7 +242,7 @@ def test_the_rarest_chunk_of_a_peer_is_asked_for_first() -> None:
     announce(download, "b", 0, 1)
     announce(download, "c", 0)
 
-    first = {}
+    first: dict[str, int] = {}
     for chunk, node in asked(download):
         first.setdefault(node, chunk)
 

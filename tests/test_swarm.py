@@ -6,6 +6,8 @@ server that writes down every read, by the counters of the links, by reading the
 
 from __future__ import annotations
 
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -136,6 +138,61 @@ def test_the_single_file_of_one_user_does_not_wait_for_all_files_of_another(
         assert first.run(["cat", own], uid=reader, check=False).returncode == 0
         assert first.run(["cat", foreign], uid=reader, check=False).returncode != 0
         assert first.run(["ls", foreign.parent], uid=reader, check=False).returncode != 0
+
+
+def test_files_of_every_size_and_name_arrive_under_their_real_path(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(2)
+    files = [
+        swarm.put("empty", 0),
+        swarm.put("one byte", 1),
+        swarm.put("one chunk\nand no more", CHUNK_BYTES),
+        swarm.put(os.fsdecode(b"one chunk and a byte \xff\xfe"), CHUNK_BYTES + 1),
+        swarm.put("n" * 255, 1000),
+    ]
+    link, detour = swarm.box.export / "link", swarm.box.export / "directory"
+    link.symlink_to(files[1].name)
+    detour.symlink_to(".")
+    asked = [*files, link, detour / files[4].name]
+    real = [*files, files[1], files[4]]
+
+    gets = {node: swarm.cluster.get(node, *asked, options=["-0"]) for node in swarm.box.nodes}
+
+    for node, get in gets.items():
+        assert get.wait(TRANSFER_S) == 0, get.stderr
+        copies = [Path(name) for name in get.stdout.removesuffix("\0").split("\0")]
+        for source, copy in zip(real, copies, strict=True):
+            assert str(copy) == f"{node.disk}/cache/root{source}"
+            assert digest_of(copy) == swarm.digests[source][-1]
+            assert copy.stat().st_mtime_ns == source.stat().st_mtime_ns
+
+
+def test_what_cannot_be_read_is_named_and_the_other_paths_are_printed(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(1)
+    (node,) = swarm.box.nodes
+    good = swarm.put("good", 1000)
+    missing, closed, fifo, device = (
+        swarm.box.export / name for name in ("missing", "closed", "fifo", "device")
+    )
+    closed.mkdir(mode=0o700)
+    os.mkfifo(fifo, 0o644)
+    os.mknod(device, 0o644 | stat.S_IFCHR, os.makedev(1, 5))
+
+    get = swarm.cluster.get(node, missing, closed / "file", fifo, good, device, uid=1001)
+
+    assert get.wait(PATIENCE_S) == 1
+    assert get.stdout == f"{node.disk}/cache/1001{good}\n"
+    reasons = dict(
+        zip((missing, closed / "file", fifo, device), get.stderr.splitlines(), strict=True)
+    )
+    assert all(str(path) in reason for path, reason in reasons.items())
+    assert "No such file" in reasons[missing]
+    assert "Permission denied" in reasons[closed / "file"]
+    assert "neither a file nor a directory" in reasons[fifo]
+    assert "neither a file nor a directory" in reasons[device]
 
 
 # --- nodes that fail -----------------------------------------------------------------------------

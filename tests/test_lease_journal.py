@@ -1,0 +1,147 @@
+"""The journal of leases, in real files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarmcache import lease_journal
+from swarmcache.lease_journal import UNKNOWN_LEASE_ID, UNKNOWN_NODE, LeaseJournal
+
+GRANT_AND_WAIT = """
+import sys
+from pathlib import Path
+from swarmcache.lease_journal import LeaseJournal
+journal = LeaseJournal(Path(sys.argv[1]))
+journal.grant(5, "node1:7381")
+journal.grant(6, "node2:7381")
+journal.end(5)
+print("granted", flush=True)
+sys.stdin.read()
+"""
+
+
+def reopened(directory: Path) -> dict[int, str]:
+    journal = LeaseJournal(directory)
+    earlier = dict(journal.earlier)
+    journal.close()
+    return earlier
+
+
+def test_a_new_journal_knows_of_no_lease(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "state" / "deep") == {}
+
+
+@pytest.mark.slow
+def test_what_was_out_when_the_tracker_was_killed_may_be_out_still(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", GRANT_AND_WAIT, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as tracker:
+        assert tracker.stdout is not None
+        assert tracker.stdout.readline() == b"granted\n"
+        tracker.send_signal(signal.SIGKILL)
+
+    assert reopened(tmp_path) == {6: "node2:7381"}
+    assert reopened(tmp_path) == {6: "node2:7381"}, "also after another restart"
+
+
+def test_leases_end(tmp_path: Path) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(5, "node1:7381")
+    journal.end(5)
+    journal.end(99)
+    journal.close()
+
+    assert reopened(tmp_path) == {}
+
+
+def test_lease_ids_grow_from_one_life_to_the_next(tmp_path: Path) -> None:
+    first = LeaseJournal(tmp_path)
+    later = first.first_lease_id + 10**15
+    first.grant(later, "node1:7381")
+    first.close()
+
+    second = LeaseJournal(tmp_path)
+
+    assert second.first_lease_id == later + 1
+    second.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"boot 00000000-0000-0000-0000-000000000000\n",
+        b"garbage\n",
+        b"\0" * 100,
+        b"\xff\xfe\n",
+        b"boot BOOT",
+        b"boot BOOT\ngrant 5\n",
+        b"boot BOOT\ngrant x node\n",
+        b"boot BOOT\ngrant -5 node\n",
+        b"boot BOOT\nend 5 6\n",
+        b"boot BOOT\n\n",
+        b"boot BOOT\ngrant 5 node1:7381\nend",
+        b"boot BOOT\ngrant 17 node1:7381\ngrant 1 node2:7381\nend 1",
+    ],
+)
+def test_a_damaged_journal_or_one_of_another_boot_means_that_some_lease_may_be_out(
+    tmp_path: Path, content: bytes
+) -> None:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    (tmp_path / "leases").write_bytes(content.replace(b"BOOT", boot_id))
+
+    earlier = reopened(tmp_path)
+
+    assert earlier[UNKNOWN_LEASE_ID] == UNKNOWN_NODE
+
+
+def test_a_half_written_line_ends_no_other_lease(tmp_path: Path) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(1, "node1:7381")
+    journal.grant(17, "node2:7381")
+    journal.close()
+    with (tmp_path / "leases").open("ab") as file:
+        file.write(b"end 1")
+
+    earlier = reopened(tmp_path)
+
+    assert earlier[1] == "node1:7381"
+    assert earlier[17] == "node2:7381"
+
+
+def test_the_file_stays_short_however_many_leases_were_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_journal, "COMPACT_BYTES", 2000)
+    journal = LeaseJournal(tmp_path)
+    journal.grant(1, "patient:7381")
+    for lease_id in range(2, 500):
+        journal.grant(lease_id, "node:7381")
+        journal.end(lease_id)
+        assert (tmp_path / "leases").stat().st_size < 2100
+
+    assert reopened(tmp_path) == {1: "patient:7381"}
+    journal.close()
+    assert os.listdir(tmp_path) == ["leases"]
+
+
+def test_only_its_owner_may_read_or_write_the_journal(tmp_path: Path) -> None:
+    LeaseJournal(tmp_path).close()
+
+    assert (tmp_path / "leases").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_directory_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(OSError, match="file"):
+        LeaseJournal(tmp_path / "file")

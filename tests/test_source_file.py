@@ -1,0 +1,316 @@
+"""What a descriptor leads to, asked of the real kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache.config import Config, FileServerSettings
+from swarmcache.errors import SourceUnreadable
+from swarmcache.source_file import (
+    LOCAL_FILE_SYSTEMS,
+    Mount,
+    MountTable,
+    SourceExaminer,
+    SourceFile,
+    _unescape,
+    same_version,
+)
+
+MOUNTED_FOR_ONE = """
+import os, socket, subprocess, sys
+theirs, victim, sock = sys.argv[1], sys.argv[2], sys.argv[3]
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "--bind", theirs, victim], check=True)
+fd = os.open(victim, os.O_RDONLY)
+assert os.read(fd, 6) == b"theirs"
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect(sock)
+    socket.send_fds(client, [b"x"], [fd])
+"""
+
+
+@pytest.fixture
+def examiner() -> Iterator[SourceExaminer]:
+    examiner = SourceExaminer(Config())
+    yield examiner
+    examiner.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path.resolve() / "data.hdf"
+    path.write_bytes(b"content")
+    os.utime(path, ns=(1, 1_700_000_000_123_456_789))
+    return path
+
+
+def examine(examiner: SourceExaminer, path: Path | str, flags: int = os.O_RDONLY) -> SourceFile:
+    fd = os.open(path, flags)
+    try:
+        return examiner.examine(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_has_the_name_size_and_time_that_the_kernel_says(
+    examiner: SourceExaminer, file: Path
+) -> None:
+    version = examine(examiner, file).version
+
+    assert version.path == os.fsencode(file)
+    assert version.size_bytes == 7
+    assert version.mtime_ns == 1_700_000_000_123_456_789
+
+
+def test_a_symbolic_link_leads_to_the_real_path(
+    examiner: SourceExaminer, file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "directory").symlink_to(file.parent)
+    (file.parent / "link").symlink_to(file)
+
+    assert examine(examiner, tmp_path / "directory" / "link").version.path == os.fsencode(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "new\nline", "tab\t", "back\\slash", "ümlaut", "x (deleted)"]
+)
+def test_odd_names_are_names(examiner: SourceExaminer, tmp_path: Path, name: str) -> None:
+    path = tmp_path.resolve() / name
+    path.write_bytes(b"x")
+
+    assert examine(examiner, path).version.path == os.fsencode(path)
+
+
+def test_a_name_that_is_not_utf8_is_a_name(examiner: SourceExaminer, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path.resolve()) + b"/\xff\xfe"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        assert examiner.examine(fd).version.path == path
+    finally:
+        os.close(fd)
+
+
+def test_a_deleted_file_is_refused(examiner: SourceExaminer, file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    file.unlink()
+    try:
+        with pytest.raises(SourceUnreadable, match="does not lead to it"):
+            examiner.examine(fd)
+        Path(f"{file} (deleted)").write_bytes(b"content")
+        with pytest.raises(SourceUnreadable, match="does not lead to it"):
+            examiner.examine(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_whose_directory_is_gone_is_refused(
+    examiner: SourceExaminer, tmp_path: Path
+) -> None:
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    (directory / "file").write_bytes(b"x")
+    fd = os.open(directory / "file", os.O_RDONLY)
+    (directory / "file").unlink()
+    directory.rmdir()
+    directory.write_bytes(b"a file where the directory was")
+    try:
+        with pytest.raises(SourceUnreadable, match="does not lead to it"):
+            examiner.examine(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_was_replaced_is_refused(examiner: SourceExaminer, file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    (file.parent / "new").write_bytes(b"content")
+    os.replace(file.parent / "new", file)
+    try:
+        with pytest.raises(SourceUnreadable, match="does not lead to it"):
+            examiner.examine(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_hard_link_has_the_name_by_which_it_was_opened(
+    examiner: SourceExaminer, file: Path
+) -> None:
+    other = file.parent / "other"
+    os.link(file, other)
+
+    assert examine(examiner, other).version.path == os.fsencode(other)
+    assert examine(examiner, file).version.path == os.fsencode(file)
+
+
+def test_a_memory_file_is_refused(examiner: SourceExaminer) -> None:
+    fd = os.memfd_create("data")
+    try:
+        with pytest.raises(SourceUnreadable):
+            examiner.examine(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_PATH, os.O_WRONLY | os.O_APPEND])
+def test_a_descriptor_that_cannot_be_read_proves_nothing(
+    examiner: SourceExaminer, file: Path, flags: int
+) -> None:
+    with pytest.raises(SourceUnreadable, match="not open for reading"):
+        examine(examiner, file, flags)
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/null", "/proc/self"])
+def test_what_is_no_regular_file_is_refused(examiner: SourceExaminer, path: str) -> None:
+    with pytest.raises(SourceUnreadable, match="not a regular file"):
+        examine(examiner, path)
+
+
+def test_pipes_and_sockets_are_refused(examiner: SourceExaminer) -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(SourceUnreadable, match="not a regular file"):
+            examiner.examine(reading)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_changed_file_is_another_version(examiner: SourceExaminer, file: Path) -> None:
+    version = examine(examiner, file).version
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        assert same_version(fd, version)
+        os.utime(file, ns=(1, 1_700_000_000_123_456_790))
+        assert not same_version(fd, version)
+        os.utime(file, ns=(1, version.mtime_ns))
+        assert same_version(fd, version)
+        os.truncate(file, 6)
+        os.utime(file, ns=(1, version.mtime_ns))
+        assert not same_version(fd, version)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_of_a_configured_prefix_is_shared_and_has_the_file_server_that_is_configured(
+    file: Path,
+) -> None:
+    config = Config(file_servers={"corpora": FileServerSettings(paths=(file.parent,))})
+    examiner = SourceExaminer(config)
+    source = examine(examiner, file)
+    examiner.close()
+
+    assert source.file_server == "corpora"
+    assert source.version.origin == ""
+
+
+def mounted(examiner: SourceExaminer, fs_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every path be on a file system of this type."""
+    monkeypatch.setattr(examiner._mounts, "find", lambda _: Mount(b"/", fs_type, "nfs01:/export"))
+
+
+@pytest.mark.parametrize("fs_type", ["nfs", "nfs4", "lustre", "fuse.sshfs", "beegfs", "9p", "new"])
+def test_other_file_systems_than_local_ones_are_shared(
+    examiner: SourceExaminer, file: Path, fs_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(examiner, fs_type, monkeypatch)
+    source = examine(examiner, file)
+
+    assert source.file_server == "nfs01:/export"
+    assert source.version.origin == ""
+
+
+@pytest.mark.parametrize("fs_type", sorted(LOCAL_FILE_SYSTEMS))
+def test_equal_paths_on_local_file_systems_of_two_machines_are_two_files(
+    examiner: SourceExaminer, file: Path, fs_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(examiner, fs_type, monkeypatch)
+    source = examine(examiner, file)
+
+    assert source.version.origin != ""
+    assert source.file_server != "nfs01:/export"
+    assert source.file_server.endswith("nfs01:/export")
+
+
+def test_the_mount_table_finds_the_mount_of_a_path(tmp_path: Path) -> None:
+    table = MountTable()
+    try:
+        assert table.find(b"/proc/self/status").fs_type == "proc"
+        assert table.find(b"/proc").point == b"/proc"
+        assert table.find(b"/processes/of/mine").point == table.find(b"/").point
+    finally:
+        table.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "plain"),
+    [
+        (b"/plain", b"/plain"),
+        (rb"/a\040b", b"/a b"),
+        (rb"/tab\011line\012", b"/tab\tline\n"),
+        (rb"/back\134040", rb"/back\040"),
+        (rb"\043hash", b"#hash"),
+        (b"/\xff", b"/\xff"),
+    ],
+)
+def test_escapes_of_the_mount_table_are_undone(field: bytes, plain: bytes) -> None:
+    assert _unescape(field) == plain
+
+
+@pytest.mark.box
+@pytest.mark.slow
+def test_a_new_mount_is_seen_and_its_odd_name_understood(tmp_path: Path) -> None:
+    point = tmp_path.resolve() / "a b\\c"
+    point.mkdir()
+    script = (
+        "import os, subprocess, sys\n"
+        "from swarmcache.source_file import MountTable\n"
+        "point = sys.argv[1]\n"
+        "table = MountTable()\n"
+        "before = table.find(os.fsencode(point) + b'/x')\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', 'odd source', point], check=True)\n"
+        "after = table.find(os.fsencode(point) + b'/x')\n"
+        "assert before.point != os.fsencode(point), before\n"
+        "assert after.point == os.fsencode(point), after\n"
+        "assert (after.fs_type, after.source) == ('tmpfs', 'odd source'), after\n"
+    )
+    subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", script, str(point)],
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+@pytest.mark.box
+@pytest.mark.slow
+def test_a_file_mounted_over_the_path_for_its_user_alone_is_refused(
+    examiner: SourceExaminer, file: Path, tmp_path: Path
+) -> None:
+    import socket
+
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"theirs")
+    address = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        subprocess.run(
+            [
+                *("unshare", "--mount", sys.executable, "-c", MOUNTED_FOR_ONE),
+                *(str(theirs), str(file), address),
+            ],
+            check=True,
+        )
+        connection, _ = listener.accept()
+        with connection:
+            _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
+    try:
+        assert os.pread(fd, 6, 0) == b"theirs"
+        with pytest.raises(SourceUnreadable, match="does not lead to it"):
+            examiner.examine(fd)
+    finally:
+        os.close(fd)

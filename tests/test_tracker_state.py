@@ -1,0 +1,886 @@
+"""Who holds what, and who may read what until when: the tracker's machine without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+from typing import TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarmcache import messages
+from swarmcache.chunks import mask_from_bytes, mask_to_bytes, range_mask
+from swarmcache.messages import (
+    Heartbeat,
+    HeldLease,
+    Holding,
+    Join,
+    Joined,
+    Lease,
+    Leave,
+    Message,
+    NodeAddress,
+    Peers,
+    Query,
+    RangeFailed,
+    RangeRead,
+    Refused,
+    Register,
+    Registered,
+    Renewed,
+    Replicas,
+    ReportCorrupt,
+    Revoked,
+    Status,
+    StatusRequest,
+    ToTracker,
+)
+from swarmcache.tracker_events import (
+    CloseSession,
+    JournalEnd,
+    JournalGrant,
+    NodeConnected,
+    NodeLost,
+    NodeSaid,
+    Tell,
+    TimePassed,
+    TrackerEffect,
+)
+from swarmcache.tracker_state import (
+    CHUNK_COUNT_MAX,
+    LEASE_MARGIN_S,
+    LEASE_S,
+    NODE_SILENT_S,
+    QUERY_S,
+    READ_FAILURES_MAX,
+    TrackerState,
+)
+
+MIB = 1 << 20
+FILE = b"f" * 32
+OTHER = b"o" * 32
+SERVER = "nfs01:/export"
+Kind = TypeVar("Kind")
+
+
+class Bench:
+    """A tracker, its nodes by number, and all that it has told them."""
+
+    def __init__(
+        self,
+        *,
+        slots_max: int = 2,
+        peers_max: int = 40,
+        earlier: dict[int, str] | None = None,
+        seed: int = 1,
+    ) -> None:
+        self.now_s = 1000.0
+        self.state = TrackerState(
+            Random(seed),
+            slots_max=lambda _: slots_max,
+            peers_max=peers_max,
+            earlier_leases=earlier,
+            first_lease_id=100,
+            now_s=self.now_s,
+        )
+        self.sessions: dict[str, int] = {}
+        self.names: dict[int, str] = {}
+        self.offsets_s: dict[str, float] = {}
+        self.told: list[tuple[str, Message]] = []
+        self.journal: dict[int, str] = {}
+        self.closed: list[int] = []
+
+    def handle(
+        self, event: NodeConnected | NodeSaid | NodeLost | TimePassed
+    ) -> list[TrackerEffect]:
+        effects = self.state.handle(event, self.now_s)
+        self.state.check()
+        for effect in effects:
+            match effect:
+                case Tell():
+                    self.told.append((self.names[effect.session], effect.message))
+                case JournalGrant():
+                    self.journal[effect.lease_id] = effect.node
+                case JournalEnd():
+                    self.journal.pop(effect.lease_id, None)
+                case CloseSession():
+                    self.closed.append(effect.session)
+        return effects
+
+    def connect(self, *names: str, leases: Iterable[HeldLease] = (), offset_s: float = 0.0) -> None:
+        """Nodes connect and register."""
+        for name in names:
+            session = len(self.names) + 1
+            self.sessions[name] = session
+            self.names[session] = name
+            self.offsets_s[name] = offset_s
+            self.handle(NodeConnected(session))
+            address = NodeAddress(name, 7382)
+            self.say(name, Register(address, self.now_s + offset_s, list(leases)))
+
+    def say(self, name: str, *said: ToTracker) -> list[TrackerEffect]:
+        """A node says something; returns what comes of it."""
+        effects = []
+        for message in said:
+            effects += self.handle(NodeSaid(self.sessions[name], message))
+        return effects
+
+    def join(
+        self, *names: str, file: bytes = FILE, chunks: int = 8, held: int = 0, user: str = "ada"
+    ) -> None:
+        """Nodes want a file of so many chunks of one MiB."""
+        for name in names:
+            size_bytes = chunks * MIB
+            self.say(name, Join(file, SERVER, user, size_bytes, MIB, mask_to_bytes(held)))
+
+    def lose(self, name: str) -> None:
+        """The connection of a node ends."""
+        self.handle(NodeLost(self.sessions.pop(name)))
+
+    def beat(self, *names: str) -> None:
+        """Heartbeats."""
+        for name in names:
+            self.say(name, Heartbeat(self.now_s + self.offsets_s[name]))
+
+    def wait_until(self, at_s: float, *beating: str) -> None:
+        """Let time pass; some nodes send heartbeats all the time."""
+        while True:
+            wake_at_s = self.state.wake_at_s()
+            next_s = min(at_s, self.now_s + 1.0 if beating else at_s)
+            if wake_at_s is not None and wake_at_s <= next_s:
+                assert wake_at_s > self.now_s - 1e-9
+                self.now_s = wake_at_s
+                self.handle(TimePassed())
+                after_s = self.state.wake_at_s()
+                assert after_s is None or after_s > self.now_s, "it wakes again and again"
+                continue
+            self.now_s = next_s
+            if self.now_s >= at_s:
+                return
+            self.beat(*beating)
+
+    def messages(self, kind: type[Kind], to: str | None = None) -> list[Kind]:
+        """What was told so far."""
+        return [
+            message
+            for name, message in self.told
+            if isinstance(message, kind) and to in (None, name)
+        ]
+
+    def leases(self, to: str | None = None) -> list[Lease]:
+        return self.messages(Lease, to)
+
+    def holder(self, lease: Lease) -> str:
+        return next(name for name, message in self.told if message is lease)
+
+    def finish(self, lease: Lease, *, rate: float = 8.0 * MIB) -> None:
+        """The holder has read its range at this rate (bytes per second)."""
+        size_bytes = lease.count * MIB
+        done = RangeRead(lease.lease_id, lease.version_id, size_bytes, size_bytes / rate)
+        self.say(self.holder(lease), done)
+
+    def out(self) -> list[Lease]:
+        """The leases that are out, as they were told."""
+        return [lease for lease in self.leases() if lease.lease_id in self.journal]
+
+
+def held(lease_id: int, first: int = 0, count: int = 1, file: bytes = FILE) -> HeldLease:
+    return HeldLease(lease_id, file, SERVER, "ada", first, count)
+
+
+# --- ranges and slots -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots_max", [1, 2, 5])
+@pytest.mark.parametrize("rate", [1e3, 8.0 * MIB, 1e12])
+def test_ranges_are_distinct_and_cover_the_file(slots_max: int, rate: float) -> None:
+    bench = Bench(slots_max=slots_max)
+    bench.connect("a", "b", "c")
+    bench.join("a", "b", "c", chunks=100)
+
+    while bench.out():
+        assert len(bench.out()) <= slots_max
+        bench.finish(bench.out()[0], rate=rate)
+
+    ranges = [(lease.first, lease.count) for lease in bench.leases()]
+    chunks = [chunk for first, count in ranges for chunk in range(first, first + count)]
+    assert sorted(chunks) == list(range(100))
+
+
+def test_ranges_take_half_a_second_at_the_rate_that_was_seen_and_shrink_at_the_end() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a", "b")
+    bench.join("a", "b", chunks=400)
+    for _ in range(6):
+        bench.finish(bench.out()[0], rate=20.0 * MIB)
+    assert [lease.count for lease in bench.leases()[3:6]] == [10, 10, 10]
+
+    while bench.out():
+        bench.finish(bench.out()[0], rate=20.0 * MIB)
+
+    last = [lease.count for lease in bench.leases()[-6:]]
+    assert last == sorted(last, reverse=True)
+    assert last[-1] == 1
+
+
+@pytest.mark.parametrize("elapsed_s", [1e-300, 0.0, -1.0, 1e300, float("inf"), float("nan")])
+def test_absurd_rates_break_nothing(elapsed_s: float) -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.join("a", "b", chunks=50)
+    lease = bench.out()[0]
+
+    bench.say(bench.holder(lease), RangeRead(lease.lease_id, FILE, 2**62, elapsed_s))
+
+    assert len(bench.out()) == 2
+
+
+def test_the_slots_of_a_server_hold_over_many_swarms_and_users_take_turns() -> None:
+    bench = Bench(slots_max=3)
+    names = [f"n{number}" for number in range(8)]
+    bench.connect(*names)
+    for number, name in enumerate(names):
+        user = "bob" if number == 7 else "ada"
+        bench.join(name, file=bytes([number]) * 32, chunks=30, user=user)
+    assert len(bench.out()) == 3
+
+    served = []
+    for _ in range(8):
+        lease = bench.out()[0]
+        bench.finish(lease)
+        assert len(bench.out()) == 3
+        served.append(bench.out()[-1].version_id)
+
+    assert served.count(b"\7" * 32) >= 3
+
+
+def test_other_file_servers_have_slots_of_their_own() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.say("a", Join(FILE, "nfs01", "ada", MIB, MIB))
+    bench.say("b", Join(OTHER, "nfs02", "ada", MIB, MIB))
+
+    assert len(bench.out()) == 2
+
+
+def test_a_grant_is_in_the_journal_before_the_node_is_told() -> None:
+    bench = Bench()
+    bench.connect("a")
+    effects = bench.say("a", Join(FILE, SERVER, "ada", MIB, MIB))
+
+    kinds = [
+        "told" if isinstance(effect, Tell) and isinstance(effect.message, Lease) else "noted"
+        for effect in effects
+        if isinstance(effect, JournalGrant)
+        or (isinstance(effect, Tell) and isinstance(effect.message, Lease))
+    ]
+    assert kinds == ["noted", "told"]
+
+
+def test_who_cannot_read_gets_no_lease() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.say("a", Join(FILE, SERVER, "ada", 4 * MIB, MIB, can_read=False))
+    assert bench.out() == []
+
+    bench.join("b", chunks=4)
+
+    assert {bench.holder(lease) for lease in bench.out()} == {"b"}
+
+
+def test_a_member_that_fails_to_read_three_times_is_not_chosen_again() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a")
+    bench.join("a")
+    for _ in range(READ_FAILURES_MAX):
+        (lease,) = bench.out()
+        bench.say("a", RangeFailed(lease.lease_id, FILE, b"", "stale file handle"))
+    assert bench.out() == []
+
+    bench.connect("b")
+    bench.join("b")
+
+    assert [bench.holder(lease) for lease in bench.out()] == ["b"]
+
+
+def test_what_was_read_of_a_failed_range_is_not_read_again() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.join("a", chunks=4)
+    (lease,) = bench.out()
+    assert (lease.first, lease.count) == (0, 4)
+
+    bench.say("a", RangeFailed(lease.lease_id, FILE, b"\x03", "stale file handle"))
+
+    (again,) = bench.out()
+    assert again.first == 2
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def test_the_slot_of_a_dead_holder_is_free_after_its_lease_and_not_before() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.join("a", chunks=2)
+    bench.join("b", chunks=2)
+    (lease,) = bench.out()
+    assert bench.holder(lease) == "a"
+    bench.lose("a")
+
+    bench.wait_until(1000.0 + LEASE_S - 0.01, "b")
+    assert [bench.holder(item) for item in bench.out()] == ["a"]
+    bench.wait_until(1000.0 + LEASE_S + 0.01, "b")
+
+    assert [bench.holder(item) for item in bench.out()] == ["b"]
+
+
+def test_a_heartbeat_renews_every_lease_of_the_node() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a")
+    bench.join("a")
+    bench.join("a", file=OTHER)
+    assert len(bench.out()) == 2
+
+    bench.wait_until(1030.0, "a")
+
+    assert len(bench.leases()) == 2
+    assert bench.messages(Renewed)[-1].until_s == pytest.approx(1029.0 + LEASE_S - LEASE_MARGIN_S)
+
+
+def test_a_new_lease_prolongs_the_others_of_its_holder_on_both_clocks() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a")
+    bench.join("a")
+    bench.now_s = 1002.0
+    bench.join("a", file=OTHER)
+    first, second = bench.out()
+
+    bench.wait_until(second.until_s)
+
+    assert first.lease_id in bench.journal, "its holder still reads under it"
+
+
+@pytest.mark.parametrize("offset_s", [0.0, -900.0, 1e6, 0.25])
+@pytest.mark.parametrize("delay_s", [0.0, 0.4, 2.0])
+def test_a_holder_stops_by_its_own_clock_before_the_tracker_gives_its_slot_away(
+    offset_s: float, delay_s: float
+) -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", offset_s=offset_s)
+    bench.join("a", "b", chunks=2)
+    bench.now_s += 0.7
+    heartbeat = Heartbeat(bench.now_s + offset_s)
+    bench.now_s += delay_s
+    bench.say("a", heartbeat)
+    (renewed,) = bench.messages(Renewed, "a")
+    (lease,) = bench.out()
+    bench.lose("a")
+
+    stops_s = max(renewed.until_s, lease.until_s) - offset_s
+    bench.wait_until(stops_s)
+    assert lease.lease_id in bench.journal
+    bench.wait_until(bench.now_s + LEASE_MARGIN_S - 0.01)
+    assert lease.lease_id in bench.journal
+    bench.wait_until(bench.now_s + delay_s + 0.02)
+    assert lease.lease_id not in bench.journal
+
+
+def test_a_silent_connection_is_closed() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+
+    bench.wait_until(1000.0 + NODE_SILENT_S + 1, "b")
+
+    assert bench.closed == [1]
+
+
+def test_what_waits_for_a_slot_is_told_so() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.join("a")
+    bench.join("b", file=OTHER)
+    bench.beat("a", "b")
+
+    assert [renewed.waiting for renewed in bench.messages(Renewed, "a")] == [[]]
+    assert [renewed.waiting for renewed in bench.messages(Renewed, "b")] == [[OTHER]]
+
+
+# --- dead nodes -----------------------------------------------------------------------------------
+
+
+def test_chunks_of_a_dead_node_are_asked_for_and_read_again_only_when_nobody_has_them() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", "c")
+    bench.join("a", chunks=4)
+    bench.finish(bench.out()[0])
+    bench.join("b", "c", chunks=4)
+    assert bench.out() == []
+    bench.lose("a")
+    queries = bench.messages(Query)
+    assert [mask_from_bytes(query.wanted) for query in queries] == [0b1111, 0b1111]
+
+    bench.say("b", Holding(FILE, queries[0].query_id, b"\x03"))
+    assert bench.out() == []
+    bench.say("c", Holding(FILE, queries[0].query_id, b"\x06"))
+
+    (lease,) = bench.out()
+    assert (lease.first, lease.count) == (3, 1)
+
+
+def test_a_neighbour_that_does_not_answer_is_not_waited_for_long() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", "c")
+    bench.join("a", chunks=4)
+    bench.finish(bench.out()[0])
+    bench.join("b", "c", chunks=4)
+    bench.lose("a")
+    bench.say("c", Holding(FILE, bench.messages(Query)[0].query_id, b""))
+    bench.wait_until(1000.0 + QUERY_S - 0.1)
+    assert bench.out() == []
+
+    bench.wait_until(1000.0 + QUERY_S + 0.1)
+
+    (lease,) = bench.out()
+    assert range_mask(lease.first, lease.count) == 0b1111
+    assert bench.holder(lease) == "c", "who did not answer may be stopped"
+
+
+def test_a_complete_member_guards_what_nobody_else_has() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", "c")
+    bench.join("a", chunks=4)
+    bench.finish(bench.out()[0])
+    bench.join("b", "c", chunks=4)
+    bench.lose("a")
+    bench.say("c", Replicas([FILE]))
+
+    bench.wait_until(1010.0, "b", "c")
+
+    assert len(bench.leases()) == 1
+
+
+def test_a_node_that_registers_anew_keeps_the_leases_that_it_announces() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a")
+    bench.join("a", chunks=2)
+    (lease,) = bench.out()
+    bench.connect("a", leases=[held(lease.lease_id, lease.first, lease.count)])
+
+    assert bench.messages(Registered)[-1].adopted == [lease.lease_id]
+    assert bench.closed == [1]
+    bench.join("a", chunks=2)
+    bench.wait_until(1010.0, "a")
+    assert bench.leases() == [lease]
+    bench.finish(lease)
+    assert bench.out() == []
+
+
+def test_a_lease_that_a_new_life_of_its_node_does_not_announce_runs_out() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a")
+    bench.join("a", chunks=2)
+    (first,) = bench.out()
+    bench.connect("a")
+    bench.join("a", chunks=2)
+
+    bench.wait_until(1000.0 + LEASE_S + 0.1, "a")
+
+    assert first.lease_id not in bench.journal
+    assert len(bench.out()) == 1
+
+
+# --- restart --------------------------------------------------------------------------------------
+
+
+def test_earlier_leases_block_grants_until_they_must_have_run_out() -> None:
+    bench = Bench(earlier={7: "dead"})
+    bench.connect("a")
+    bench.join("a")
+    bench.wait_until(1000.0 + LEASE_S - 0.01, "a")
+    assert bench.out() == []
+
+    bench.wait_until(1000.0 + LEASE_S + 0.01, "a")
+
+    assert len(bench.out()) == 1
+
+
+def test_earlier_leases_that_were_all_announced_block_nothing() -> None:
+    bench = Bench(slots_max=2, earlier={7: "a", 8: "b"})
+    bench.connect("c")
+    bench.join("c", chunks=9)
+    bench.connect("a", leases=[held(7, 0, 3)])
+    assert bench.out() == []
+
+    bench.connect("b", leases=[])
+
+    (lease,) = bench.out()
+    assert lease.first == 3
+    assert [registered.adopted for registered in bench.messages(Registered, "a")] == [[7]]
+
+
+def test_an_announced_lease_takes_a_slot() -> None:
+    bench = Bench(slots_max=1, earlier={7: "a"})
+    bench.connect("a", leases=[held(7, 0, 3)])
+    bench.connect("c")
+    bench.join("c", chunks=9)
+    assert bench.out() == []
+
+    bench.say("a", RangeRead(7, FILE, 3 * MIB, 0.1))
+
+    assert len(bench.out()) == 1
+
+
+def test_nobody_can_announce_the_lease_of_another() -> None:
+    bench = Bench(slots_max=1, earlier={7: "a"})
+    bench.connect("thief", leases=[held(7), held(8), held(99)])
+    bench.connect("a", leases=[held(7)])
+
+    assert [registered.adopted for registered in bench.messages(Registered)] == [[], [7]]
+
+
+def test_lease_ids_go_on_above_all_earlier_ones() -> None:
+    bench = Bench()
+    bench.connect("a")
+    bench.join("a")
+
+    assert bench.out()[0].lease_id == 100
+
+
+@pytest.mark.parametrize("joined_first", [True, False])
+def test_an_announced_range_that_does_not_fit_the_file_only_takes_a_slot(
+    joined_first: bool,
+) -> None:
+    bench = Bench(slots_max=2, earlier={7: "a"})
+    if joined_first:
+        bench.connect("b")
+        bench.join("b", chunks=4)
+    bench.connect("a", leases=[held(7, 1, 100)])
+    if not joined_first:
+        bench.connect("b")
+        bench.join("b", chunks=4)
+
+    assert len(bench.out()) == 1
+    bench.say("a", RangeRead(7, FILE, 1, 0.1))
+    bench.wait_until(1010.0, "a", "b")
+
+
+def test_a_range_of_absurd_size_is_not_adopted() -> None:
+    bench = Bench(earlier={7: "a", 8: "a"})
+
+    bench.connect("a", leases=[held(7, 2**62, 2**62), held(8, 0, CHUNK_COUNT_MAX)])
+
+    assert bench.messages(Registered)[0].adopted == [8]
+
+
+# --- replicas, members ----------------------------------------------------------------------------
+
+
+def test_latecomers_get_everything_from_replicas() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.say("a", Replicas([FILE]))
+
+    bench.join("b")
+
+    assert bench.leases() == []
+    assert [peer.node for peers in bench.messages(Peers, "b") for peer in peers.peers] == ["a"]
+    assert [peer.node for peers in bench.messages(Peers, "a") for peer in peers.peers] == ["b"]
+
+
+def test_a_lost_replica_makes_the_file_read_again() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.say("a", Replicas([FILE]))
+    bench.join("b", chunks=4)
+    bench.say("a", Leave(FILE))
+    (query,) = bench.messages(Query, "b")
+
+    bench.say("b", Holding(FILE, query.query_id, b"\x01"))
+
+    assert [lease.first for lease in bench.out()] == [1]
+
+
+def test_a_changed_source_is_revoked_everywhere() -> None:
+    bench = Bench()
+    bench.connect("a", "b", "c", "d")
+    bench.join("a", "b")
+    bench.say("c", Replicas([FILE, OTHER]))
+    lease = bench.leases()[0]
+
+    bench.say(
+        bench.holder(lease), RangeFailed(lease.lease_id, FILE, b"", "mtime", source_changed=True)
+    )
+
+    revoked = sorted(name for name, message in bench.told if isinstance(message, Revoked))
+    assert revoked == ["a", "b", "c"]
+    bench.wait_until(1010.0, "a", "b", "c", "d")
+    bench.join("d")
+    assert {peer.node for peers in bench.messages(Peers, "d") for peer in peers.peers} == set()
+
+
+def test_who_leaves_is_nobodys_neighbour_and_reads_nothing() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.join("a", "b", chunks=4)
+    (lease,) = bench.out()
+    bench.say("a", Leave(FILE), RangeFailed(lease.lease_id, FILE, b"", "given up"))
+
+    (lease,) = bench.out()
+    assert bench.holder(lease) == "b"
+    bench.say("a", Leave(FILE), Leave(OTHER))
+    bench.say("b", Leave(FILE), RangeFailed(lease.lease_id, FILE, b"", "given up"))
+    bench.wait_until(1010.0, "a", "b")
+    assert bench.out() == []
+
+
+def test_who_joins_again_guards_only_what_it_still_holds() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a")
+    bench.join("a", chunks=4)
+    bench.finish(bench.out()[0])
+    assert bench.out() == []
+
+    bench.join("a", chunks=4, held=0b0001)
+
+    assert [(lease.first, lease.count) for lease in bench.out()] == [(1, 3)]
+
+
+def test_what_a_joining_node_holds_is_not_read() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a")
+
+    bench.join("a", chunks=4, held=0b0111)
+
+    assert [(lease.first, lease.count) for lease in bench.out()] == [(3, 1)]
+
+
+def test_the_first_to_join_decides_the_chunk_size() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.join("a", chunks=4)
+    bench.say("b", Join(FILE, SERVER, "ada", 4 * MIB, 2 * MIB, b"\xff"))
+
+    assert [joined.chunk_size_bytes for joined in bench.messages(Joined)] == [MIB, MIB]
+
+
+def test_a_file_of_too_many_chunks_is_refused() -> None:
+    bench = Bench()
+    bench.connect("a")
+    bench.say("a", Join(FILE, SERVER, "ada", 2**60, 1))
+
+    assert [refused.version_id for refused in bench.messages(Refused)] == [FILE]
+
+
+def test_who_delivers_wrong_bytes_guards_nothing_any_more() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.say("a", Replicas([FILE]))
+    bench.join("b", chunks=4)
+    assert bench.out() == []
+
+    bench.say("b", ReportCorrupt(FILE, "a"), ReportCorrupt(FILE, "nobody"))
+    for query in bench.messages(Query, "b"):
+        bench.say("b", Holding(FILE, query.query_id, b""))
+
+    assert [bench.holder(lease) for lease in bench.out()] == ["b"]
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+def graph(bench: Bench, file: bytes = FILE) -> dict[str, set[str]]:
+    swarm = bench.state._swarms[file]
+    return {name: set(member.neighbours) for name, member in swarm.members.items()}
+
+
+def connected(edges: dict[str, set[str]]) -> int:
+    """How many nodes can be reached from the first one."""
+    reached: set[str] = set()
+    waiting = [next(iter(edges))]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += edges[name]
+    return len(reached)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("count", "peers_max"), [(2, 40), (12, 40), (41, 40), (60, 8)])
+def test_neighbours_are_symmetric_limited_and_connected(
+    seed: int, count: int, peers_max: int
+) -> None:
+    bench = Bench(peers_max=peers_max, seed=seed)
+    names = [f"n{number:03}" for number in range(count)]
+    bench.connect(*names)
+    bench.join(*names)
+
+    edges = graph(bench)
+
+    assert connected(edges) == count
+    for name, others in edges.items():
+        assert len(others) <= peers_max
+        assert name not in others
+        assert all(name in edges[other] for other in others)
+
+
+@pytest.mark.slow
+def test_every_member_of_a_big_swarm_is_connected_and_has_many_neighbours() -> None:
+    bench = Bench()
+    names = [f"n{number:03}" for number in range(300)]
+    for name in names:
+        bench.connect(name)
+        bench.join(name)
+    for name in names[100:220]:
+        bench.lose(name)
+
+    edges = graph(bench)
+
+    assert connected(edges) == 180
+    assert min(len(others) for others in edges.values()) >= 10
+    assert max(len(others) for others in edges.values()) <= 40
+
+
+def test_both_sides_of_every_pair_are_told() -> None:
+    bench = Bench()
+    names = [f"n{number}" for number in range(6)]
+    bench.connect(*names)
+    bench.join(*names)
+
+    pairs = {
+        (name, peer.node)
+        for name, message in bench.told
+        if isinstance(message, Peers)
+        for peer in message.peers
+    }
+    assert pairs == {(one, other) for one in names for other in names if one != other}
+
+
+# --- rules of the connection, anything at all -----------------------------------------------------
+
+
+def test_the_first_message_must_be_a_register() -> None:
+    bench = Bench()
+    bench.names[1] = "a"
+    bench.handle(NodeConnected(1))
+    bench.handle(NodeSaid(1, Leave(FILE)))
+
+    assert bench.closed == [1]
+
+
+def test_another_protocol_is_refused() -> None:
+    bench = Bench()
+    bench.names[1] = "a"
+    bench.handle(NodeConnected(1))
+    bench.handle(NodeSaid(1, Register(NodeAddress("a", 1), 0.0, protocol=99)))
+
+    assert bench.closed == [1]
+    assert bench.told == []
+
+
+def test_one_connection_is_one_node() -> None:
+    bench = Bench()
+    bench.connect("a")
+    bench.say("a", Register(NodeAddress("b", 1), 0.0))
+    assert bench.closed == [1]
+
+    bench.lose("a")
+
+    assert bench.state.status(bench.now_s)["nodes"] == []
+
+
+def test_messages_of_a_connection_that_is_gone_are_ignored() -> None:
+    bench = Bench()
+    bench.connect("a")
+    session = bench.sessions["a"]
+    bench.lose("a")
+
+    assert bench.handle(NodeSaid(session, Leave(FILE))) == []
+    assert bench.handle(NodeLost(session)) == []
+
+
+def test_the_status_can_be_sent() -> None:
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.join("a", "b")
+    bench.say("a", StatusRequest(5))
+
+    (status,) = bench.messages(Status)
+    again = messages.decode_from_tracker(messages.encode(status))
+    assert isinstance(again, Status)
+    assert again.request_id == 5
+    assert {node["node"] for node in again.cluster["nodes"]} == {"a", "b"}
+    assert again.cluster["file_servers"][0]["slots_used"] == 2
+
+
+names = st.sampled_from(["a", "b", "c"])
+files = st.sampled_from([FILE, OTHER])
+masks = st.sampled_from([b"", b"\x01", b"\x0e", b"\xff" * 3, b"\xff" * 5000])
+small = st.integers(0, 12)
+ids = st.integers(98, 112) | st.sampled_from([0, 7, 8, 2**62])
+held_leases = st.builds(
+    HeldLease,
+    ids,
+    files,
+    st.just(SERVER),
+    st.just("ada"),
+    small | st.just(2**62),
+    st.integers(1, 9),
+)
+anything: st.SearchStrategy[ToTracker] = st.one_of(
+    st.builds(
+        Register,
+        st.builds(NodeAddress, names, st.just(1)),
+        st.floats(),
+        st.lists(held_leases, max_size=3),
+    ),
+    st.builds(
+        Join,
+        files,
+        st.sampled_from([SERVER, "nfs02"]),
+        st.sampled_from(["ada", "bob"]),
+        st.sampled_from([1, 4 * MIB, 4 * MIB + 1, 2**62]),
+        st.sampled_from([1, MIB, 2 * MIB]),
+        masks,
+        st.booleans(),
+    ),
+    st.builds(Leave, files),
+    st.builds(Replicas, st.lists(files, max_size=3)),
+    st.builds(RangeRead, ids, files, st.integers(0, 2**62), st.floats()),
+    st.builds(RangeFailed, ids, files, masks, st.just("no"), st.booleans()),
+    st.builds(Heartbeat, st.floats()),
+    st.builds(Holding, files, st.integers(0, 6), masks),
+    st.builds(ReportCorrupt, files, names | st.just("nobody")),
+    st.builds(StatusRequest, small),
+)
+steps = st.one_of(
+    st.tuples(names, anything),
+    st.tuples(names, st.just("lose")),
+    st.tuples(names, st.just("connect")),
+    st.tuples(names, st.sampled_from([0.1, 1.0, 3.1])),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(st.lists(steps, max_size=30), st.booleans())
+def test_nothing_that_nodes_say_raises_or_breaks_an_invariant(
+    script: list[tuple[str, ToTracker | str | float]], restarted: bool
+) -> None:
+    bench = Bench(slots_max=2, earlier={7: "a", 8: "b"} if restarted else None)
+    bench.connect("a", "b", "c")
+    for name, step in script:
+        if isinstance(step, float):
+            bench.wait_until(bench.now_s + step)
+        elif step == "lose":
+            if name in bench.sessions:
+                bench.lose(name)
+        elif step == "connect":
+            bench.connect(name)
+        elif name in bench.sessions and not isinstance(step, str):
+            bench.say(name, step)
+        adopted = sum(lease_id < 100 for lease_id in bench.journal)
+        assert len(bench.journal) <= 2 + adopted
