@@ -32,8 +32,8 @@ from swarmcache.messages import HAVE_CHUNKS_MAX, Have, NodeAddress
 from swarmcache.peer_events import FetchChunk, TellPeer
 
 # Chunks in flight of one download. Simulated flash crowds of 8, 32 and 100 nodes end soonest with a
-# little more than the number of chunks that a peer sends at once (8): with fewer, uplinks idle; with
-# more, each chunk comes later and is passed on later.
+# little more than the number of chunks that a peer sends at once (8): with fewer, uplinks idle;
+# with more, each chunk comes later and is passed on later.
 WINDOW = 10
 # Requests to one peer at once: the second one waits at the peer while the first one is sent.
 PEER_FLIGHTS_MIN = 2
@@ -98,7 +98,7 @@ class Download:
         self._service_s = 0.0
         self._backing_off_until_s = 0.0
 
-    # --- what is known ---------------------------------------------------------------------------
+    # --- what is known --------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
@@ -119,7 +119,7 @@ class Download:
                 reach |= peer.mask
         return self._missing & ~reach
 
-    # --- neighbours ------------------------------------------------------------------------------
+    # --- neighbours -----------------------------------------------------------------------------
 
     def add_peer(self, address: NodeAddress, *, source: bool) -> list[TellPeer]:
         """A neighbour is there (or introduced once more): tells it all that this node holds."""
@@ -176,7 +176,7 @@ class Download:
         peer = self.peers.get(node)
         return peer is not None and peer.mask == self._full
 
-    # --- what happened to chunks -----------------------------------------------------------------
+    # --- what happened to chunks ----------------------------------------------------------------
 
     def recovered(self, digests: dict[int, bytes]) -> None:
         """Chunks that an earlier life of the daemon left on disk."""
@@ -247,7 +247,7 @@ class Download:
         self._land(chunk, node, now_s)
         self.distrust(node)
 
-    # --- what to do ------------------------------------------------------------------------------
+    # --- what to do -----------------------------------------------------------------------------
 
     def requests(self, now_s: float, flights_max: int) -> list[FetchChunk]:
         """Chunks to ask for now, at most ``flights_max``; they count as in flight from here on."""
@@ -295,7 +295,7 @@ class Download:
                 at_s = min(at_s, hedge_at_s)
         return None if at_s == math.inf else at_s
 
-    # --- inside ----------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------
 
     def _haves(self, mask: int) -> list[Have]:
         chunks = list(chunks_in(mask))

@@ -66,15 +66,15 @@ assert IDLE_CLIENT_S < IDLE_SERVER_S, "else requests meet closing connections"
 
 SEND_STALL_S = 10.0  # a receiver that takes nothing for so long is dropped
 NEXT_REQUEST_MS = 2  # a peer in full swing asks again sooner than a trip through the loop takes
-# For each upload thread so many connections may wait for one; the next is told that we are busy, and
-# asks somebody else. With a long queue a whole flash crowd waits at the few nodes that have something
-# to give (simulated: efficiency 0.85 instead of 0.91 with 32 nodes).
+# For each upload thread so many connections may wait for one; the next is told that we are busy,
+# and asks somebody else. With a long queue a whole flash crowd waits at the few nodes that have
+# something to give (simulated: efficiency 0.85 instead of 0.91 with 32 nodes).
 WAITING_PER_UPLOAD = 0.5
 ACCEPTS_AT_ONCE = 64
 OUT_OF_DESCRIPTORS_S = 1.0
 
-# Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for one
-# another at the interpreter's lock.
+# Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for
+# one another at the interpreter's lock.
 RECEIVE_PIECE_BYTES = 1024 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
 RATE_PIECE_MIN_BYTES = 4096
@@ -189,7 +189,7 @@ class BufferPool:
                 self._changed.wait()
 
 
-# --- out: serving peers --------------------------------------------------------------------------
+# --- out: serving peers -------------------------------------------------------------------------
 
 
 class _Inbound:
@@ -473,7 +473,7 @@ class ChunkServer:
         self._on_uploaded(version_id, length, connection.identity)
 
 
-# --- in: fetching from peers ---------------------------------------------------------------------
+# --- in: fetching from peers --------------------------------------------------------------------
 
 
 class _Patience:

@@ -1,0 +1,315 @@
+"""The daemon's UNIX socket, with real clients: no descriptor is ever left open, no line lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from swarmcache import local_server
+from swarmcache.errors import LocalError
+from swarmcache.local_protocol import LINE_MAX_BYTES, Cached, Get, Progress, StatusOf
+from swarmcache.local_server import DESCRIPTORS_MAX, LocalConnection, LocalServer
+
+GET = b'{"op": "get", "path": "L25mcy9m"}\n'
+STATUS = b'{"op": "status"}\n'
+DEADLINE_S = 10.0
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Daemon:
+    """Answers every get at once and closes its descriptor; keeps what it was asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked: list[tuple[Get | StatusOf, int]] = []
+        self.connections: list[LocalConnection] = []
+        self.closed = asyncio.Event()
+        self.answer: Callable[[LocalConnection], None] = lambda connection: connection.send(
+            Cached(b"/cache/f", hit=True)
+        )
+        self.server = LocalServer(path, self._handle)
+
+    def _handle(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
+        inode = -1
+        if fd is not None:
+            inode = os.fstat(fd).st_ino
+            assert not os.get_inheritable(fd)
+            os.close(fd)
+        self.asked.append((request, inode))
+        self.connections.append(connection)
+        connection.on_closed[self] = self.closed.set
+        self.answer(connection)
+
+
+class Client:
+    """A client that may do anything."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.setblocking(False)
+        self.socket.connect(os.fspath(path))
+
+    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        if fds:
+            assert socket.send_fds(self.socket, [data], list(fds)) == len(data)
+        else:
+            assert self.socket.send(data) == len(data)
+
+    async def line(self) -> dict[str, object]:
+        """The next answer; an empty one when the daemon has closed the connection."""
+        data = b""
+        async with asyncio.timeout(DEADLINE_S):
+            while not data.endswith(b"\n"):
+                piece = await asyncio.get_running_loop().sock_recv(self.socket, 1)
+                if not piece:
+                    return {}
+                data += piece
+        answer: dict[str, object] = json.loads(data)
+        return answer
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    before = open_descriptors()
+    daemon = Daemon(tmp_path / "run" / "daemon.sock")
+    yield daemon
+    daemon.server.close()
+    assert open_descriptors() == before, "a descriptor was left open"
+    assert not daemon.path.exists()
+
+
+@pytest.fixture
+async def client(daemon: Daemon) -> AsyncIterator[Client]:
+    client = Client(daemon.path)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[int]:
+    """Inodes of some files, which ``opened`` opens."""
+    for number in range(8):
+        (tmp_path / f"file{number}").write_bytes(b"x")
+    return [(tmp_path / f"file{number}").stat().st_ino for number in range(8)]
+
+
+def opened(tmp_path: Path, *numbers: int) -> tuple[int, ...]:
+    return tuple(os.open(tmp_path / f"file{number}", os.O_RDONLY) for number in numbers)
+
+
+def sent(client: Client, data: bytes, fds: tuple[int, ...]) -> None:
+    """Send data with descriptors, and close the client's own copies."""
+    client.send(data, fds)
+    for fd in fds:
+        os.close(fd)
+
+
+async def test_a_get_arrives_with_its_descriptor(
+    daemon: Daemon, client: Client, tmp_path: Path, files: list[int]
+) -> None:
+    sent(client, GET, opened(tmp_path, 3))
+
+    assert (await client.line())["answer"] == "cached"
+    assert daemon.asked == [(Get(b"/nfs/f"), files[3])]
+    assert daemon.connections[0].user.uid == os.getuid()
+
+
+async def test_two_requests_in_one_piece_get_their_descriptors_in_order(
+    daemon: Daemon, client: Client, tmp_path: Path, files: list[int]
+) -> None:
+    sent(client, GET + STATUS + GET, opened(tmp_path, 1, 2))
+
+    for _ in range(3):
+        await client.line()
+    assert [inode for _, inode in daemon.asked] == [files[1], -1, files[2]]
+
+
+async def test_a_request_may_come_byte_by_byte(
+    daemon: Daemon, client: Client, tmp_path: Path, files: list[int]
+) -> None:
+    sent(client, GET[:1], opened(tmp_path, 0))
+    for byte in GET[1:]:
+        client.send(bytes([byte]))
+        await asyncio.sleep(0)
+
+    assert (await client.line())["answer"] == "cached"
+    assert daemon.asked[0][1] == files[0]
+
+
+async def test_a_get_without_a_descriptor_is_refused(daemon: Daemon, client: Client) -> None:
+    client.send(GET)
+
+    assert (await client.line())["answer"] == "failed"
+    assert await client.line() == {}
+    assert daemon.asked == []
+
+
+@pytest.mark.usefixtures("files")
+async def test_more_descriptors_than_fit_are_not_kept(
+    daemon: Daemon, client: Client, tmp_path: Path
+) -> None:
+    before = open_descriptors()
+    sent(client, GET, opened(tmp_path, *range(DESCRIPTORS_MAX + 1)))
+    assert (await client.line())["answer"] == "cached"
+
+    assert open_descriptors() - before == DESCRIPTORS_MAX - 1, "kept until the client goes"
+    client.close()
+    async with asyncio.timeout(DEADLINE_S):
+        await daemon.closed.wait()
+    assert open_descriptors() == before - 2
+
+
+@pytest.mark.usefixtures("files")
+async def test_descriptors_without_requests_end_the_connection(
+    daemon: Daemon, client: Client, tmp_path: Path
+) -> None:
+    before = open_descriptors()
+    for _ in range(2):
+        sent(client, b" ", opened(tmp_path, *range(DESCRIPTORS_MAX)))
+        await asyncio.sleep(0)
+
+    assert (await client.line())["answer"] == "failed"
+    assert await client.line() == {}
+    assert daemon.asked == []
+    assert open_descriptors() == before - 1
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("data", [b"x", GET[:-1], b'{"op": "get",'])
+async def test_a_client_that_goes_in_the_middle_leaves_nothing(
+    daemon: Daemon, client: Client, tmp_path: Path, data: bytes
+) -> None:
+    other = Client(daemon.path)
+    sent(client, data, opened(tmp_path, 0, 1))
+    client.close()
+    sent(other, GET, opened(tmp_path, 2))
+
+    assert (await other.line())["answer"] == "cached"
+    assert len(daemon.asked) == 1
+    other.close()
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage\n",
+        b"\n",
+        b"[]\n",
+        b"\xff\xfe\n",
+        b'{"op": "ge\x80"}\n',
+        b'{"op": "other"}\n',
+        b'{"op": "get"}\n',
+        b'{"op": "get", "path": ""}\n',
+        b'{"op": "get", "path": "L25mcy9m", "colour": 1}\n',
+        b'{"op": "get", "path": "L25mcy9m", "wait_s": -1}\n',
+        b'{"op": "get", "path": "' + b"QUFB" * 2000 + b'"}\n',
+    ],
+)
+async def test_what_is_no_request_is_refused(
+    daemon: Daemon, client: Client, tmp_path: Path, line: bytes
+) -> None:
+    sent(client, line, opened(tmp_path, 0))
+
+    assert (await client.line())["answer"] == "failed"
+    assert await client.line() == {}
+    assert daemon.asked == []
+
+
+async def test_a_line_without_end_is_refused(daemon: Daemon, client: Client) -> None:
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(DEADLINE_S):
+        await loop.sock_sendall(client.socket, b" " * (LINE_MAX_BYTES + 1))
+
+    assert (await client.line())["answer"] == "failed"
+    assert daemon.asked == []
+
+
+async def test_requests_after_a_refused_one_are_not_served(daemon: Daemon, client: Client) -> None:
+    client.send(b"garbage\n" + STATUS)
+
+    assert (await client.line())["answer"] == "failed"
+    assert await client.line() == {}
+    assert daemon.asked == []
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(daemon: Daemon, client: Client) -> None:
+    client.send(STATUS)
+    await client.line()
+    connection = daemon.connections[0]
+    for _ in range(100_000):
+        connection.send(Progress(1, 2, 3, 4, 5, waiting_for="a slot of the file server"))
+        if daemon.closed.is_set():
+            break
+
+    assert daemon.closed.is_set()
+    connection.send(Cached(b"/cache/f", hit=True))
+
+
+async def test_a_long_answer_arrives_whole(daemon: Daemon, client: Client) -> None:
+    path = b"p" * 700_000
+    daemon.answer = lambda connection: connection.send(Cached(path, hit=True))
+    client.send(STATUS)
+
+    assert (await client.line())["answer"] == "cached"
+
+
+async def test_too_many_clients_of_one_user_are_refused(
+    daemon: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_server, "CLIENTS_PER_USER_MAX", 2)
+    client.send(STATUS)
+    await client.line()
+    second, third = Client(daemon.path), Client(daemon.path)
+
+    assert (await third.line())["reason"] == "too many requests at once"
+    second.send(STATUS)
+    assert (await second.line())["answer"] == "cached"
+    second.close()
+    third.close()
+
+
+async def test_the_socket_of_a_dead_daemon_is_replaced_and_that_of_a_living_one_is_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(os.fspath(path))
+
+    server = LocalServer(path, lambda *_: None)
+    with pytest.raises(LocalError, match="another daemon listens"):
+        LocalServer(path, lambda *_: None)
+    server.close()
+
+
+async def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.sock"
+    path.write_bytes(b"thesis")
+
+    with pytest.raises(LocalError, match="no socket"):
+        LocalServer(path, lambda *_: None)
+
+    assert path.read_bytes() == b"thesis"
+
+
+async def test_closing_the_server_ends_every_connection(daemon: Daemon, client: Client) -> None:
+    client.send(STATUS)
+    await client.line()
+
+    daemon.server.close()
+
+    assert await client.line() == {}
+    assert daemon.closed.is_set()
+    daemon.server = LocalServer(daemon.path, lambda *_: None)
