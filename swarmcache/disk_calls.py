@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_fstatfs.restype = ctypes.c_int
+_STATFS_BYTES = 256  # struct statfs has 120 on 64-bit Linux; its first member is the type, a long
+_TMPFS_MAGIC = 0x01021994  # linux/magic.h
 
 
 def local_error(error: OSError, doing: str) -> LocalError:
@@ -49,9 +55,15 @@ def reserve(fd: int, size_bytes: int, *, keep_size: bool = False) -> bool:
     """Set ``size_bytes`` of disk space aside for the file; False where the file system cannot.
 
     The file has ``size_bytes`` afterwards in either case, unless ``keep_size``. Raises OSError.
+    A tmpfs could, but would clear every page for it (measured: 75 ms for 256 MiB), only to have it
+    overwritten.
     """
-    reserved = True
-    while size_bytes > 0 and _fallocate(fd, _KEEP_SIZE if keep_size else 0, 0, size_bytes) != 0:
+    reserved = not _is_tmpfs(fd)
+    while (
+        reserved
+        and size_bytes > 0
+        and _fallocate(fd, _KEEP_SIZE if keep_size else 0, 0, size_bytes) != 0
+    ):
         code = ctypes.get_errno()
         if code in _CANNOT_RESERVE:
             reserved = False
@@ -61,6 +73,14 @@ def reserve(fd: int, size_bytes: int, *, keep_size: bool = False) -> bool:
     if not keep_size:
         os.ftruncate(fd, size_bytes)
     return reserved
+
+
+def _is_tmpfs(fd: int) -> bool:
+    status = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _fstatfs(fd, status) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == _TMPFS_MAGIC
 
 
 def write_all(fd: int, data: bytes | memoryview, offset_bytes: int) -> None:

@@ -96,15 +96,16 @@ class LocalConnection:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(
-                self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
-            )
+            data, descriptors, _, _ = socket.recv_fds(self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX)
         except BlockingIOError:
             return
         except OSError as error:
             log.debug("a client has gone: %s", error)
             self.close()
             return
+        for fd in descriptors:
+            # Python opens nothing that a program started later would inherit, except these.
+            os.set_inheritable(fd, False)
         self._descriptors.extend(descriptors)
         if not data:
             self.close()

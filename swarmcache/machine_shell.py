@@ -42,6 +42,8 @@ class MachineShell(Generic[Event, Effect]):
         self._time_passed = time_passed
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
+        self._inbox: deque[Event] = deque()
+        self._told = False
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s: float | None = None
@@ -49,6 +51,23 @@ class MachineShell(Generic[Event, Effect]):
     def handle(self, event: Event) -> None:
         """Give the machine an event. To be called in the event loop."""
         self._events.append(event)
+        self._handle_all()
+
+    def handle_from_thread(self, event: Event) -> None:
+        """The same from any other thread. Events that come faster than the loop turns are handled
+        together: waking the loop costs more than most events do."""
+        self._inbox.append(event)
+        if not self._told:
+            self._told = True
+            self._loop.call_soon_threadsafe(self._empty_inbox)
+
+    def _empty_inbox(self) -> None:
+        self._told = False  # before looking: who comes later wakes the loop once more
+        while self._inbox:
+            self._events.append(self._inbox.popleft())
+        self._handle_all()
+
+    def _handle_all(self) -> None:
         if self._handling:
             return
         self._handling = True
@@ -59,10 +78,6 @@ class MachineShell(Generic[Event, Effect]):
         finally:
             self._handling = False
         self._rearm()
-
-    def handle_from_thread(self, event: Event) -> None:
-        """The same from any other thread."""
-        self._loop.call_soon_threadsafe(self.handle, event)
 
     def stop(self) -> None:
         """No more timer events."""

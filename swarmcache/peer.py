@@ -142,6 +142,7 @@ class Work:
     """What the shell holds of one file version that the machine is fetching.
 
     ``fds``: descriptors of the source, one per user who asked, closed when the work ends.
+    ``answers``: tasks that hand out the finished copy.
     """
 
     partial: Partial | None = None
@@ -149,6 +150,7 @@ class Work:
     from_file_server_bytes: int = 0
     users: dict[int, User] = field(default_factory=dict)
     fds: list[int] = field(default_factory=list)
+    answers: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class Daemon:
@@ -606,11 +608,10 @@ class Daemon:
                 self._spawn(self._announce_replicas())
             case AnswerCached():
                 work = self._work[effect.version_id]
-                self._spawn(
-                    self._verify_and_answer(
-                        effect.request, work.from_peers_bytes, work.from_file_server_bytes
-                    )
+                answer = self._verify_and_answer(
+                    effect.request, work.from_peers_bytes, work.from_file_server_bytes
                 )
+                work.answers.append(self._spawn(answer))
             case AnswerOriginal():
                 self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
             case AnswerStatus():
@@ -684,6 +685,8 @@ class Daemon:
         work.partial = None
         self._shell.handle(FilePublished(version_id))
         self._end_work(version_id)
+        if work.answers:  # jobs do not share the disk with our fsync
+            await asyncio.wait(work.answers)
         await self._make_durable(version_id)
 
     async def _make_durable(self, version_id: bytes) -> None:

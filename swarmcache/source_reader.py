@@ -24,7 +24,9 @@ from blake3 import blake3
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.errors import LeaseExpired, SourceChanged, SourceFailed
 
-READ_PIECE_BYTES = 512 * 1024  # measured: two threads are 13 % faster than with 256 KiB
+# Small enough to be in a core's cache when it is digested and written, and to be read in time when
+# a lease runs out; large enough that threads seldom wait for the interpreter's lock.
+READ_PIECE_BYTES = 512 * 1024
 READ_AHEAD_BYTES = 1024 * 1024
 # The kernel cuts one WILLNEED to the device's read-ahead size, whose default is 128 KiB.
 READ_AHEAD_STEP_BYTES = 128 * 1024
@@ -77,9 +79,7 @@ def read_range(
 class _RangeReading:
     """One range while it is read."""
 
-    def __init__(
-        self, fd: int, version: FileVersion, layout: ChunkLayout, sink: RangeSink
-    ) -> None:
+    def __init__(self, fd: int, version: FileVersion, layout: ChunkLayout, sink: RangeSink) -> None:
         self._fd = fd
         self._version = version
         self._layout = layout

@@ -24,6 +24,8 @@ from swarmcache.errors import DaemonUnavailable
 from tests.box import Box, Cluster, Host, Process, wait_until
 
 MIB = 1024 * 1024
+# Size of the chunks of all files up to 128 MiB.
+CHUNK_BYTES = 256 * 1024
 # For what is expected within seconds: long enough for a machine that is busy with other things.
 PATIENCE_S = 30.0
 # For a whole transfer, which takes some seconds in all tests.
@@ -153,15 +155,19 @@ class Swarm:
         """The node's name in messages and in the status."""
         return f"{node.address}:{Cluster.DAEMON_PORT}"
 
-    def leases(self, seen_from: Host) -> dict[str, int]:
-        """Who holds a lease now: node -> lease id. Empty while the tracker cannot be asked."""
-        return leases_in(self.status(seen_from))
-
     def wait_for_reader(self, seen_from: Host) -> Reader:
-        """Another node that holds a lease and has read a part of its range.
+        """Another node that holds a lease and has read a part of its range, in a swarm of all.
 
         The file server must be slow, so that the node is still reading when this returns.
         """
+        self.wait_for(
+            seen_from,
+            lambda status: (
+                [len(self.box.nodes)]
+                == [swarm["members"] for swarm in (status["cluster"] or {}).get("swarms", [])]
+            ),
+            "one swarm with all nodes in it",
+        )
         hosts = {self.node_id(node): node for node in self.box.nodes if node is not seen_from}
 
         def reading() -> Reader | None:
@@ -172,7 +178,9 @@ class Swarm:
                         return Reader(node, lease["lease_id"])
             return None
 
-        return wait_until(reading, PATIENCE_S, "a node in the middle of a leased range")  # type: ignore[return-value]
+        found = wait_until(reading, PATIENCE_S, "a node in the middle of a leased range")
+        assert found is not None
+        return found
 
     def _has_read_from(self, node: Host, offset: int) -> bool:
         return any(
@@ -191,10 +199,6 @@ class Swarm:
 
         self.wait_for(node, enough, f"{done_bytes} bytes")
         return found
-
-
-# Size of the chunks of all files up to 128 MiB.
-CHUNK_BYTES = 256 * 1024
 
 
 def leases_in(status: Mapping[str, Any]) -> dict[str, int]:

@@ -446,17 +446,20 @@ def test_a_stranger_with_another_secret_gets_nothing_and_is_not_listed(
     assert sum(friend.bytes_sent() for friend in friends) - sent_before < CHUNK_BYTES
 
 
-@pytest.mark.parametrize("server", ["daemon", "tracker"])
-def test_without_a_secret_a_server_listens_to_its_own_machine_only(
-    make_swarm: MakeSwarm, server: str
+@pytest.mark.parametrize(
+    ("server", "option"), [("daemon", "--listen"), ("tracker", "--listen"), ("daemon", "--tracker")]
+)
+def test_without_a_secret_a_server_keeps_to_its_own_machine(
+    make_swarm: MakeSwarm, server: str, option: str
 ) -> None:
     swarm = make_swarm(1, running=0)
     (node,) = swarm.box.nodes
     directory = {"daemon": "--cache-dir", "tracker": "--state-dir"}[server]
+
     refused = swarm.cluster.command(
-        node, server, "--listen", f"{node.address}:7391", directory, node.disk / "own"
+        node, server, option, f"{node.address}:7391", directory, node.disk / "own"
     )
 
     assert refused.wait(PATIENCE_S) == 2
-    assert "expected a loopback address" in refused.stderr
-    assert "cluster.secret_file is not set" in refused.stderr
+    assert f"option {option}: " in refused.stderr
+    assert "expected a loopback address, since cluster.secret_file is not set" in refused.stderr

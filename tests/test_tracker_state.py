@@ -21,6 +21,7 @@ from swarmcache.messages import (
     Lease,
     Leave,
     Message,
+    Missing,
     NodeAddress,
     Peers,
     Query,
@@ -855,6 +856,7 @@ anything: st.SearchStrategy[ToTracker] = st.one_of(
     st.builds(Holding, files, st.integers(0, 6), masks),
     st.builds(ReportCorrupt, files, names | st.just("nobody")),
     st.builds(StatusRequest, small),
+    st.builds(Missing, files, masks),
 )
 steps = st.one_of(
     st.tuples(names, anything),
