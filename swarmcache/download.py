@@ -35,6 +35,9 @@ from swarmcache.peer_events import FetchChunk, TellPeer
 # little more than the number of chunks that a peer sends at once (8): with fewer, uplinks idle;
 # with more, each chunk comes later and is passed on later.
 WINDOW = 10
+# Fewer while this node reads from the file server, whose flow shares the downlink with them: with
+# eight slots a reader gets an eighth of the file server's rate, so it needs an eighth of its own.
+WINDOW_READING = 6
 # Requests to one peer at once: the second one waits at the peer while the first one is sent.
 PEER_FLIGHTS_MIN = 2
 # Announcements of one download are collected this long at the most: 33 messages per second and
@@ -169,7 +172,7 @@ class Download:
         if not mask or not peer.source:
             return False
         self._picker.add(mask)
-        return self._flight_count < WINDOW and bool(mask & self._missing)
+        return self._flight_count < self._window and bool(mask & self._missing)
 
     def peer_is_complete(self, node: str) -> bool:
         """This neighbour holds every chunk."""
@@ -196,6 +199,7 @@ class Download:
         mask = range_mask(first, count) & self._reading
         self._reading ^= mask
         self._missing |= mask
+        self._forget_digests(mask)
 
     def chunk_read(self, chunk: int, digest: bytes) -> None:
         """A chunk of a leased range is on disk. What was read here overrules what was heard."""
@@ -252,7 +256,7 @@ class Download:
     def requests(self, now_s: float, flights_max: int) -> list[FetchChunk]:
         """Chunks to ask for now, at most ``flights_max``; they count as in flight from here on."""
         requests: list[FetchChunk] = []
-        room = min(flights_max, WINDOW - self._flight_count)
+        room = min(flights_max, self._window - self._flight_count)
         while room > 0:
             request = self._next_request(now_s) or self._next_hedge(now_s)
             if request is None:
@@ -269,7 +273,10 @@ class Download:
         fresh, self._fresh = self._fresh, 0
         haves: dict[int, list[Have]] = {}
         told: list[TellPeer] = []
-        for node, peer in self.peers.items():
+        # In random order, or those who came first would fill one another's upload slots.
+        peers = list(self.peers.items())
+        self._rng.shuffle(peers)
+        for node, peer in peers:
             mask = fresh & ~peer.mask
             if not mask:
                 continue
@@ -332,8 +339,7 @@ class Download:
             del self._flights[chunk]
             if not (self.held | self._reading) >> chunk & 1:
                 self._missing |= 1 << chunk
-                if not self._picker.available >> chunk & 1:
-                    self._digests[chunk] = None
+                self._forget_digests(1 << chunk)
         peer = self.peers.get(node)
         if peer is not None:
             peer.flights.discard(chunk)
@@ -344,6 +350,10 @@ class Download:
         if not peer.source:
             return
         self._picker.remove(mask & ~self.held)
+        self._forget_digests(mask)
+
+    def _forget_digests(self, mask: int) -> None:
+        """What nobody who announced it has any more may come with another digest."""
         for chunk in chunks_in(mask & ~self._picker.available & self._missing):
             self._digests[chunk] = None
 
@@ -352,6 +362,10 @@ class Download:
         if peer is not None:
             peer.not_before_s = until_s
             self._backing_off_until_s = max(until_s, self._backing_off_until_s)
+
+    @property
+    def _window(self) -> int:
+        return WINDOW_READING if self._reading else WINDOW
 
     def _usable(self, now_s: float) -> list[PeerView]:
         sources = [peer for peer in self.peers.values() if peer.source and peer.mask]

@@ -118,11 +118,11 @@ def test_the_single_file_of_one_user_does_not_wait_for_all_files_of_another(
     ann, ben = 1001, 1002
     swarm = make_swarm(2, slots_max=1, file_server_mbit=SLOW_MBIT)
     first, second = swarm.box.nodes
-    many = [swarm.put(f"of_ann_{number}", 2 * MIB) for number in range(6)]
-    single = swarm.put("of_ben", 2 * MIB)
+    many = [swarm.put(f"of_ann_{number}", 3 * MIB) for number in range(5)]
+    single = swarm.put("of_ben", 3 * MIB)
 
     get_many = swarm.cluster.get(first, *many, uid=ann)
-    swarm.wait_for(second, lambda status: len(status["cluster"]["swarms"]) == 6, "six swarms")
+    swarm.wait_for(second, lambda status: len(status["cluster"]["swarms"]) >= 3, "a queue")
     get_single = swarm.cluster.get(first, single, uid=ben)
     copies = swarm.cluster.paths(get_many, TRANSFER_S)
     (copy,) = swarm.cluster.paths(get_single, TRANSFER_S)
