@@ -624,9 +624,11 @@ class Daemon:
     ) -> None:
         match effect:
             case ReserveSpace():
-                self._after_disk(effect.version.version_id, self._reserve(effect))
+                version_id = effect.version.version_id
+                self._after_disk(version_id, self._reserve(effect), SpaceRefused)
             case PublishFile():
-                self._after_disk(effect.version_id, self._publish(effect.version_id))
+                version_id = effect.version_id
+                self._after_disk(version_id, self._publish(version_id), PublishFailed)
             case DropPartial():
                 self._drop(effect)
             case LoadManifest():
@@ -634,8 +636,16 @@ class Daemon:
 
     # --- the disk -------------------------------------------------------------------------------
 
-    def _after_disk(self, version_id: bytes, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run disk work on one file version in the order in which it was asked for."""
+    def _after_disk(
+        self,
+        version_id: bytes,
+        coroutine: Coroutine[Any, Any, None],
+        failed: Callable[[bytes, str], PeerEvent] | None = None,
+    ) -> None:
+        """Run disk work on one file version in the order in which it was asked for.
+
+        ``failed`` makes the event that tells the machine of a bug of ours, so that no job waits.
+        """
         former = self._disk_tail.get(version_id)
 
         async def in_turn() -> None:
@@ -643,6 +653,10 @@ class Daemon:
                 await asyncio.wait([former])
             try:
                 await coroutine
+            except Exception as error:
+                if failed is not None:
+                    self._shell.handle(failed(version_id, f"internal error: {error}"))
+                raise
             finally:
                 if self._disk_tail.get(version_id) is asyncio.current_task():
                     del self._disk_tail[version_id]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,12 +25,16 @@ from blake3 import blake3
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.errors import LeaseExpired, SourceChanged, SourceFailed
 
-# Small enough to be in a core's cache when it is digested and written, and to be read in time when
-# a lease runs out; large enough that threads seldom wait for the interpreter's lock.
-READ_PIECE_BYTES = 512 * 1024
-READ_AHEAD_BYTES = 1024 * 1024
+# What is asked of the file server before it is needed, the piece being read included: what comes in
+# this time at the rate so far. Whatever is on its way when a lease runs out still comes.
+AHEAD_S = 0.25
+AHEAD_MAX_BYTES = 1536 * 1024
+# Small enough to be in a core's cache when it is digested and written; large enough that threads
+# seldom wait for the interpreter's lock.
+PIECE_MAX_BYTES = 512 * 1024
 # The kernel cuts one WILLNEED to the device's read-ahead size, whose default is 128 KiB.
-READ_AHEAD_STEP_BYTES = 128 * 1024
+AHEAD_STEP_BYTES = 128 * 1024
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 SPLIT_BYTES = 32 * 1024 * 1024
 
 
@@ -92,55 +97,50 @@ class _RangeReading:
 
     def read_part(self, first: int, count: int) -> None:
         """Read consecutive chunks; ends soon after another part has failed."""
-        buffer = mmap.mmap(-1, READ_PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = memoryview(mmap.mmap(-1, PIECE_MAX_BYTES, flags=_PRIVATE))
         last = first + count - 1
         end = self._layout.offset_bytes(last) + self._layout.length_bytes(last)
         asked = self._layout.offset_bytes(first)
+        ahead_bytes = AHEAD_STEP_BYTES
         try:
             for chunk in range(first, first + count):
                 hasher = blake3()
-                for offset, piece_end in self._pieces(chunk):
+                offset = self._layout.offset_bytes(chunk)
+                chunk_end = offset + self._layout.length_bytes(chunk)
+                while offset < chunk_end:
                     self._check_lease()  # asking ahead makes the kernel read
-                    asked = self._ask_ahead(max(asked, offset), offset, end)
-                    self._read_piece(memoryview(buffer), offset, piece_end, hasher)
+                    began_s = time.monotonic()
+                    asked = self._ask_ahead(max(asked, offset), min(offset + ahead_bytes, end))
+                    piece_bytes = min(ahead_bytes, PIECE_MAX_BYTES, chunk_end - offset)
+                    size_bytes = self._read_piece(buffer[:piece_bytes], offset, hasher)
+                    ahead_bytes = _ahead_bytes(size_bytes, time.monotonic() - began_s)
+                    offset += size_bytes
                 self._check_unchanged()
                 self._sink.on_chunk(chunk, hasher.digest())
         except BaseException:
             self._failed.set()
             raise
 
-    def _pieces(self, chunk: int) -> Iterator[tuple[int, int]]:
-        """(begin, end) of the pieces of a chunk, as offsets into the file."""
-        begin = self._layout.offset_bytes(chunk)
-        end = begin + self._layout.length_bytes(chunk)
-        for offset in range(begin, end, READ_PIECE_BYTES):
-            yield offset, min(offset + READ_PIECE_BYTES, end)
-
-    def _read_piece(self, buffer: memoryview, offset: int, end: int, hasher: blake3) -> None:
-        """Read, digest and pass on one piece, which may take several reads."""
-        while offset < end:
-            with _source_errors():
-                size_bytes = os.preadv(self._fd, [buffer[: end - offset]], offset)
-            if size_bytes == 0:
-                raise SourceChanged("the source became shorter while it was read")
-            piece = buffer[:size_bytes]
-            hasher.update(piece)
-            self._sink.write_piece(offset, piece)
-            offset += size_bytes
+    def _read_piece(self, buffer: memoryview, offset: int, hasher: blake3) -> int:
+        """Read, digest and pass on up to a buffer full; returns how much."""
+        with _source_errors():
+            size_bytes = os.preadv(self._fd, [buffer], offset)
+        if size_bytes == 0:
+            raise SourceChanged("the source became shorter while it was read")
+        piece = buffer[:size_bytes]
+        hasher.update(piece)
+        self._sink.write_piece(offset, piece)
+        return size_bytes
 
     def _check_lease(self) -> None:
         if self._failed.is_set() or not self._sink.may_go_on():
             raise LeaseExpired("the lease ran out before the range was read")
 
-    def _ask_ahead(self, asked: int, offset: int, end: int) -> int:
-        """Have the kernel fetch the next bytes of the part, and only of the part.
-
-        Returns up to where it was asked by now.
-        """
-        until = min(offset + READ_PIECE_BYTES + READ_AHEAD_BYTES, end)
+    def _ask_ahead(self, asked: int, until: int) -> int:
+        """Have the kernel fetch what comes next; returns up to where it was asked by now."""
         with _source_errors():
             while asked < until:
-                step_bytes = min(READ_AHEAD_STEP_BYTES, until - asked)
+                step_bytes = min(AHEAD_STEP_BYTES, until - asked)
                 os.posix_fadvise(self._fd, asked, step_bytes, os.POSIX_FADV_WILLNEED)
                 asked += step_bytes
         return asked
@@ -151,6 +151,13 @@ class _RangeReading:
         found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if found != (self._version.size_bytes, self._version.mtime_ns, self._ctime_ns):
             raise SourceChanged("size, modification or change time of the source is another now")
+
+
+def _ahead_bytes(size_bytes: int, elapsed_s: float) -> int:
+    """How much to ask for at once after ``size_bytes`` took ``elapsed_s``."""
+    if elapsed_s <= 0:
+        return AHEAD_MAX_BYTES
+    return int(min(max(size_bytes / elapsed_s * AHEAD_S, AHEAD_STEP_BYTES), AHEAD_MAX_BYTES))
 
 
 @contextmanager

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from swarmcache.chunks import ChunkLayout, FileVersion, chunks_in, full_mask
-from swarmcache.download import ANNOUNCE_INTERVAL_S, PEER_FLIGHTS_MIN, WINDOW, Download
+from swarmcache.download import (
+    ANNOUNCE_INTERVAL_S,
+    PEER_FLIGHTS_MIN,
+    WINDOW_BACKLOG_CHUNKS,
+    WINDOW_MAX,
+    WINDOW_MIN,
+    Download,
+)
 from swarmcache.messages import HAVE_CHUNKS_MAX, NodeAddress
 from swarmcache.peer_events import FetchChunk, TellPeer
 
@@ -109,7 +116,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         for request in requests:
             self._check_request(request)
             self.flying.add((request.chunk, request.address.node))
-        assert len(self.flying) <= WINDOW
+        assert len(self.flying) <= WINDOW_MAX
 
     def _check_request(self, request: FetchChunk) -> None:
         chunk, node = request.chunk, request.address.node
@@ -265,9 +272,22 @@ def test_requests_are_spread_over_the_peers() -> None:
 
     per_peer = Counter(node for _, node in asked(download))
 
-    assert sum(per_peer.values()) == WINDOW
+    assert sum(per_peer.values()) == WINDOW_MIN + 40 // WINDOW_BACKLOG_CHUNKS
     assert max(per_peer.values()) - min(per_peer.values()) <= 1
     assert max(per_peer.values()) >= PEER_FLIGHTS_MIN
+
+
+def test_a_node_that_lags_behind_asks_for_more_at_once() -> None:
+    download = fresh(400, peers="ab")
+    announce(download, "a", *range(8))
+    announce(download, "b", *range(8))
+
+    level = len(asked(download))
+    for node in "ab":
+        announce(download, node, *range(8, 400))
+
+    assert level == WINDOW_MIN + 8 // WINDOW_BACKLOG_CHUNKS
+    assert level + len(asked(download)) == WINDOW_MAX
 
 
 def test_no_more_is_asked_for_than_there_is_room() -> None:

@@ -13,7 +13,13 @@ from blake3 import blake3
 
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.errors import LeaseExpired, NoSpace, SourceChanged, SourceFailed
-from swarmcache.source_reader import RangeSink, read_range
+from swarmcache.source_reader import (
+    AHEAD_MAX_BYTES,
+    AHEAD_STEP_BYTES,
+    RangeSink,
+    _ahead_bytes,
+    read_range,
+)
 
 CHUNK_BYTES = 256 * 1024
 SIZE_BYTES = 5 * CHUNK_BYTES + 1234
@@ -98,12 +104,21 @@ def test_when_one_half_fails_no_thread_goes_on(reading: Reading) -> None:
 
 
 def test_reading_stops_when_the_lease_is_over(reading: Reading) -> None:
-    answers = iter([True, True, False])
-
     with pytest.raises(LeaseExpired):
-        reading.read(0, 6, may_go_on=lambda: next(answers))
+        reading.read(0, 6, may_go_on=lambda: len(reading.digests) < 2)
 
     assert list(reading.digests) == [0, 1]
+
+
+def test_a_slow_source_is_asked_for_a_quarter_of_a_second_ahead_and_a_fast_one_for_no_more() -> (
+    None
+):
+    megabyte = 1_000_000
+
+    assert _ahead_bytes(megabyte, 1.0) == megabyte // 4
+    assert _ahead_bytes(100, 1.0) == AHEAD_STEP_BYTES
+    assert _ahead_bytes(megabyte, 0.001) == AHEAD_MAX_BYTES
+    assert _ahead_bytes(megabyte, 0.0) == AHEAD_MAX_BYTES
 
 
 @pytest.mark.parametrize(
