@@ -64,6 +64,10 @@ class ChunkPicker:
         self._counts[chunk] = 0
         self._levels[0] |= bit
 
+    def holders(self, chunk: int) -> int:
+        """How many holders this chunk has."""
+        return self._counts[chunk]
+
     def pick(self, candidates: int) -> int | None:
         """One of the rarest chunks in ``candidates`` that has a holder, or None."""
         for level in self._levels[1:]:

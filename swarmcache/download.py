@@ -13,6 +13,7 @@ when nothing else is left to ask for.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ PEER_FLIGHTS_MIN = 2
 # Announcements of one download are collected this long at the most: 33 messages per second and
 # neighbour, whatever the rate.
 ANNOUNCE_INTERVAL_S = 0.03
+# A chunk that so many neighbours have already can wait: one more source for it matters little, and
+# soon nearly all neighbours have it and need not be told. Halves the messages of a large swarm.
+COMMON_HOLDERS = 4
+COMMON_INTERVAL_S = 0.5
 # A request is repeated at another peer when nothing else is left to ask for and it has taken this
 # many times the usual time.
 HEDGE_FACTOR = 3.0
@@ -98,9 +103,11 @@ class Download:
         self._picker = ChunkPicker(self.chunk_count, rng)
         self._rng = rng
         self._fresh = 0
+        self._common = 0
         self._announced_s = -math.inf
+        self._common_since_s = math.inf
         self._service_s = 0.0
-        self._backing_off_until_s = 0.0
+        self._backoff_ends_s: list[float] = []
 
     # --- what is known --------------------------------------------------------------------------
 
@@ -269,6 +276,9 @@ class Download:
 
     def announcements(self, now_s: float) -> list[TellPeer]:
         """Tell every neighbour that lacks them the chunks that came since the last time."""
+        if now_s >= self._common_due_s(now_s):
+            self._fresh |= self._common
+            self._common = 0
         if not self._fresh or now_s < self._announced_s + ANNOUNCE_INTERVAL_S:
             return []
         self._announced_s = now_s
@@ -289,13 +299,13 @@ class Download:
 
     def wake_at_s(self, now_s: float) -> float | None:
         """When ``requests`` or ``announcements`` may have something new without any event."""
-        at_s = math.inf
+        at_s = self._common_due_s(now_s)
         if self._fresh:
-            at_s = self._announced_s + ANNOUNCE_INTERVAL_S
-        if self._backing_off_until_s > now_s:
-            for peer in self.peers.values():
-                if peer.not_before_s > now_s:
-                    at_s = min(at_s, peer.not_before_s)
+            at_s = min(at_s, self._announced_s + ANNOUNCE_INTERVAL_S)
+        while self._backoff_ends_s and self._backoff_ends_s[0] <= now_s:
+            heapq.heappop(self._backoff_ends_s)
+        if self._backoff_ends_s:
+            at_s = min(at_s, self._backoff_ends_s[0])
         may_hedge = self._flights and self.hedges < self._hedges_max
         if may_hedge and not self._missing & self._picker.available:
             since_s = min(min(flights.values()) for flights in self._flights.values())
@@ -315,6 +325,14 @@ class Download:
             for part in (chunks[start : start + HAVE_CHUNKS_MAX],)
         ]
 
+    def _common_due_s(self, now_s: float) -> float:
+        """When the chunks that can wait are to be announced; the clock starts with the first."""
+        if not self._common:
+            self._common_since_s = math.inf
+        elif self._common_since_s == math.inf:
+            self._common_since_s = now_s
+        return self._common_since_s + COMMON_INTERVAL_S
+
     def _digest_of(self, chunk: int) -> bytes:
         digest = self._digests[chunk]
         assert digest is not None, "a held chunk without a digest"
@@ -327,7 +345,10 @@ class Download:
         self.held |= bit
         self._missing &= ~bit
         self._reading &= ~bit
-        self._fresh |= bit
+        if self._picker.holders(chunk) < COMMON_HOLDERS:
+            self._fresh |= bit
+        else:
+            self._common |= bit
         self._picker.forget(chunk)
 
     def _land(self, chunk: int, node: str, now_s: float) -> float:
@@ -363,7 +384,7 @@ class Download:
         peer = self.peers.get(node)
         if peer is not None:
             peer.not_before_s = until_s
-            self._backing_off_until_s = max(until_s, self._backing_off_until_s)
+            heapq.heappush(self._backoff_ends_s, until_s)
 
     @property
     def _window(self) -> int:
