@@ -77,6 +77,8 @@ OUT_OF_DESCRIPTORS_S = 1.0
 # Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for
 # one another at the interpreter's lock.
 RECEIVE_PIECE_BYTES = 1024 * 1024
+# A waiting thread is woken when so much has come, not for every packet.
+WAKE_BYTES = 64 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
 RATE_PIECE_MIN_BYTES = 4096
 
@@ -561,6 +563,19 @@ class _Outbound:
             raise PeerUnavailable("takes no requests")
 
     def _fill(self, into: memoryview, patience: _Patience) -> None:
+        """Receive until the buffer is full, woken as seldom as may be.
+
+        Near the end every byte must wake us, since none may follow.
+        """
+        most_bytes = len(into) - 2 * WAKE_BYTES
+        if most_bytes > 0:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKE_BYTES)
+            self._fill_part(into[:most_bytes], patience)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            into = into[most_bytes:]
+        self._fill_part(into, patience)
+
+    def _fill_part(self, into: memoryview, patience: _Patience) -> None:
         size_bytes = len(into)
         filled = 0
         while filled < size_bytes:
