@@ -37,7 +37,7 @@ from swarmcache.peer_events import FetchChunk, TellPeer
 # a node that lags can only catch up with more requests in the queues of its peers than others have.
 # Simulated flash crowds of 100 nodes (1 GiB): efficiency of the last node 0.91, with a constant
 # window of 8 or 10 chunks 0.80 and 0.88, since some nodes fall behind.
-WINDOW_MIN = 5
+WINDOW_MIN = 4
 WINDOW_BACKLOG_CHUNKS = 8  # one more in flight for so many chunks that could be asked for
 WINDOW_MAX = 16
 # Requests to one peer at once: the second one waits at the peer while the first one is sent.

@@ -77,6 +77,10 @@ OUT_OF_DESCRIPTORS_S = 1.0
 # Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for
 # one another at the interpreter's lock.
 RECEIVE_PIECE_BYTES = 1024 * 1024
+# What one upload may have on its way, in segments (the kernel doubles it for its own use). More would
+# only queue in the switches, and every announcement and request behind it: measured with eight
+# nodes at 200 Mbit/s, where a port queues 50 ms, efficiency 0.89 without, 0.90 with this.
+SEND_SEGMENTS_MAX = 22
 # A waiting thread is woken when so much has come, not for every packet.
 WAKE_BYTES = 64 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
@@ -202,6 +206,8 @@ class _Inbound:
         # Only a thread that serves lets the socket block, because a blocking sendfile is the
         # fastest; the loop and the reads use MSG_DONTWAIT.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        mss_bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_SEGMENTS_MAX * mss_bytes)
         _set_timeout(sock, socket.SO_SNDTIMEO, SEND_STALL_S)
         self.sock = sock
         self.acceptor = acceptor
