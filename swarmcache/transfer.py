@@ -77,9 +77,9 @@ OUT_OF_DESCRIPTORS_S = 1.0
 # Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for
 # one another at the interpreter's lock.
 RECEIVE_PIECE_BYTES = 1024 * 1024
-# What one upload may have on its way, in segments (the kernel doubles it for its own use). More would
-# only queue in the switches, and every announcement and request behind it: measured with eight
-# nodes at 200 Mbit/s, where a port queues 50 ms, efficiency 0.89 without, 0.90 with this.
+# What one upload may have on its way, in segments (the kernel doubles it for its own use). More
+# would only queue in the switches, and every announcement and request behind it: measured with
+# eight nodes at 200 Mbit/s, where a port queues 50 ms, efficiency 0.89 without, 0.90 with this.
 SEND_SEGMENTS_MAX = 22
 # A waiting thread is woken when so much has come, not for every packet.
 WAKE_BYTES = 64 * 1024
