@@ -307,7 +307,7 @@ min_age = "30m"
 slots_max = 3
 [file_servers."nfs01:/export"]
 slots_max = 20
-paths = ["/work", "/work/big/"]
+paths = ["/lustre", "/lustre/big/"]
 [file_servers.home]
 paths = "/home"
 [transfer]
@@ -361,19 +361,19 @@ def test_a_file_server_without_slots_of_its_own_has_those_of_the_default(tmp_pat
 @pytest.mark.parametrize(
     ("path", "file_server"),
     [
-        (b"/work", "short"),
-        (b"/work/x", "short"),
-        (b"/works", None),
-        (b"/work/big", "long"),
-        (b"/work/big/\xff\n", "long"),
-        (b"/work/bigger", "short"),
+        (b"/lustre", "short"),
+        (b"/lustre/x", "short"),
+        (b"/lustres", None),
+        (b"/lustre/big", "long"),
+        (b"/lustre/big/\xff\n", "long"),
+        (b"/lustre/bigger", "short"),
         (b"/", None),
     ],
 )
 def test_the_longest_prefix_of_whole_components_tells_the_file_server(
     path: bytes, file_server: str | None
 ) -> None:
-    options = {"file_servers.short.paths": "/work", "file_servers.long.paths": ["/work/big/"]}
+    options = {"file_servers.short.paths": "/lustre", "file_servers.long.paths": ["/lustre/big/"]}
     reverse = dict(reversed(options.items()))
 
     assert load(options, {}, NO_FILE).file_server_for_path(path) == file_server
@@ -381,10 +381,10 @@ def test_the_longest_prefix_of_whole_components_tells_the_file_server(
 
 
 def test_the_root_directory_is_a_prefix_of_every_path() -> None:
-    config = load({"file_servers.all.paths": "/", "file_servers.w.paths": "/work"}, {}, NO_FILE)
+    config = load({"file_servers.all.paths": "/", "file_servers.w.paths": "/lustre"}, {}, NO_FILE)
 
     assert config.file_server_for_path(b"/any") == "all"
-    assert config.file_server_for_path(b"/work/x") == "w"
+    assert config.file_server_for_path(b"/lustre/x") == "w"
 
 
 def test_the_first_file_that_is_there_is_read(tmp_path: Path) -> None:
