@@ -250,7 +250,8 @@ class Download:
         """The peer stalled, reset or refused: leave it for others, longer each time."""
         self._land(chunk, node, now_s)
         peer = self.peers.get(node)
-        if peer is not None:
+        # Requests that were under way together fail together, which counts once.
+        if peer is not None and peer.not_before_s <= now_s:
             peer.failures += 1
             wait_s = FAILURE_BACKOFF_S * 2 ** (peer.failures - 1)
             self._back_off(node, now_s + min(wait_s, FAILURE_BACKOFF_MAX_S))

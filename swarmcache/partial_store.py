@@ -198,7 +198,10 @@ class PartialStore:
 
     def _unallocated_now(self, version_id: bytes) -> int:
         most = self._unallocated[version_id]
-        return min(most, _unallocated_bytes(self._stat(version_id.hex()))) if most else 0
+        try:
+            return min(most, _unallocated_bytes(self._stat(version_id.hex()))) if most else 0
+        except FileNotFoundError:
+            return 0  # just now put in place as a replica, all of it written
 
     def _reserve(self, version: FileVersion, layout: ChunkLayout, fd: int, journal_fd: int) -> None:
         version_id = version.version_id

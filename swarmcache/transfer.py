@@ -790,6 +790,9 @@ class ChunkFetcher:
             except (OSError, RemoteError) as error:
                 if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
                     raise
+                # Its other idle connections went the same way (it was cut off, say), and each would
+                # cost the next request as long.
+                self._connections.forget(peer)
                 raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
             if got != digest:
                 raise ChunkCorrupt(f"chunk {chunk} from {peer[0]}:{peer[1]} has another digest")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -247,6 +247,28 @@ def test_publish_waits_for_a_second_copy_of_a_chunk_that_is_still_being_written(
     slow.join()
 
     assert cache.lookup(version, ME) is not None
+
+
+def test_a_file_can_be_begun_while_another_one_is_being_put_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where space is not set aside, room is counted from the partial files, one of which moves."""
+    (first, data), (second, _) = a_file(9000, b"/nfs/first"), a_file(9000, b"/nfs/second")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as in_memory:
+        cache = open_cache(Path(in_memory) / "cache")
+        put_in_place = cache._partials._install
+        begun: list[Partial] = []
+
+        def begin_the_second(partial: Partial, users: Sequence[User]) -> dict[int, str]:
+            paths = put_in_place(partial, users)
+            begun.append(cache.begin(second, CHUNK_BYTES))
+            return paths
+
+        monkeypatch.setattr(cache._partials, "_install", begin_the_second)
+        publish(cache, first, data)
+        cache.close()
+
+    assert [partial.version for partial in begun] == [second]
 
 
 def test_nothing_can_be_written_after_a_partial_file_has_ended(cache: Cache, root: Path) -> None:

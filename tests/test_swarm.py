@@ -163,7 +163,7 @@ def test_files_of_every_size_and_name_arrive_under_their_real_path(
         assert get.wait(TRANSFER_S) == 0, get.stderr
         copies = [Path(name) for name in get.stdout.removesuffix("\0").split("\0")]
         for source, copy in zip(real, copies, strict=True):
-            assert str(copy) == f"{node.disk}/cache/root{source}"
+            assert str(copy) == f"{node.disk}/cache/root{source}", get.stderr
             assert digest_of(copy) == swarm.digests[source][-1]
             assert copy.stat().st_mtime_ns == source.stat().st_mtime_ns
 
