@@ -710,6 +710,10 @@ class _Connections:
             del self._buckets[bucket.peer]
 
 
+class _CopyUnreadable(PeerUnavailable):
+    """The peer answered, but cannot serve: its connections are good."""
+
+
 class ChunkFetcher:
     """Fetches chunks from peers, ``threads`` at a time, in buffers of ``buffers_bytes_max``.
 
@@ -790,9 +794,10 @@ class ChunkFetcher:
             except (OSError, RemoteError) as error:
                 if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
                     raise
-                # Its other idle connections went the same way (it was cut off, say), and each would
-                # cost the next request as long.
-                self._connections.forget(peer)
+                if not isinstance(error, _CopyUnreadable):
+                    # Its other idle connections went the same way (it was cut off, say), and each
+                    # would cost the next request as long.
+                    self._connections.forget(peer)
                 raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
             if got != digest:
                 raise ChunkCorrupt(f"chunk {chunk} from {peer[0]}:{peer[1]} has another digest")
@@ -824,7 +829,7 @@ class ChunkFetcher:
             raise PeerBusy("all upload slots of the peer are taken")
         if status == _ABSENT:
             raise ChunkAbsent(f"the peer does not have chunk {chunk}")
-        raise PeerUnavailable("the peer cannot read its copy")
+        raise _CopyUnreadable("the peer cannot read its copy")
 
     def _ask(
         self, peer: tuple[str, int], version_id: bytes, chunk: int, patience: _Patience
