@@ -839,9 +839,7 @@ class Daemon:
                 fd, partial.version, partial.layout, effect.first, effect.count, sink
             )
         except SwarmcacheError as error:
-            if not isinstance(
-                error, errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
-            ):
+            if not isinstance(error, SOURCE_ERRORS):
                 tell(WriteFailed(effect.version_id, str(error)))
             changed = isinstance(error, errors.SourceChanged)
             tell(RangeReadFailed(effect.version_id, effect.lease_id, str(error), changed))

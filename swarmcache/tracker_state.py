@@ -416,10 +416,7 @@ class TrackerState:
         if self._nodes.get(name) is node:
             del self._nodes[name]
         for version_id in node.replicas:
-            holders = self._replicas[version_id]
-            holders.discard(name)
-            if not holders:
-                del self._replicas[version_id]
+            self._drop_holder(version_id, name)
         for version_id in sorted(node.swarms):
             orphaned = 0
             for lease_id in node.leases:
@@ -539,13 +536,16 @@ class TrackerState:
         name = node.address.node
         if version_id in node.replicas:
             node.replicas.discard(version_id)
-            holders = self._replicas[version_id]
-            holders.discard(name)
-            if not holders:
-                del self._replicas[version_id]
+            self._drop_holder(version_id, name)
         swarm = self._swarms.get(version_id)
         if swarm is not None and name in swarm.members:
             self._remove_member(swarm, name, 0, now_s, effects)
+
+    def _drop_holder(self, version_id: bytes, name: str) -> None:
+        holders = self._replicas[version_id]
+        holders.discard(name)
+        if not holders:
+            del self._replicas[version_id]
 
     def _remove_member(
         self, swarm: Swarm, name: str, orphaned: int, now_s: float, effects: list[TrackerEffect]
@@ -668,10 +668,8 @@ class TrackerState:
             self._end_search(query_id, now_s, effects)
 
     def _end_search(self, query_id: int, now_s: float, effects: list[TrackerEffect]) -> None:
-        """What nobody has must be read again. Who has not answered in time counts as silent."""
+        """What nobody has must be read again."""
         search = self._searches.pop(query_id)
-        for name in search.waiting:
-            self._nodes[name].silent = True
         self._timers.set(f"query {query_id}", None)
         swarm = self._swarms[search.version_id]
         swarm.searches.discard(query_id)
@@ -910,7 +908,10 @@ class TrackerState:
             if isinstance(key, int):
                 effects.append(CloseSession(key, f"nothing heard for {NODE_SILENT_S:g} s"))
             else:
-                self._end_search(int(key.removeprefix("query ")), now_s, effects)
+                query_id = int(key.removeprefix("query "))
+                for name in self._searches[query_id].waiting:
+                    self._nodes[name].silent = True
+                self._end_search(query_id, now_s, effects)
         for server in self._servers.values():
             for lease in server.ledger.expired(now_s):
                 self._expire(self._ranges[lease.lease_id], now_s, effects)

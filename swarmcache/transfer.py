@@ -54,6 +54,8 @@ from swarmcache.errors import (
     RemoteError,
     SwarmcacheError,
 )
+from swarmcache.quantities import HostPort
+from swarmcache.serving import bind
 
 HANDSHAKE_S = 5.0  # two round trips, on a bad day
 STRANGERS_MAX = 256  # connections without proof; the oldest makes room for a newer one
@@ -310,11 +312,7 @@ class ChunkServer:
     async def start(self, host: str, port: int) -> int:
         """Listen. Returns the port, which matters if ``port`` is 0. Raises OSError."""
         self._loop = asyncio.get_running_loop()
-        found = await self._loop.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, _, _, _, address = found[0]
-        self._listener = socket.create_server(address[:2], family=family, backlog=1024)
+        self._listener = bind(HostPort(host, port))
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener.fileno(), self._accept)
         return int(self._listener.getsockname()[1])
