@@ -1,550 +1,65 @@
-"""The cache directory of one node: replicas, partial files, free space.
-
-    <cache.dir>/.swarmcache/index.sqlite           which replicas there are
-    <cache.dir>/.swarmcache/objects/ab/<id>        a replica, read-only, with the source's mtime
-    <cache.dir>/.swarmcache/objects/ab/<id>.manifest
-    <cache.dir>/.swarmcache/partial/<id>           being fetched, its space reserved
-    <cache.dir>/.swarmcache/partial/<id>.chunks    journal of the chunks that it has
-    <cache.dir>/<user>/<real path of the source>   hard link to the replica
+"""The cache of one node: all its cache directories, seen as one.
 
 A shell: decides nothing about what to fetch, for whom, or what to give up. All classes are
 thread-safe. ``lookup``, ``open_source``, ``manifest``, ``status`` and ``user_path`` are quick
 enough for an event loop; everything else belongs into worker threads.
-
-Invariant: a path that ``lookup`` or ``publish`` returns is a link to a file whose every chunk has
-been verified, and which has not been touched since. A kill at any moment keeps that true.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import logging
-import os
-import stat
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from swarmcache.cache_index import CacheIndex, Replica, Trust
-from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
-from swarmcache.disk_calls import (
-    SharedFile,
-    Stamp,
-    disk_errors,
-    unlink_if_there,
-    write_all,
-)
-from swarmcache.errors import CacheDirUnusable, LocalError
+from swarmcache.cache_dir import CacheDir, ChunkSource, Partial, User
+from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.messages import DiskStatus
-from swarmcache.partial import Partial, decode_manifest, digest_range, encode_manifest
-from swarmcache.partial_store import PartialStore, SpaceLimits
-from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
 
 __all__ = ["Cache", "ChunkSource", "Partial", "User"]
 
-log = logging.getLogger(__name__)
-
-SOURCES_MAX = 64  # replicas kept open for peers; a daemon may have 1024 descriptors by default
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_MANIFEST = ".manifest"
-
-
-class ChunkSource:
-    """The chunks of a complete or partial file, open for reading until ``close``.
-
-    ``fd`` stays valid until then, whatever becomes of the file. ``has`` is asked before every
-    read, for a partial file gets more chunks, and loses them all when it is discarded.
-    """
-
-    def __init__(self, file: SharedFile, layout: ChunkLayout, has: Callable[[int], bool]) -> None:
-        """Takes over one use of ``file``."""
-        self._file: SharedFile | None = file
-        self.fd = file.fd
-        self.layout = layout
-        self.has = has
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.release()
-
 
 class Cache:
-    """The files below one cache directory. One process at a time can have it open."""
+    """What the daemon has of files. Every method is that of ``CacheDir``."""
 
-    def __init__(
-        self, root: Path, *, min_free: Callable[[int], int], max_usage: Callable[[int], int]
-    ) -> None:
-        """Open the cache directory, making it if need be, without reading what is in it.
-
-        ``min_free`` and ``max_usage`` take the capacity of the disk and return the space that
-        stays free, and the space that the cache may take, all in bytes.
-        Raises CacheDirUnusable with what to do about it; LocalError when the disk fails.
-        """
-        self._boot_id = _boot_id()
-        # Guards objects, links and what the index says of them; held for well under 1 ms each.
-        self._objects_lock = threading.RLock()
-        self._sources_lock = threading.Lock()
-        self._sources: OrderedDict[bytes, tuple[SharedFile, ChunkLayout]] = OrderedDict()
-        self._last_used_s: dict[bytes, float] = {}
-        self._last_used_lock = threading.Lock()
-        with ExitStack() as stack:
-            path, self._root_fd = open_cache_root(os.fspath(root))
-            stack.callback(os.close, self._root_fd)
-            self._device = os.fstat(self._root_fd).st_dev
-            own = os.fsdecode(path) + "/.swarmcache"
-            with disk_errors(f"open {own}"):
-                own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
-                check_ours(own_fd, own, forbidden=0o077)
-                self._lock_directory(stack, own_fd, own)
-                self._objects_fd = self._open_directory(stack, "objects", own_fd)
-                self._partial_fd = self._open_directory(stack, "partial", own_fd)
-            self._tree = UserTree(path, self._root_fd)
-            self._index = CacheIndex(own + "/index.sqlite")
-            stack.callback(self._index.close)
-            limits = SpaceLimits(min_free, max_usage)
-            self._partials = PartialStore(
-                self._partial_fd, limits, lambda: self._index.totals()[1], self._install
-            )
-            self._resources = stack.pop_all()
+    def __init__(self, directories: Sequence[CacheDir]) -> None:
+        """Takes over the directories: one, for now."""
+        [self._directory] = directories
 
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
-        self._partials.close()
-        with self._sources_lock:
-            for file, _ in self._sources.values():
-                file.release()
-            self._sources.clear()
-        with self._resources:
-            self.flush()
+        self._directory.close()
 
     # --- replicas -----------------------------------------------------------------------------
 
     def lookup(self, version: FileVersion, user: User) -> str | None:
-        """Path of a verified replica for this user, None when there is none.
-
-        Makes the user's link where it is missing. A replica that is not what it was when it was
-        published is dropped. Raises CacheDirUnusable when this user's link cannot be made,
-        LocalError when the disk fails.
-        """
-        version_id = version.version_id
-        found = self._index.find_for(version_id, user)
-        if found is None:
-            return None
-        replica, linked = found
-        path = self._tree.path(user, version.path)
-        if not (linked and replica.trusted(self._boot_id) and self._untouched(path, replica)):
-            with self._objects_lock:
-                checked = self._checked(version_id)
-                if checked is None:
-                    return None
-                _, failed = self._link(checked, [user])
-            if failed:
-                raise failed[user.uid]
-        with self._last_used_lock:
-            self._last_used_s[version_id] = time.time()
-        return os.fsdecode(path)
+        return self._directory.lookup(version, user)
 
     def user_path(self, version: FileVersion, user: User) -> str:
-        """Where the user's copy is or would be. Raises CacheDirUnusable."""
-        return os.fsdecode(self._tree.path(user, version.path))
+        return self._directory.user_path(version, user)
 
     def replicas(self) -> Iterator[bytes]:
-        """Version ids of all verified replicas."""
-        return self._index.trusted_ids(self._boot_id)
+        return self._directory.replicas()
 
     def manifest(self, version_id: bytes) -> Manifest | None:
-        """The digests of a replica; None when there is none, or its manifest is damaged."""
-        decoded = self._read_manifest(version_id)
-        return decoded[1] if decoded else None
+        return self._directory.manifest(version_id)
 
     def drop(self, version_id: bytes) -> None:
-        """Remove a replica and all links to it; nothing happens when there is none."""
-        with self._objects_lock:
-            replica = self._index.find(version_id)
-            if replica is not None:
-                self._drop(replica)
+        self._directory.drop(version_id)
 
     def flush(self) -> None:
-        """Write the times of last use into the index, and keep its log short.
-
-        To be called every now and then; a kill loses the times noted since. Raises LocalError.
-        """
-        with self._last_used_lock:
-            noted, self._last_used_s = self._last_used_s, {}
-        if noted:
-            self._index.touch(noted)
-        self._index.shorten_log()
+        self._directory.flush()
 
     def make_durable(self, version_id: bytes) -> None:
-        """Bring a replica onto the disk, so that it outlives a power cut. Slow.
-
-        A copy whose fsync fails is dropped, since nobody knows what of it the disk has: fsync
-        reports an error once and would then succeed. Raises LocalError in that case.
-        """
-        name = _object_name(version_id)
-        with ExitStack() as stack, disk_errors(f"sync {name}"):
-            try:
-                fds = [
-                    self._open_object(stack, name, _READ),
-                    self._open_object(stack, name + _MANIFEST, _READ),
-                    self._open_object(stack, name[:2], _DIRECTORY),
-                ]
-            except FileNotFoundError:
-                return  # dropped meanwhile
-            inode = Stamp.of(os.fstat(fds[0])).inode
-            try:
-                for fd in (*fds, self._objects_fd):
-                    os.fsync(fd)
-            except OSError:
-                with self._objects_lock:
-                    replica = self._index.find(version_id)
-                    if replica is not None and replica.stamp.inode == inode:
-                        self._drop(replica)
-                raise
-        # Under the lock nobody is making a link, which would write back the trust of before.
-        with self._objects_lock:
-            self._index.mark_durable(version_id, inode)
-        self._index.sync()
+        self._directory.make_durable(version_id)
 
     def recover_undurable(self) -> Iterator[bytes]:
-        """Digest the replicas that a power cut or a kill has left in doubt. Very slow.
-
-        Yields the version id of each one that is good; the others are dropped. Until then
-        ``lookup`` does not know them. Raises LocalError when the disk fails.
-        """
-        for version_id in self._index.untrusted_ids(self._boot_id):
-            if self._recover(version_id):
-                self.make_durable(version_id)
-                yield version_id
+        return self._directory.recover_undurable()
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
-        """The chunks of a replica or partial file, to serve them; the caller closes it.
-
-        None when there is neither. Raises LocalError when the disk fails.
-        """
-        partial = self._partials.find(version_id)
-        if partial is not None and partial.file.retain():
-            return ChunkSource(partial.file, partial.layout, partial.has)
-        replica = self._index.find(version_id)
-        if replica is None:
-            return None
-        source = self._open_replica(replica)
-        if source is not None and replica.trusted(self._boot_id):
-            with disk_errors("look at a replica"):
-                if Stamp.of(os.fstat(source.fd)) == replica.stamp:
-                    return source
-        if source is not None:
-            source.close()
-        # Not as the index says: changed by somebody, or by us just now.
-        with self._objects_lock:
-            checked = self._checked(version_id)
-            return self._open_replica(checked) if checked else None
+        return self._directory.open_source(version_id)
 
     # --- the whole ----------------------------------------------------------------------------
 
     def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
-        """Reserve the space for a file and open it, or resume what there is of it.
-
-        Only one at a time for a version. Raises NoSpace within the limits set, and LocalError.
-        """
-        return self._partials.begin(version, chunk_size_bytes)
+        return self._directory.begin(version, chunk_size_bytes)
 
     def status(self) -> DiskStatus:
-        """Room on the disk; what partial files have reserved counts as used. Raises LocalError."""
-        file_count, stored_bytes = self._index.totals()
-        with disk_errors("ask for free space"):
-            disk = os.fstatvfs(self._root_fd)
-        return DiskStatus(
-            capacity_bytes=disk.f_blocks * disk.f_frsize,
-            free_bytes=disk.f_bavail * disk.f_frsize,
-            used_bytes=stored_bytes + self._partials.reserved_bytes(),
-            file_count=file_count,
-        )
-
-    # --- opening ------------------------------------------------------------------------------
-
-    def _open_directory(self, stack: ExitStack, name: str, above_fd: int) -> int:
-        with suppress(FileExistsError):  # from an earlier start
-            os.mkdir(name, 0o700, dir_fd=above_fd)
-        try:
-            fd = os.open(name, _DIRECTORY, dir_fd=above_fd)
-        except NotADirectoryError as error:
-            raise CacheDirUnusable(
-                f"{name} in the cache directory is no directory: remove it"
-            ) from error
-        stack.callback(os.close, fd)
-        return fd
-
-    def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> None:
-        fd = os.open("lock", _MAKE, 0o600, dir_fd=own_fd)
-        stack.callback(os.close, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheDirUnusable(
-                f"another daemon uses {own}: stop it, or name another directory in cache.dir"
-            ) from error
-
-    # --- replicas, inside ---------------------------------------------------------------------
-
-    def _untouched(self, path: bytes, replica: Replica) -> bool:
-        """Whether the object is what it was, and the user's link leads to it: one ``stat``."""
-        try:
-            status = os.lstat(path)
-        except OSError:
-            return False  # whatever it is, the slow way finds out
-        return status.st_dev == self._device and Stamp.of(status) == replica.stamp
-
-    def _checked(self, version_id: bytes) -> Replica | None:
-        """The replica if it may be handed out. One that somebody has touched is dropped."""
-        replica = self._index.find(version_id)
-        if replica is None or not replica.trusted(self._boot_id):
-            return None
-        stamp = self._stamp(version_id)
-        if stamp == replica.stamp:
-            return replica
-        log.warning(
-            "the copy of %s was touched (%s, expected %s): dropped",
-            *(os.fsdecode(replica.path), stamp, replica.stamp),
-        )
-        self._drop(replica)
-        return None
-
-    def _stamp(self, version_id: bytes) -> Stamp | None:
-        """What stat says of an object; None when there is no such file."""
-        with disk_errors("look at a replica"):
-            try:
-                status = os.stat(
-                    _object_name(version_id), dir_fd=self._objects_fd, follow_symlinks=False
-                )
-            except FileNotFoundError:
-                return None
-        return Stamp.of(status) if _is_file(status) else None
-
-    def _link(
-        self, replica: Replica, users: Sequence[User]
-    ) -> tuple[dict[int, str], dict[int, LocalError]]:
-        """Make links to an object: the path, or the reason why there is none, per uid.
-
-        Afterwards the index has the new ctime, and a doubtful replica is a written one. When the
-        index fails in between, the replica stays in doubt and the LocalError is raised.
-        """
-        version_id = replica.version_id
-        paths: dict[int, str] = {}
-        failed: dict[int, LocalError] = {}
-        displaced = self._doubt_other_versions(replica, users)
-        self._index.doubt(version_id, users)
-        for user in users:
-            try:
-                paths[user.uid] = self._link_one(replica, user)
-            except LocalError as error:
-                failed[user.uid] = error
-        self._settle(replica, [user for user in users if user.uid in paths])
-        for other in displaced:
-            self._settle(other)
-        return paths, failed
-
-    def _doubt_other_versions(self, replica: Replica, users: Sequence[User]) -> list[Replica]:
-        """Other versions of the same source, whose link count changes when a link gives way."""
-        ids = {v for user in users for v in self._index.linked_versions(replica.path, user)}
-        checked = [self._checked(version_id) for version_id in ids - {replica.version_id}]
-        others = [other for other in checked if other is not None]
-        for other in others:
-            self._index.doubt(other.version_id)
-        return others
-
-    def _settle(self, replica: Replica, linked: Sequence[User] = ()) -> None:
-        """Note the ctime that links made or taken have left. Raises LocalError if more changed."""
-        stamp = self._stamp(replica.version_id)
-        if stamp is None or dataclasses.replace(stamp, ctime_ns=replica.stamp.ctime_ns) != (
-            replica.stamp
-        ):
-            raise LocalError(f"the copy of {os.fsdecode(replica.path)} was touched just now")
-        trust = max(replica.trust, Trust.WRITTEN)
-        self._index.settle(replica.version_id, stamp, trust, self._boot_id, linked)
-
-    def _link_one(self, replica: Replica, user: User) -> str:
-        path = self._tree.path(user, replica.path)
-        name = _object_name(replica.version_id)
-        scratch = replica.version_id.hex() + ".link"
-        with disk_errors(f"clear {scratch}"):
-            unlink_if_there(scratch, self._partial_fd)
-        self._tree.link(
-            user,
-            replica.path,
-            (name, self._objects_fd),
-            (scratch, self._partial_fd),
-            self._index.linked_versions(replica.path, user).values(),
-        )
-        return os.fsdecode(path)
-
-    def _drop(self, replica: Replica) -> None:
-        """Remove links, files and row, in this order, so that after a kill it can be repeated."""
-        version_id = replica.version_id
-        name = _object_name(version_id)
-        for user in self._index.links(version_id):
-            self._tree.unlink(user, replica.path, replica.stamp.inode)
-        with disk_errors(f"remove {name}"):
-            unlink_if_there(name, self._objects_fd)
-            unlink_if_there(name + _MANIFEST, self._objects_fd)
-        self._index.delete(version_id)
-        with self._sources_lock:
-            kept = self._sources.pop(version_id, None)
-        if kept is not None:
-            kept[0].release()
-
-    def _read_manifest(self, version_id: bytes) -> tuple[FileVersion, Manifest] | None:
-        name = _object_name(version_id) + _MANIFEST
-        with disk_errors(f"read {name}"):
-            try:
-                fd = os.open(name, _READ, dir_fd=self._objects_fd)
-            except FileNotFoundError:
-                return None
-            with os.fdopen(fd, "rb") as file:
-                data = file.read()
-        decoded = decode_manifest(data)
-        return decoded if decoded and decoded[0].version_id == version_id else None
-
-    def _open_object(self, stack: ExitStack, name: str, flags: int) -> int:
-        fd = os.open(name, flags, dir_fd=self._objects_fd)
-        stack.callback(os.close, fd)
-        return fd
-
-    def _recover(self, version_id: bytes) -> bool:
-        """Digest a replica in doubt; whether it is one that can be trusted now."""
-        name = _object_name(version_id)
-        with ExitStack() as stack, disk_errors(f"check {name}"):
-            try:
-                fd = self._open_object(stack, name, _READ)
-                stamp = Stamp.of(os.fstat(fd))
-            except FileNotFoundError:
-                fd, stamp = -1, None
-            good = stamp is not None and self._digests_match(version_id, fd, stamp)
-            with self._objects_lock:
-                replica = self._index.find(version_id)
-                if replica is None or replica.trusted(self._boot_id):
-                    return False  # dropped or published anew meanwhile
-                if not good or self._stamp(version_id) != stamp:
-                    log.warning("%s did not survive: dropped", os.fsdecode(replica.path))
-                    self._drop(replica)
-                    return False
-                _finish(fd, replica.stamp.mtime_ns)  # a power cut may have taken that away
-                stamp = Stamp.of(os.fstat(fd))
-                self._index.settle(version_id, stamp, Trust.WRITTEN, self._boot_id)
-                return True
-
-    def _digests_match(self, version_id: bytes, fd: int, stamp: Stamp) -> bool:
-        manifest = self.manifest(version_id)
-        if manifest is None or manifest.layout.size_bytes != stamp.size_bytes:
-            return False
-        layout = manifest.layout
-        return all(
-            digest_range(fd, layout.offset_bytes(chunk), layout.length_bytes(chunk)) == digest
-            for chunk, digest in enumerate(manifest.digests)
-        )
-
-    def _open_replica(self, replica: Replica) -> ChunkSource | None:
-        version_id = replica.version_id
-        with self._sources_lock, disk_errors("open a replica"):
-            kept = self._sources.get(version_id)
-            if kept is None:
-                try:
-                    fd = os.open(_object_name(version_id), _READ, dir_fd=self._objects_fd)
-                except FileNotFoundError:
-                    return None
-                layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)
-                kept = self._sources[version_id] = (SharedFile(fd), layout)
-                if len(self._sources) > SOURCES_MAX:
-                    self._sources.popitem(last=False)[1][0].release()
-            self._sources.move_to_end(version_id)
-            file, layout = kept
-            file.retain()
-            return ChunkSource(file, layout, range(layout.chunk_count).__contains__)
-
-    # --- publishing ---------------------------------------------------------------------------
-
-    def _install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]:
-        """Make a complete partial file a replica; returns the path per uid of a user."""
-        version_id = partial.version.version_id
-        with self._objects_lock, disk_errors(f"publish {version_id.hex()}"):
-            self.drop(version_id)  # one in doubt, which nobody waits for any more
-            replica = self._new_replica(partial)
-            self._index.insert(replica)
-            try:
-                self._move_into_objects(partial)
-                paths, failed = self._link(replica, users)
-            except BaseException:
-                self._drop(replica)
-                raise
-        for uid, error in failed.items():
-            log.warning("no link for uid %d: %s", uid, error)
-        return paths
-
-    def _new_replica(self, partial: Partial) -> Replica:
-        """The row of a file that is about to be published, with its final times and mode."""
-        version = partial.version
-        fd = partial.file.fd
-        _finish(fd, version.mtime_ns)
-        now_s = time.time()
-        return Replica(
-            version.version_id,
-            version.path,
-            partial.layout.chunk_size_bytes,
-            self._partials.stored_bytes(version, partial.layout),
-            Trust.DOUBTFUL,
-            self._boot_id,
-            Stamp.of(os.fstat(fd)),
-            created_s=now_s,
-            last_used_s=now_s,
-        )
-
-    def _move_into_objects(self, partial: Partial) -> None:
-        name = partial.version.version_id.hex()
-        target = _object_name(partial.version.version_id)
-        with suppress(FileExistsError):  # one of 256, nearly always there
-            os.mkdir(target[:2], 0o700, dir_fd=self._objects_fd)
-        data = encode_manifest(partial.version, partial.manifest())
-        fd = os.open(name + _MANIFEST, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
-        try:
-            write_all(fd, data, 0)
-        finally:
-            os.close(fd)
-        for suffix in (_MANIFEST, ""):
-            os.rename(
-                name + suffix,
-                target + suffix,
-                src_dir_fd=self._partial_fd,
-                dst_dir_fd=self._objects_fd,
-            )
-
-
-def _boot_id() -> bytes:
-    """16 bytes that change when the machine is started, or with every call if that is unknown."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except FileNotFoundError:
-        return os.urandom(16)
-    return bytes.fromhex(text.strip().replace("-", ""))
-
-
-def _finish(fd: int, mtime_ns: int) -> None:
-    """Give a complete file the time of its source, and take away the right to write it."""
-    os.utime(fd, ns=(time.time_ns(), mtime_ns))
-    os.fchmod(fd, 0o444)
-
-
-def _object_name(version_id: bytes) -> str:
-    name = version_id.hex()
-    return f"{name[:2]}/{name}"
-
-
-def _is_file(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode)
+        return self._directory.status()

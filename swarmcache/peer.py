@@ -25,10 +25,12 @@ from aiohttp import web
 
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
+from swarmcache.cache_dir import CacheDir
 from swarmcache.chunks import choose_chunk_size
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
+from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.link import Link, connect, serve
 from swarmcache.local_protocol import (
@@ -61,17 +63,13 @@ from swarmcache.peer_events import (
     ChunkArrived,
     ChunkCorrupt,
     ChunkRead,
-    ChunksRecovered,
     DialPeer,
-    DiskMeasured,
     DistrustPeer,
     DropPartial,
     FetchChunk,
-    FilePublished,
     FileWanted,
     HangUp,
     LoadManifest,
-    ManifestLoaded,
     PeerBusy,
     PeerConnected,
     PeerEffect,
@@ -79,15 +77,12 @@ from swarmcache.peer_events import (
     PeerLost,
     PeerSaid,
     PeerUnreachable,
-    PublishFailed,
     PublishFile,
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
     RequestGone,
     ReserveSpace,
-    SpaceRefused,
-    SpaceReserved,
     StatusWanted,
     TellPeer,
     TellTracker,
@@ -118,7 +113,6 @@ DISK_THREADS = 4
 READ_THREADS = 8
 EXAMINE_THREADS = 16
 PROGRESS_S = 0.25
-DISK_STATUS_S = 5.0
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
@@ -145,7 +139,6 @@ class Work:
     ``answers``: tasks that hand out the finished copy.
     """
 
-    partial: Partial | None = None
     from_peers_bytes: int = 0
     from_file_server_bytes: int = 0
     users: dict[int, User] = field(default_factory=dict)
@@ -169,7 +162,6 @@ class Daemon:
         self._status_requests: dict[int, LocalConnection] = {}
         self._request_count = 0
         self._work: dict[bytes, Work] = {}
-        self._disk_tail: dict[bytes, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         self._started_s = now_s()
@@ -248,6 +240,9 @@ class Daemon:
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
         )
+        self._disk = DiskWorker(
+            self._cache, self._disk_threads, self._spawn, self._shell.handle, self._end_work
+        )
         stack.callback(self._stop_machine)
 
     async def _serve(self, stack: AsyncExitStack) -> None:
@@ -262,8 +257,7 @@ class Daemon:
         stack.callback(self._local_server.close)
         stack.callback(self._answer_everybody)
         self._spawn(self._stay_with_tracker())
-        self._spawn(self._look_after_disk())
-        self._spawn(self._recover_undurable())
+        self._disk.start()
 
     def _answer_everybody(self) -> None:
         for request in list(self._requests):
@@ -616,160 +610,37 @@ class Daemon:
                 self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
             case AnswerStatus():
                 self._answer_status(effect)
-            case _:
-                self._carry_out_on_disk(effect)
-
-    def _carry_out_on_disk(
-        self, effect: ReserveSpace | PublishFile | DropPartial | LoadManifest
-    ) -> None:
-        match effect:
-            case ReserveSpace():
-                version_id = effect.version.version_id
-                self._after_disk(version_id, self._reserve(effect), SpaceRefused)
             case PublishFile():
-                version_id = effect.version_id
-                self._after_disk(version_id, self._publish(version_id), PublishFailed)
-            case DropPartial():
-                self._drop(effect)
-            case LoadManifest():
-                self._after_disk(effect.version_id, self._load_manifest(effect.version_id))
+                self._publish(effect.version_id)
+            case ReserveSpace() | DropPartial() | LoadManifest():
+                self._disk.carry_out(effect)
 
-    # --- the disk -------------------------------------------------------------------------------
-
-    def _after_disk(
-        self,
-        version_id: bytes,
-        coroutine: Coroutine[Any, Any, None],
-        failed: Callable[[bytes, str], PeerEvent] | None = None,
-    ) -> None:
-        """Run disk work on one file version in the order in which it was asked for.
-
-        ``failed`` makes the event that tells the machine of a bug of ours, so that no job waits.
-        """
-        former = self._disk_tail.get(version_id)
-
-        async def in_turn() -> None:
-            if former is not None:
-                await asyncio.wait([former])
-            try:
-                await coroutine
-            except Exception as error:
-                if failed is not None:
-                    self._shell.handle(failed(version_id, f"internal error: {error}"))
-                raise
-            finally:
-                if self._disk_tail.get(version_id) is asyncio.current_task():
-                    del self._disk_tail[version_id]
-
-        self._disk_tail[version_id] = self._spawn(in_turn())
-
-    async def _reserve(self, effect: ReserveSpace) -> None:
-        version_id = effect.version.version_id
-        try:
-            partial = await self._in_thread(
-                self._disk_threads, self._cache.begin, effect.version, effect.chunk_size_bytes
-            )
-        except LocalError as error:
-            self._shell.handle(SpaceRefused(version_id, str(error)))
-            return
-        self._work[version_id].partial = partial
-        self._shell.handle(SpaceReserved(version_id, partial.layout.chunk_size_bytes))
-        digests: dict[int, bytes] = {}
-        if partial.resumable:
-            try:
-                digests = await self._in_thread(self._disk_threads, lambda: dict(partial.recover()))
-            except LocalError as error:
-                self._shell.handle(WriteFailed(version_id, str(error)))
-        self._shell.handle(ChunksRecovered(version_id, digests))
-
-    async def _publish(self, version_id: bytes) -> None:
+    def _publish(self, version_id: bytes) -> None:
         work = self._work[version_id]
-        partial = work.partial
-        assert partial is not None, "publishing without a file"
         fetching = self._state.fetching(version_id)
         if fetching is not None and fetching.download is not None:
             work.from_peers_bytes = fetching.download.from_peers_bytes
             work.from_file_server_bytes = fetching.download.from_file_server_bytes
-        try:
-            users = list(work.users.values())
-            await self._in_thread(self._disk_threads, partial.publish, users)
-        except LocalError as error:
-            self._shell.handle(PublishFailed(version_id, str(error)))
-            return
-        work.partial = None
-        self._shell.handle(FilePublished(version_id))
-        self._end_work(version_id)
-        if work.answers:  # jobs do not share the disk with our fsync
-            await asyncio.wait(work.answers)
-        await self._make_durable(version_id)
+        self._disk.publish(version_id, list(work.users.values()))
 
-    async def _make_durable(self, version_id: bytes) -> None:
-        try:
-            await self._in_thread(self._disk_threads, self._cache.make_durable, version_id)
-        except LocalError as error:
-            log.error("dropped a copy that could not be made durable: %s", error)
+    def _end_work(self, version_id: bytes) -> list[asyncio.Task[None]]:
+        """Close what the shell holds of a file version, unless it is wanted again already.
 
-    def _drop(self, effect: DropPartial) -> None:
-        work = self._work.get(effect.version_id)
-        partial = None
-        if work is not None:
-            partial, work.partial = work.partial, None
-        self._end_work(effect.version_id)
-        self._after_disk(
-            effect.version_id, self._drop_on_disk(effect.version_id, partial, keep=effect.keep)
-        )
-
-    async def _drop_on_disk(
-        self, version_id: bytes, partial: Partial | None, *, keep: bool
-    ) -> None:
-        try:
-            if partial is not None:
-                drop = partial.close if keep else partial.discard
-                await self._in_thread(self._disk_threads, drop)
-            elif not keep:
-                await self._in_thread(self._disk_threads, self._cache.drop, version_id)
-        except LocalError as error:
-            log.error("cannot drop what was fetched: %s", error)
-
-    def _end_work(self, version_id: bytes) -> None:
-        """Close what the shell holds of a file version, unless it is wanted again already."""
+        Returns the tasks that hand out the copy.
+        """
+        work = self._work.get(version_id)
+        if work is None:
+            return []
         if self._state.fetching(version_id) is None:
-            work = self._work.pop(version_id, None)
-            for fd in work.fds if work is not None else []:
+            del self._work[version_id]
+            for fd in work.fds:
                 os.close(fd)
-
-    async def _load_manifest(self, version_id: bytes) -> None:
-        digests: tuple[bytes, ...] = ()
-        try:
-            manifest = await self._in_thread(self._disk_threads, self._cache.manifest, version_id)
-            digests = manifest.digests if manifest is not None else ()
-        except LocalError as error:
-            log.error("cannot read a manifest: %s", error)
-        self._shell.handle(ManifestLoaded(version_id, digests))
-
-    async def _look_after_disk(self) -> None:
-        """Now and then write down when copies were last used, and measure the disk."""
-        while True:
-            try:
-                await self._in_thread(self._disk_threads, self._cache.flush)
-                self._shell.handle(DiskMeasured(self._cache.status()))
-            except LocalError as error:
-                log.error("the disk of the cache fails: %s", error)
-            await asyncio.sleep(DISK_STATUS_S)
-
-    async def _recover_undurable(self) -> None:
-        """Digest what a crash has left in doubt, and announce what is good."""
-        replicas = self._cache.recover_undurable()
-        try:
-            while found := await self._in_thread(self._disk_threads, next, replicas, None):
-                self._tell_tracker(Replicas([found]))
-        except LocalError as error:
-            log.error("cannot look after copies in doubt: %s", error)
+        return work.answers
 
     # --- chunks ---------------------------------------------------------------------------------
 
     def _fetch_chunk(self, effect: FetchChunk) -> None:
-        partial = self._work[effect.version_id].partial
+        partial = self._disk.partial(effect.version_id)
         assert partial is not None, "fetching a chunk without room for it"
         host = HostPort.parse(effect.address.node).host
         future = self._fetcher.fetch(
@@ -821,8 +692,7 @@ class Daemon:
 
     def _read_range(self, effect: ReadRange, fd: int) -> None:
         """Read a leased range, in a thread of its own; closes ``fd``."""
-        work = self._work[effect.version_id]
-        partial = work.partial
+        partial = self._disk.partial(effect.version_id)
         assert partial is not None, "reading a range without room for it"
         tell = self._shell.handle_from_thread
 
@@ -859,11 +729,12 @@ def open_cache(config: Config) -> Cache:
     cache = config.cache
     if len(cache.dirs) != 1:
         raise ConfigError("cache.dir: several directories are not supported yet; expected one")
-    return Cache(
+    directory = CacheDir(
         cache.dirs[0],
         min_free=cache.min_free.resolve_bytes,
         max_usage=cache.max_usage.resolve_bytes,
     )
+    return Cache([directory])
 
 
 async def run_daemon(config: Config) -> None:

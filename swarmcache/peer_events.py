@@ -108,6 +108,13 @@ class ReplicaDropped:
 
 
 @dataclass(slots=True)
+class ReplicaRecovered:
+    """A copy that a crash had left in doubt was digested, and is good."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
 class ManifestLoaded:
     """The digests of a replica, in order of the chunks; empty where there is none any more."""
 
@@ -269,6 +276,7 @@ PeerEvent: TypeAlias = (
     | PublishFailed
     | WriteFailed
     | ReplicaDropped
+    | ReplicaRecovered
     | ManifestLoaded
     | TrackerConnected
     | TrackerLost

@@ -93,6 +93,7 @@ from swarmcache.peer_events import (
     RangeReadFailed,
     ReadRange,
     ReplicaDropped,
+    ReplicaRecovered,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -404,6 +405,7 @@ class PeerState:
         | PublishFailed
         | WriteFailed
         | ReplicaDropped
+        | ReplicaRecovered
         | ManifestLoaded
         | DiskMeasured,
         now_s: float,
@@ -419,6 +421,8 @@ class PeerState:
             case ReplicaDropped():
                 self._drop_seed(event.version_id, now_s)
                 self._tell(Leave(event.version_id), effects)
+            case ReplicaRecovered():
+                self._tell(Replicas([event.version_id]), effects)
             case ManifestLoaded():
                 self._handle_manifest(event, now_s, effects)
             case DiskMeasured():

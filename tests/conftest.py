@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from swarmcache.cache_dir import CacheDir
 from tests.box import missing
+from tests.disk_helpers import open_cache
 
 # The machine is shared: how long an example takes says nothing about the code.
 settings.register_profile("swarmcache", deadline=None)
@@ -35,3 +40,19 @@ def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in os.environ:
         if variable.startswith("SWARMCACHE_"):
             monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A cache directory to be, on a real disk, in a place that every user can reach."""
+    above = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="swarmcache-test-"))
+    above.chmod(0o755)
+    yield above / "cache"
+    shutil.rmtree(above)
+
+
+@pytest.fixture
+def cache(root: Path) -> Iterator[CacheDir]:
+    cache = open_cache(root)
+    yield cache
+    cache.close()

@@ -21,6 +21,7 @@ LINE_COLUMNS_MAX = 100
 LAYERS = {
     "shells": {
         "__main__",
+        "cache_dir",
         "cache_index",
         "cli",
         "client",
@@ -30,6 +31,7 @@ LAYERS = {
         "directories",
         "disk",
         "disk_calls",
+        "disk_worker",
         "display",
         "get",
         "lease_journal",

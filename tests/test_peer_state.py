@@ -66,6 +66,7 @@ from swarmcache.peer_events import (
     RangeReadFailed,
     ReadRange,
     ReplicaDropped,
+    ReplicaRecovered,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -763,6 +764,15 @@ def test_a_neighbour_of_a_dropped_replica_is_hung_up() -> None:
     bench.tell(ReplicaDropped(file.version_id))
 
     assert of(HangUp, bench.wait_until(101.0 + LINGER_S)) == [HangUp(HIGHER.node)]
+
+
+def test_a_copy_in_doubt_is_announced_when_it_was_found_good() -> None:
+    bench = Bench()
+    file = version()
+
+    effects = bench.tell(ReplicaRecovered(file.version_id))
+
+    assert effects == [TellTracker(Replicas([file.version_id]))]
 
 
 def test_a_dial_that_succeeds_after_the_last_swarm_has_gone_is_hung_up() -> None:

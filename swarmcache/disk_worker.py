@@ -1,0 +1,203 @@
+"""Carries out what the node's machine wants of the disk, and looks after the disk meanwhile.
+
+The disk may block, so all of it runs in threads. What is asked about one file version is done in
+the order in which it was asked for. Every ``LocalError`` becomes an event or a line in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from swarmcache.disk import Cache, Partial, User
+from swarmcache.errors import LocalError
+from swarmcache.peer_events import (
+    ChunksRecovered,
+    DiskMeasured,
+    DropPartial,
+    FilePublished,
+    LoadManifest,
+    ManifestLoaded,
+    PeerEvent,
+    PublishFailed,
+    ReplicaRecovered,
+    ReserveSpace,
+    SpaceRefused,
+    SpaceReserved,
+    WriteFailed,
+)
+
+log = logging.getLogger(__name__)
+
+DISK_STATUS_S = 5.0
+
+Task = asyncio.Task[None]
+Result = TypeVar("Result")
+
+
+class DiskWorker:
+    """The disk work of one daemon. It holds the partial files that are being filled."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        threads: ThreadPoolExecutor,
+        spawn: Callable[[Coroutine[Any, Any, None]], Task],
+        handle: Callable[[PeerEvent], None],
+        end_work: Callable[[bytes], Collection[Task]],
+    ) -> None:
+        """``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
+
+        ``end_work`` is called when a partial file is let go of; it returns the tasks that hand out
+        the finished copy.
+        """
+        self._cache = cache
+        self._threads = threads
+        self._spawn = spawn
+        self._handle = handle
+        self._end_work = end_work
+        self._partials: dict[bytes, Partial] = {}
+        self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
+
+    def start(self) -> None:
+        """Begin to look after the disk."""
+        self._spawn(self._look_after_disk())
+        self._spawn(self._recover_undurable())
+
+    def partial(self, version_id: bytes) -> Partial | None:
+        """The file that is being filled, once there is room for it. Safe to call from a thread."""
+        return self._partials.get(version_id)
+
+    def carry_out(self, effect: ReserveSpace | DropPartial | LoadManifest) -> None:
+        match effect:
+            case ReserveSpace():
+                self._after(effect.version.version_id, self._reserve(effect), SpaceRefused)
+            case DropPartial():
+                self._drop(effect)
+            case LoadManifest():
+                self._after(effect.version_id, self._load_manifest(effect.version_id))
+
+    def publish(self, version_id: bytes, users: Sequence[User]) -> None:
+        """Carry out ``PublishFile``, with links for these users."""
+        self._after(version_id, self._publish(version_id, users), PublishFailed)
+
+    def _after(
+        self,
+        version_id: bytes,
+        coroutine: Coroutine[Any, Any, None],
+        failed: Callable[[bytes, str], PeerEvent] | None = None,
+    ) -> None:
+        """Run disk work on one file version in the order in which it was asked for.
+
+        ``failed`` makes the event that tells the machine of a bug of ours, so that no job waits.
+        """
+        former = self._tail.get(version_id)
+
+        async def in_turn() -> None:
+            if former is not None:
+                await asyncio.wait([former])
+            try:
+                await coroutine
+            except Exception as error:
+                if failed is not None:
+                    self._handle(failed(version_id, f"internal error: {error}"))
+                raise
+            finally:
+                if self._tail.get(version_id) is asyncio.current_task():
+                    del self._tail[version_id]
+
+        self._tail[version_id] = self._spawn(in_turn())
+
+    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    # --- one file version -----------------------------------------------------------------------
+
+    async def _reserve(self, effect: ReserveSpace) -> None:
+        version_id = effect.version.version_id
+        try:
+            partial = await self._in_thread(
+                self._cache.begin, effect.version, effect.chunk_size_bytes
+            )
+        except LocalError as error:
+            self._handle(SpaceRefused(version_id, str(error)))
+            return
+        self._partials[version_id] = partial
+        self._handle(SpaceReserved(version_id, partial.layout.chunk_size_bytes))
+        digests: dict[int, bytes] = {}
+        if partial.resumable:
+            try:
+                digests = await self._in_thread(lambda: dict(partial.recover()))
+            except LocalError as error:
+                self._handle(WriteFailed(version_id, str(error)))
+        self._handle(ChunksRecovered(version_id, digests))
+
+    async def _publish(self, version_id: bytes, users: Sequence[User]) -> None:
+        partial = self._partials[version_id]
+        try:
+            await self._in_thread(partial.publish, users)
+        except LocalError as error:
+            self._handle(PublishFailed(version_id, str(error)))
+            return
+        del self._partials[version_id]
+        self._handle(FilePublished(version_id))
+        answers = self._end_work(version_id)
+        if answers:  # jobs do not share the disk with our fsync
+            await asyncio.wait(answers)
+        await self._make_durable(version_id)
+
+    async def _make_durable(self, version_id: bytes) -> None:
+        try:
+            await self._in_thread(self._cache.make_durable, version_id)
+        except LocalError as error:
+            log.error("dropped a copy that could not be made durable: %s", error)
+
+    def _drop(self, effect: DropPartial) -> None:
+        version_id = effect.version_id
+        partial = self._partials.pop(version_id, None)
+        self._end_work(version_id)
+        self._after(version_id, self._drop_on_disk(version_id, partial, keep=effect.keep))
+
+    async def _drop_on_disk(
+        self, version_id: bytes, partial: Partial | None, *, keep: bool
+    ) -> None:
+        try:
+            if partial is not None:
+                await self._in_thread(partial.close if keep else partial.discard)
+            elif not keep:
+                await self._in_thread(self._cache.drop, version_id)
+        except LocalError as error:
+            log.error("cannot drop what was fetched: %s", error)
+
+    async def _load_manifest(self, version_id: bytes) -> None:
+        digests: tuple[bytes, ...] = ()
+        try:
+            manifest = await self._in_thread(self._cache.manifest, version_id)
+            digests = manifest.digests if manifest is not None else ()
+        except LocalError as error:
+            log.error("cannot read a manifest: %s", error)
+        self._handle(ManifestLoaded(version_id, digests))
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    async def _look_after_disk(self) -> None:
+        """Now and then write down when copies were last used, and measure the disk."""
+        while True:
+            try:
+                await self._in_thread(self._cache.flush)
+                self._handle(DiskMeasured(self._cache.status()))
+            except LocalError as error:
+                log.error("the disk of the cache fails: %s", error)
+            await asyncio.sleep(DISK_STATUS_S)
+
+    async def _recover_undurable(self) -> None:
+        """Digest what a crash has left in doubt, and announce what is good."""
+        replicas = self._cache.recover_undurable()
+        try:
+            while found := await self._in_thread(next, replicas, None):
+                self._handle(ReplicaRecovered(found))
+        except LocalError as error:
+            log.error("cannot look after copies in doubt: %s", error)

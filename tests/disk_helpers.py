@@ -1,0 +1,127 @@
+"""What the tests of cache directories share; also used by the scripts that they have killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+from blake3 import blake3
+
+from swarmcache.cache_dir import CacheDir, Partial, User
+from swarmcache.cache_index import CacheIndex
+from swarmcache.chunks import FileVersion
+from swarmcache.errors import CacheDirUnusable, NoSpace
+
+# The scripts import everything from here.
+__all__ = [
+    "CHUNK_BYTES",
+    "ME",
+    "REPOSITORY",
+    "CacheDir",
+    "CacheDirUnusable",
+    "CacheIndex",
+    "NoSpace",
+    "Path",
+    "User",
+    "a_file",
+    "blake3",
+    "change_index",
+    "fill",
+    "killed",
+    "left_in_partial",
+    "needs_root",
+    "object_of",
+    "open_cache",
+    "os",
+    "publish",
+    "run_as",
+    "write",
+]
+
+CHUNK_BYTES = 4096
+REPOSITORY = Path(__file__).resolve().parent.parent
+ME = User(os.geteuid(), "me")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="serving other users needs root")
+
+
+def open_cache(
+    root: Path,
+    min_free: Callable[[int], int] = lambda capacity_bytes: 0,
+    max_usage: Callable[[int], int] = lambda capacity_bytes: capacity_bytes,
+) -> CacheDir:
+    return CacheDir(root, min_free=min_free, max_usage=max_usage)
+
+
+def a_file(
+    size_bytes: int, path: bytes = b"/nfs/corpus/train.hdf", seed: int = 1
+) -> tuple[FileVersion, bytes]:
+    return FileVersion(path, size_bytes, 1_234_567_890_123_456_789 + seed), Random(seed).randbytes(
+        size_bytes
+    )
+
+
+def write(partial: Partial, data: bytes, chunk: int) -> None:
+    begin = partial.layout.offset_bytes(chunk)
+    piece = data[begin : begin + partial.layout.length_bytes(chunk)]
+    partial.write_chunk(chunk, piece, blake3(piece).digest())
+
+
+def fill(partial: Partial, data: bytes) -> Partial:
+    for chunk in range(partial.layout.chunk_count):
+        write(partial, data, chunk)
+    return partial
+
+
+def publish(cache: CacheDir, version: FileVersion, data: bytes, *users: User) -> dict[int, str]:
+    return fill(cache.begin(version, CHUNK_BYTES), data).publish(users or [ME])
+
+
+def object_of(root: Path, version: FileVersion) -> Path:
+    name = version.version_id.hex()
+    return root / ".swarmcache" / "objects" / name[:2] / name
+
+
+def left_in_partial(root: Path) -> list[str]:
+    return sorted(os.listdir(root / ".swarmcache" / "partial"))
+
+
+def change_index(root: Path, statement: str) -> None:
+    connection = sqlite3.connect(root / ".swarmcache" / "index.sqlite")
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+def killed(root: Path, script: str) -> None:
+    """Run a script with ``cache`` open on the directory in another process, then kill -9 it."""
+    head = """
+        import os, signal, sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        from tests.disk_helpers import *
+        root = Path(sys.argv[2])
+        cache = open_cache(root)
+        def die(*ignored): os.kill(os.getpid(), signal.SIGKILL)
+    """
+    program = textwrap.dedent(head) + textwrap.dedent(script) + "\ndie()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(REPOSITORY), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def run_as(uid: int, *command: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command, user=uid, group=uid, extra_groups=[], capture_output=True, check=False
+    )
