@@ -24,17 +24,20 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from blake3 import blake3
+
 from swarmcache.disk_calls import Stamp, disk_errors
-from swarmcache.errors import LocalError, NoSpace
+from swarmcache.errors import DiskFailed, LocalError, NoSpace
 from swarmcache.user_tree import User
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PAGE_ROWS = 1000  # rows per query when listing everything, so that no reader holds back the log
 # SQLite's own default for its automatic checkpoint: 1000 pages of 4 KiB.
 LOG_SIZE_MAX_BYTES = 4 << 20
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DISK_FAILED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _NO_INDEX = (*_DAMAGED, sqlite3.SQLITE_ERROR)  # the last one: its tables are not ours
 
 _SCHEMA = """
@@ -42,6 +45,7 @@ BEGIN;
 CREATE TABLE replica (
     version_id BLOB PRIMARY KEY,
     path BLOB NOT NULL,
+    directory INTEGER NOT NULL, -- a digest of the directory of path, see _directory_key
     chunk_size_bytes INTEGER NOT NULL,
     stored_bytes INTEGER NOT NULL,
     trust INTEGER NOT NULL,
@@ -54,6 +58,7 @@ CREATE TABLE replica (
     last_used_s REAL NOT NULL
 );
 CREATE INDEX replica_by_path ON replica (path);
+CREATE INDEX replica_by_directory ON replica (directory);
 CREATE INDEX replica_by_trust ON replica (trust, version_id);
 CREATE TABLE link (
     version_id BLOB NOT NULL,
@@ -70,7 +75,7 @@ CREATE TRIGGER replica_removed AFTER DELETE ON replica BEGIN
     UPDATE total SET file_count = file_count - 1, stored_bytes = stored_bytes - OLD.stored_bytes;
     DELETE FROM link WHERE version_id = OLD.version_id;
 END;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 COMMIT;
 """
 
@@ -169,6 +174,12 @@ class CacheIndex:
         )
         return dict(rows)
 
+    def count_beside(self, path: bytes) -> int:
+        """How many replicas there are of sources in the directory of ``path``; counts to 1000."""
+        query = "SELECT count(*) FROM (SELECT 1 FROM replica WHERE directory = ? LIMIT ?)"
+        [(count,)] = self._rows(query, _directory_key(path), PAGE_ROWS)
+        return int(count)
+
     def totals(self) -> tuple[int, int]:
         """Number of replicas, and bytes of the disk that they take."""
         [(file_count, stored_bytes)] = self._rows("SELECT file_count, stored_bytes FROM total")
@@ -190,9 +201,10 @@ class CacheIndex:
         stamp = replica.stamp
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    *(replica.version_id, replica.path, replica.chunk_size_bytes),
+                    *(replica.version_id, replica.path, _directory_key(replica.path)),
+                    replica.chunk_size_bytes,
                     *(replica.stored_bytes, replica.trust, replica.boot_id),
                     *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
                     *(replica.created_s, replica.last_used_s),
@@ -350,6 +362,14 @@ def _connect(path: str) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
 
 
+def _directory_key(path: bytes) -> int:
+    """63 bits that stand for the directory of ``path``, so that a million rows stay small.
+
+    Two directories with the same key would be kept together on one disk, which harms nobody.
+    """
+    return int.from_bytes(blake3(os.path.dirname(path)).digest(8), "little") >> 1
+
+
 def _replica(row: tuple[Any, ...]) -> Replica:
     version_id, path, chunk_size_bytes, stored_bytes, trust, boot_id, *rest = row
     return Replica(
@@ -376,7 +396,8 @@ def _local_error(error: sqlite3.DatabaseError, path: str) -> LocalError:
         with disk_errors(f"mark {path} as damaged"):
             os.close(os.open(_damage_mark(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         return LocalError(f"the cache index {path} is damaged; a restart begins a new one")
-    return LocalError(f"the cache index {path} failed: {error}")
+    kind = DiskFailed if code in _DISK_FAILED else LocalError
+    return kind(f"the cache index {path} failed: {error}")
 
 
 def _code(error: sqlite3.DatabaseError) -> int:

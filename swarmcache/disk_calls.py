@@ -1,7 +1,8 @@
 """System calls on files of the cache, with their failures told in our own words.
 
 Every ``OSError`` below the cache directory becomes a ``LocalError``: ``NoSpace`` where the disk or
-a quota is full, so that callers can answer with the original path instead of failing.
+a quota is full, ``DiskFailed`` where the disk itself may be lost, so that callers can go on with
+another disk or answer with the original path instead of failing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from swarmcache.errors import LocalError, NoSpace
+from swarmcache.errors import DiskFailed, LocalError, NoSpace
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What a disk says that is broken, was shut down or made read-only by its file system, or is gone.
+# EUCLEAN and EBADMSG are how ext4 and XFS report what they find damaged, ENOTCONN is FUSE's, ESTALE
+# that of a network file system.
+_DISK_FAILED = (
+    *(errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO),
+    *(errno.EUCLEAN, errno.EBADMSG, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT),
+)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS)
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
 # SQLite integers are signed 64 bit; some stacked file systems use the topmost bit of an inode.
@@ -38,8 +46,10 @@ _TMPFS_MAGIC = 0x01021994  # linux/magic.h
 
 def local_error(error: OSError, doing: str) -> LocalError:
     """The ``LocalError`` for a failed system call; ``doing`` completes "could not ..."."""
-    kind = NoSpace if error.errno in _NO_SPACE else LocalError
-    return kind(f"could not {doing}: {error.strerror or error}")
+    text = f"could not {doing}: {error.strerror or error}"
+    if error.errno in _NO_SPACE:
+        return NoSpace(text)
+    return DiskFailed(text) if error.errno in _DISK_FAILED else LocalError(text)
 
 
 @contextmanager

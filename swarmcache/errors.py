@@ -63,6 +63,10 @@ class NoSpace(LocalError):
     """The cache's disk has no room for the file within the limits set."""
 
 
+class DiskFailed(LocalError):
+    """The disk of a cache directory fails, cannot be written, or is no longer mounted."""
+
+
 class CacheDirUnusable(LocalError):
     """The cache directory has the wrong owner, mode or type; the message says what to do."""
 

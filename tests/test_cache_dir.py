@@ -449,6 +449,16 @@ def test_making_links_does_not_take_durability_away(cache: CacheDir, root: Path)
     assert replica.trust == Trust.DURABLE
 
 
+def test_the_index_counts_the_files_of_one_source_directory(cache: CacheDir, root: Path) -> None:
+    paths = (b"/nfs/a/1", b"/nfs/a/2", b"/nfs/a/b/3", b"/nfs/4", b"/nfs/ab/5")
+    for number, path in enumerate(paths):
+        publish(cache, *a_file(10, path, number))
+    index = CacheIndex(str(root / ".swarmcache" / "index.sqlite"))
+
+    assert [index.count_beside(path) for path in (b"/nfs/a/new", b"/nfs/new", b"/new")] == [2, 1, 0]
+    index.close()
+
+
 def test_times_of_last_use_reach_the_index_with_flush(cache: CacheDir, root: Path) -> None:
     version, data = a_file(9000)
     publish(cache, version, data)
