@@ -33,6 +33,7 @@ from swarmcache.messages import NodeAddress, Replicas, encode
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
+    AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
     ChunkAbsent,
@@ -396,7 +397,7 @@ class Cluster:
                 self._answer(node, effect)
             case AnswerOriginal():
                 raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
-            case TellPeer() | AnswerStatus() | DistrustPeer():
+            case TellPeer() | AnswerStatus() | AnswerHolders() | DistrustPeer():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
     def _soon(self, node: Node, *events: PeerEvent) -> None:

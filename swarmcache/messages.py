@@ -23,7 +23,13 @@ from swarmcache.errors import BadMessage
 MESSAGE_MAX_BYTES = 1 << 20
 HAVE_CHUNKS_MAX = 8192
 REPLICAS_MAX = 8192
-PROTOCOL_VERSION = 1
+# How many file versions one ``Locate`` may name, and how many nodes one ``Located``: an address has
+# at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
+LOCATE_MAX = 1024
+LOCATED_NODES_MAX = 128
+# 2: ``Locate``. A message that the other side does not know ends the connection, and with it the
+# leases, so nodes and tracker must know the same ones.
+PROTOCOL_VERSION = 2
 LOADS_MAX = 64
 WAITING_MAX = 1024
 
@@ -55,6 +61,13 @@ class DiskStatus(Struct, frozen=True):
     free_bytes: Count = 0
     used_bytes: Count = 0
     file_count: Count = 0
+
+
+class Holders(Struct, frozen=True):
+    """Who has a replica of one file version, besides the node that asked: how many, and some."""
+
+    count: Count
+    nodes: Annotated[list[NodeAddress], Meta(max_length=LOCATED_NODES_MAX)] = []
 
 
 class HeldLease(Struct, frozen=True):
@@ -163,6 +176,17 @@ class StatusRequest(Message, tag="status_request"):
     request_id: Count
 
 
+class Locate(Message, tag="locate"):
+    """Asks which other nodes hold replicas of these file versions.
+
+    ``nodes_max``: how many holders to name per file version; they are always counted.
+    """
+
+    request_id: Count
+    version_ids: Annotated[list[VersionId], Meta(max_length=LOCATE_MAX)]
+    nodes_max: Annotated[int, Meta(ge=0, le=LOCATED_NODES_MAX)] = 0
+
+
 # --- tracker -> node ----------------------------------------------------------------------------
 
 
@@ -231,6 +255,16 @@ class Status(Message, tag="status"):
     cluster: dict[str, Any]
 
 
+class Located(Message, tag="located"):
+    """Answer to ``Locate``: the other holders of each file version, in the order of the question.
+
+    Named are those who told of theirs first: ``LOCATED_NODES_MAX`` in all, shared out evenly.
+    """
+
+    request_id: Count
+    holders: Annotated[list[Holders], Meta(max_length=LOCATE_MAX)]
+
+
 class Refused(Message, tag="refused"):
     """The tracker cannot do what the node asked; names what and why."""
 
@@ -270,8 +304,11 @@ ToTracker = (
     | Missing
     | ReportCorrupt
     | StatusRequest
+    | Locate
 )
-FromTracker = Registered | Joined | Peers | Lease | Renewed | Query | Revoked | Status | Refused
+FromTracker = (
+    Registered | Joined | Peers | Lease | Renewed | Query | Revoked | Status | Located | Refused
+)
 BetweenNodes = Have | Gone
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarmcache.chunks import FileVersion
-from swarmcache.messages import BetweenNodes, DiskStatus, FromTracker, NodeAddress, ToTracker
+from swarmcache.messages import (
+    BetweenNodes,
+    DiskStatus,
+    FromTracker,
+    Holders,
+    NodeAddress,
+    ToTracker,
+)
 
 # --- events: local clients ----------------------------------------------------------------------
 
@@ -45,6 +52,18 @@ class StatusWanted:
     """A local client wants the state of the cluster."""
 
     request: int
+
+
+@dataclass(slots=True)
+class HoldersWanted:
+    """A local client wants to know which other nodes hold these file versions.
+
+    At most ``messages.LOCATE_MAX`` of them; ``nodes_max``: how many holders to name of each.
+    """
+
+    request: int
+    version_ids: list[bytes]
+    nodes_max: int = 0
 
 
 # --- events: the cache --------------------------------------------------------------------------
@@ -269,6 +288,7 @@ PeerEvent: TypeAlias = (
     FileWanted
     | RequestGone
     | StatusWanted
+    | HoldersWanted
     | SpaceReserved
     | SpaceRefused
     | ChunksRecovered
@@ -428,6 +448,18 @@ class AnswerStatus:
 
 
 @dataclass(slots=True)
+class AnswerHolders:
+    """Answer a ``HoldersWanted``: the holders of each file version, in the order of the question.
+
+    ``holders`` is None where the tracker cannot be asked.
+    """
+
+    request: int
+    holders: list[Holders] | None
+    reason: str = ""
+
+
+@dataclass(slots=True)
 class DistrustPeer:
     """Close the data connections with a peer that delivered wrong bytes."""
 
@@ -449,5 +481,6 @@ PeerEffect: TypeAlias = (
     | AnswerCached
     | AnswerOriginal
     | AnswerStatus
+    | AnswerHolders
     | DistrustPeer
 )

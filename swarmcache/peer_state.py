@@ -44,6 +44,8 @@ from swarmcache.messages import (
     Joined,
     Lease,
     Leave,
+    Locate,
+    Located,
     Message,
     Missing,
     NodeAddress,
@@ -64,6 +66,7 @@ from swarmcache.messages import (
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
+    AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
     ChunkAbsent,
@@ -78,6 +81,7 @@ from swarmcache.peer_events import (
     FilePublished,
     FileWanted,
     HangUp,
+    HoldersWanted,
     LoadManifest,
     ManifestLoaded,
     PeerBusy,
@@ -212,6 +216,7 @@ class PeerState:
         self._distrusted: set[str] = set()
         self._requests: dict[int, bytes] = {}
         self._status_requests: set[int] = set()
+        self._holder_requests: dict[int, int] = {}  # how many file versions were asked about
         self._flights: dict[tuple[bytes, int, str], int] = {}
         self._flight_bytes = 0
         self._starved: dict[bytes, None] = {}
@@ -243,7 +248,7 @@ class PeerState:
                 self._handle_connection(event, now_s, effects)
             case TrackerConnected() | TrackerLost():
                 self._handle_tracker_connection(event, now_s, effects)
-            case FileWanted() | RequestGone() | StatusWanted():
+            case FileWanted() | RequestGone() | StatusWanted() | HoldersWanted():
                 self._handle_client(event, now_s, effects)
             case _:
                 self._handle_disk(event, now_s, effects)
@@ -301,7 +306,7 @@ class PeerState:
 
     def _handle_client(
         self,
-        event: FileWanted | RequestGone | StatusWanted,
+        event: FileWanted | RequestGone | StatusWanted | HoldersWanted,
         now_s: float,
         effects: list[PeerEffect],
     ) -> None:
@@ -314,12 +319,19 @@ class PeerState:
                     del self._fetching[version_id].requests[event.request]
                     self._arm(version_id, now_s)
                 self._status_requests.discard(event.request)
+                self._holder_requests.pop(event.request, None)
             case StatusWanted():
                 if not self.tracker_connected:
                     effects.append(AnswerStatus(event.request, None, self._tracker_reason))
                     return
                 self._status_requests.add(event.request)
                 self._tell(StatusRequest(event.request), effects)
+            case HoldersWanted():
+                if not self.tracker_connected:
+                    effects.append(AnswerHolders(event.request, None, self._tracker_reason))
+                    return
+                self._holder_requests[event.request] = len(event.version_ids)
+                self._tell(Locate(event.request, event.version_ids, event.nodes_max), effects)
 
     def _want(self, event: FileWanted, now_s: float, effects: list[PeerEffect]) -> None:
         version_id = event.version.version_id
@@ -568,6 +580,9 @@ class PeerState:
             for request in sorted(self._status_requests):
                 effects.append(AnswerStatus(request, None, event.reason))
             self._status_requests.clear()
+            for request in sorted(self._holder_requests):
+                effects.append(AnswerHolders(request, None, event.reason))
+            self._holder_requests.clear()
             return
         self.tracker_connected = True
         leases = [
@@ -648,6 +663,13 @@ class PeerState:
                 if message.request_id in self._status_requests:
                     self._status_requests.remove(message.request_id)
                     effects.append(AnswerStatus(message.request_id, message.cluster))
+            case Located():
+                asked = self._holder_requests.pop(message.request_id, None)
+                if asked == len(message.holders):
+                    effects.append(AnswerHolders(message.request_id, message.holders))
+                elif asked is not None:
+                    reason = "the tracker's answer makes no sense"
+                    effects.append(AnswerHolders(message.request_id, None, reason))
 
     def _handle_joined(self, message: Joined, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching.get(message.version_id)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 
 from swarmcache.chunks import (
@@ -32,17 +33,21 @@ from swarmcache.chunks import (
 )
 from swarmcache.messages import (
     LOADS_MAX,
+    LOCATED_NODES_MAX,
     PROTOCOL_VERSION,
     WAITING_MAX,
     DiskStatus,
     FromTracker,
     Heartbeat,
     HeldLease,
+    Holders,
     Holding,
     Join,
     Joined,
     Lease,
     Leave,
+    Locate,
+    Located,
     Missing,
     NodeAddress,
     Peers,
@@ -210,7 +215,8 @@ class TrackerState:
         self._sessions: dict[int, Node | None] = {}
         self._nodes: dict[str, Node] = {}
         self._swarms: dict[bytes, Swarm] = {}
-        self._replicas: dict[bytes, set[str]] = {}
+        # Holders in the order in which they told, so that naming some needs no sorting of all.
+        self._replicas: dict[bytes, dict[str, None]] = {}
         self._servers: dict[str, FileServer] = {}
         self._ranges: dict[int, LeasedRange] = {}
         self._searches: dict[int, Search] = {}
@@ -255,6 +261,10 @@ class TrackerState:
         for lease_id, leased in self._ranges.items():
             ledger = self._servers[leased.file_server].ledger
             assert lease_id in ledger.leases, "a lease is out without a slot"
+        for version_id, holders in self._replicas.items():
+            assert holders, "a file version with a list of no holders"
+            for name in holders:
+                assert version_id in self._nodes[name].replicas, "a holder that has no replica"
         for swarm in self._swarms.values():
             self._check_swarm(swarm)
 
@@ -313,6 +323,8 @@ class TrackerState:
                 self._report_corrupt(message, now_s, effects)
             case StatusRequest():
                 effects.append(Tell(session, Status(message.request_id, self.status(now_s))))
+            case Locate():
+                effects.append(Tell(session, self._located(node, message)))
 
     def _tell(self, node: str, message: FromTracker, effects: list[TrackerEffect]) -> None:
         effects.append(Tell(self._nodes[node].session, message))
@@ -543,7 +555,7 @@ class TrackerState:
 
     def _drop_holder(self, version_id: bytes, name: str) -> None:
         holders = self._replicas[version_id]
-        holders.discard(name)
+        del holders[name]
         if not holders:
             del self._replicas[version_id]
 
@@ -716,7 +728,7 @@ class TrackerState:
     ) -> None:
         name = node.address.node
         node.replicas.add(version_id)
-        self._replicas.setdefault(version_id, set()).add(name)
+        self._replicas.setdefault(version_id, {})[name] = None
         swarm = self._swarms.get(version_id)
         if swarm is None:
             return
@@ -734,6 +746,19 @@ class TrackerState:
         else:
             self._dissolve(swarm)
         self._grant(swarm.file_server, now_s, effects)
+
+    def _located(self, node: Node, message: Locate) -> Located:
+        """Who besides the node that asks has replicas of these file versions."""
+        share = LOCATED_NODES_MAX // max(len(message.version_ids), 1)
+        nodes_max = min(message.nodes_max, share)
+        own = node.address.node
+        found = []
+        for version_id in message.version_ids:
+            holders = self._replicas.get(version_id, {})
+            others = (name for name in holders if name != own)
+            nodes = [self._nodes[name].address for name in islice(others, nodes_max)]
+            found.append(Holders(len(holders) - (own in holders), nodes))
+        return Located(message.request_id, found)
 
     def _revoke(self, version_id: bytes, reason: str, effects: list[TrackerEffect]) -> None:
         """The source is no longer this file version: nobody keeps anything of it."""

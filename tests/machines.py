@@ -24,6 +24,7 @@ from swarmcache.messages import BetweenNodes, FromTracker, NodeAddress, Replicas
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
+    AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
     ChunkAbsent,
@@ -38,6 +39,7 @@ from swarmcache.peer_events import (
     FilePublished,
     FileWanted,
     HangUp,
+    HoldersWanted,
     LoadManifest,
     ManifestLoaded,
     PeerBusy,
@@ -205,6 +207,7 @@ class Cluster:
         self._last_s: dict[object, float] = {}
         self._requests = itertools.count(1)
         self._wants: dict[int, tuple[str, FileVersion, int, bool, str]] = {}
+        self._questions: dict[int, tuple[str, int]] = {}  # node and its life
         self.journal: dict[int, str] = {}
         self.lease_ids = 1
         self.tracker_up = True
@@ -280,6 +283,21 @@ class Cluster:
         wanted = FileWanted(request, version, server, user, chunk_size_bytes, can_read)
         self.tell_node(node, wanted)
         return request
+
+    def ask_holders(self, index: int, version: FileVersion) -> None:
+        """A client of this node asks who else has a file."""
+        request = next(self._requests)
+        node = self.nodes[address_of(index).node]
+        if node.alive:
+            self._questions[request] = (node.name, node.life)
+            self.tell_node(node, HoldersWanted(request, [version.version_id], nodes_max=1))
+
+    def nobody_waits_for_holders(self) -> bool:
+        """Every question about holders is answered, unless the daemon that was asked has ended."""
+        return not any(
+            self.nodes[name].alive and self.nodes[name].life == life
+            for name, life in self._questions.values()
+        )
 
     def has(self, index: int, version: FileVersion) -> bool:
         """The node has this file in place."""
@@ -563,6 +581,9 @@ class Cluster:
                 self._answer(node, effect)
             case AnswerStatus():
                 self.answers[effect.request] += 1
+            case AnswerHolders():
+                self.answers[effect.request] += 1
+                assert self._questions.pop(effect.request, None), "a question was answered twice"
             case DistrustPeer():
                 node.distrusted.add(effect.node)
 

@@ -116,8 +116,12 @@ def run(seed: int) -> Cluster:
         if rng.random() < 0.7:
             cluster.after(rng.random() * 3, partial(want_small, index))
     Trouble(cluster, rng, want).plan(rng.randint(0, 4))
+    for _ in range(4):
+        ask = partial(cluster.ask_holders, rng.randrange(count), big)
+        cluster.after(rng.random() * 8, ask)
     cluster.run_for(13)
     cluster.run(lambda: cluster.everybody_has(big), 200)
+    cluster.run(cluster.nobody_waits_for_holders, 30)
     return cluster
 
 

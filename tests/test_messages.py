@@ -59,6 +59,7 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.IntType():
             lowest = kind.ge if kind.gt is None else kind.gt + 1
             highest = 2**63 - 1 if kind.lt is None else kind.lt - 1
+            highest = highest if kind.le is None else min(highest, kind.le)
             return st.integers(-(2**63) if lowest is None else lowest, highest)
         case inspect.FloatType():
             return st.floats(allow_nan=False)

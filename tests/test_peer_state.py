@@ -17,11 +17,14 @@ from swarmcache.messages import (
     Gone,
     Have,
     Heartbeat,
+    Holders,
     Holding,
     Join,
     Joined,
     Lease,
     Leave,
+    Locate,
+    Located,
     NodeAddress,
     Peers,
     Query,
@@ -39,6 +42,7 @@ from swarmcache.messages import (
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
+    AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
     ChunkArrived,
@@ -52,6 +56,7 @@ from swarmcache.peer_events import (
     FilePublished,
     FileWanted,
     HangUp,
+    HoldersWanted,
     LoadManifest,
     ManifestLoaded,
     PeerConnected,
@@ -703,6 +708,29 @@ def test_a_question_for_the_status_is_answered_once_also_when_the_tracker_goes()
     assert [(answer.request, answer.cluster) for answer in of(AnswerStatus, bench.seen)] == [
         (1, None),
         (2, None),
+    ]
+
+
+def test_a_question_for_holders_is_answered_once_whatever_the_tracker_does() -> None:
+    bench = Bench()
+    ids = [version("a").version_id, version("b").version_id]
+    holders = [Holders(3, [HIGHER]), Holders(0)]
+    for request in range(1, 5):
+        bench.tell(HoldersWanted(request, ids, nodes_max=1))
+    assert told(Locate, bench.seen) == [Locate(request, ids, 1) for request in range(1, 5)]
+
+    bench.said(Located(1, holders), Located(1, holders), Located(2, holders[:1]), Located(9, []))
+    bench.tell(RequestGone(3))
+    bench.said(Located(3, holders))
+    bench.tell(TrackerLost("gone"))
+    bench.said(Located(4, holders))
+    bench.tell(HoldersWanted(5, ids))
+
+    assert of(AnswerHolders, bench.seen) == [
+        AnswerHolders(1, holders),
+        AnswerHolders(2, None, "the tracker's answer makes no sense"),
+        AnswerHolders(4, None, "gone"),
+        AnswerHolders(5, None, "gone"),
     ]
 
 

@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 from swarmcache import messages
 from swarmcache.chunks import mask_from_bytes, mask_to_bytes, range_mask
 from swarmcache.messages import (
+    LOCATE_MAX,
+    LOCATED_NODES_MAX,
     Heartbeat,
     HeldLease,
+    Holders,
     Holding,
     Join,
     Joined,
     Lease,
     Leave,
+    Locate,
+    Located,
     Message,
     Missing,
     NodeAddress,
@@ -817,6 +822,52 @@ def test_the_status_can_be_sent() -> None:
     assert again.cluster["file_servers"][0]["slots_used"] == 2
 
 
+def test_a_node_hears_how_many_others_hold_its_files_and_which_were_first() -> None:
+    bench = Bench()
+    bench.connect("c", "a", "b")
+    bench.say("c", Replicas([FILE]))
+    bench.say("a", Replicas([FILE, OTHER]))
+    bench.say("b", Replicas([FILE]))
+
+    bench.say("a", Locate(7, [FILE, OTHER, b"n" * 32], nodes_max=1))
+    bench.say("b", Leave(FILE))
+    bench.lose("c")
+    bench.say("a", Locate(8, [FILE]))
+
+    assert bench.messages(Located, "a") == [
+        Located(7, [Holders(2, [NodeAddress("c", 7382)]), Holders(0), Holders(0)]),
+        Located(8, [Holders(0)]),
+    ]
+
+
+def test_an_answer_about_holders_is_short_enough_to_be_sent() -> None:
+    """Also with the longest addresses that a node may register with, and all that may be asked."""
+    bench = Bench()
+    longest = "\U0001f4be"
+    files = [b"%032d" % number for number in range(LOCATE_MAX)]
+    names = [str(number).rjust(255, longest) for number in range(LOCATED_NODES_MAX + 1)]
+    for number, name in enumerate(names):
+        bench.sessions[name] = number + 1
+        bench.names[number + 1] = name
+        bench.handle(NodeConnected(number + 1))
+        address = NodeAddress(name, 7382, longest * 1024)
+        bench.say(name, Register(address, 0.0), Replicas(files))
+    last = names[-1]
+
+    bench.say(last, Locate(1, files[:1], nodes_max=LOCATED_NODES_MAX))
+    bench.say(last, Locate(2, files[:4], nodes_max=LOCATED_NODES_MAX))
+    bench.say(last, Locate(3, files))
+
+    one, four, all_of_them = bench.messages(Located, last)
+    assert [len(holders.nodes) for holders in one.holders] == [LOCATED_NODES_MAX]
+    assert [len(holders.nodes) for holders in four.holders] == [LOCATED_NODES_MAX // 4] * 4
+    assert [holders.count for holders in all_of_them.holders] == [LOCATED_NODES_MAX] * LOCATE_MAX
+    for answer in (one, four, all_of_them):
+        data = messages.encode(answer)
+        assert len(data) < messages.MESSAGE_MAX_BYTES
+        assert messages.decode_from_tracker(data) == answer
+
+
 names = st.sampled_from(["a", "b", "c"])
 files = st.sampled_from([FILE, OTHER])
 masks = st.sampled_from([b"", b"\x01", b"\x0e", b"\xff" * 3, b"\xff" * 5000])
@@ -856,6 +907,7 @@ anything: st.SearchStrategy[ToTracker] = st.one_of(
     st.builds(Holding, files, st.integers(0, 6), masks),
     st.builds(ReportCorrupt, files, names | st.just("nobody")),
     st.builds(StatusRequest, small),
+    st.builds(Locate, small, st.lists(files, max_size=3), small),
     st.builds(Missing, files, masks),
 )
 steps = st.one_of(
