@@ -13,11 +13,10 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -26,23 +25,14 @@ from aiohttp import web
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
 from swarmcache.cache_dir import CacheDir
-from swarmcache.chunks import choose_chunk_size
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.link import Link, connect, serve
-from swarmcache.local_protocol import (
-    Cached,
-    Failed,
-    Get,
-    NodeStatus,
-    Original,
-    Progress,
-    StatusOf,
-)
-from swarmcache.local_server import LocalConnection, LocalServer
+from swarmcache.local_requests import LocalRequests
+from swarmcache.local_server import LocalServer
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
     REPLICAS_MAX,
@@ -67,7 +57,6 @@ from swarmcache.peer_events import (
     DistrustPeer,
     DropPartial,
     FetchChunk,
-    FileWanted,
     HangUp,
     LoadManifest,
     PeerBusy,
@@ -81,9 +70,7 @@ from swarmcache.peer_events import (
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
-    RequestGone,
     ReserveSpace,
-    StatusWanted,
     TellPeer,
     TellTracker,
     TimePassed,
@@ -92,7 +79,7 @@ from swarmcache.peer_events import (
     TrackerSaid,
     WriteFailed,
 )
-from swarmcache.peer_state import FLIGHTS_MAX, Fetching, PeerState
+from swarmcache.peer_state import FLIGHTS_MAX, PeerState
 from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
@@ -101,10 +88,9 @@ from swarmcache.serving import (
     say_ready,
     told_to_end,
 )
-from swarmcache.source_file import SourceExaminer, SourceFile, same_version
+from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
 from swarmcache.transfer import ChunkFetcher, ChunkServer
-from swarmcache.user_tree import User
 
 log = logging.getLogger(__name__)
 
@@ -117,33 +103,6 @@ RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
 SOURCE_ERRORS = errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
-
-Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class LocalRequest:
-    """A client that waits for a file. ``fd`` is the descriptor that it handed over."""
-
-    connection: LocalConnection
-    source: SourceFile
-    fd: int
-    timers: list[asyncio.TimerHandle] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Work:
-    """What the shell holds of one file version that the machine is fetching.
-
-    ``fds``: descriptors of the source, one per user who asked, closed when the work ends.
-    ``answers``: tasks that hand out the finished copy.
-    """
-
-    from_peers_bytes: int = 0
-    from_file_server_bytes: int = 0
-    users: dict[int, User] = field(default_factory=dict)
-    fds: list[int] = field(default_factory=list)
-    answers: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class Daemon:
@@ -158,10 +117,6 @@ class Daemon:
         self._uploaded_bytes = 0
         self._links: dict[str, Link] = {}
         self._tracker_link: Link | None = None
-        self._requests: dict[int, LocalRequest] = {}
-        self._status_requests: dict[int, LocalConnection] = {}
-        self._request_count = 0
-        self._work: dict[bytes, Work] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         self._started_s = now_s()
@@ -240,8 +195,18 @@ class Daemon:
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
         )
+        self._local = LocalRequests(
+            self._cache,
+            self._examiner,
+            self._examine_threads,
+            self._state,
+            chunk_size_bytes=self._config.transfer.chunk_size_bytes,
+            spawn=self._spawn,
+            handle=self._shell.handle,
+            node_status=self._node_status,
+        )
         self._disk = DiskWorker(
-            self._cache, self._disk_threads, self._spawn, self._shell.handle, self._end_work
+            self._cache, self._disk_threads, self._spawn, self._shell.handle, self._local.end_work
         )
         stack.callback(self._stop_machine)
 
@@ -253,15 +218,11 @@ class Daemon:
         await stack.enter_async_context(self._session)
         stack.push_async_callback(self._end_tasks)
         await web.SockSite(runner, self._listener, backlog=1024).start()
-        self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
+        self._local_server = LocalServer(self._config.daemon.socket, self._local.take)
         stack.callback(self._local_server.close)
-        stack.callback(self._answer_everybody)
+        stack.callback(self._local.answer_everybody, "the daemon is being stopped")
         self._spawn(self._stay_with_tracker())
         self._disk.start()
-
-    def _answer_everybody(self) -> None:
-        for request in list(self._requests):
-            self._answer_original(request, "the daemon is being stopped")
 
     async def _end_tasks(self) -> None:
         tasks = list(self._tasks)
@@ -288,151 +249,6 @@ class Daemon:
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the daemon failed", exc_info=task.exception())
 
-    async def _in_thread(
-        self, threads: ThreadPoolExecutor, function: Callable[..., Result], *args: object
-    ) -> Result:
-        return await self._loop.run_in_executor(threads, function, *args)
-
-    # --- local clients --------------------------------------------------------------------------
-
-    def _take_request(
-        self, connection: LocalConnection, request: Get | StatusOf, fd: int | None
-    ) -> None:
-        if isinstance(request, StatusOf):
-            self._request_count += 1
-            number = self._request_count
-            self._status_requests[number] = connection
-            self._shell.handle(StatusWanted(number))
-            return
-        assert fd is not None, "a get without a descriptor"
-        self._spawn(self._get(connection, request, fd))
-
-    async def _get(self, connection: LocalConnection, get: Get, fd: int) -> None:
-        try:
-            source = await self._in_thread(self._examine_threads, self._examiner.examine, fd)
-            path = self._cache.lookup(source.version, connection.user)
-        except SwarmcacheError as error:
-            os.close(fd)
-            connection.send(Original(str(error)))
-            return
-        except Exception as error:
-            # A bug of ours; the job still gets a path, and the log the traceback.
-            os.close(fd)
-            connection.send(Original(f"internal error: {error}"))
-            raise
-        if path is not None:
-            os.close(fd)
-            connection.send(Cached(os.fsencode(path), hit=True))
-            return
-        self._request_count += 1
-        number = self._request_count
-        request = LocalRequest(connection, source, fd)
-        self._requests[number] = request
-        connection.on_closed[number] = lambda: self._client_gone(number)
-        if get.wait_s is not None:
-            reason = f"not here within {get.wait_s:g} s"
-            late = self._loop.call_later(get.wait_s, self._answer_early, number, reason)
-            request.timers.append(late)
-        if get.progress:
-            self._send_progress(number)
-        self._want(number, request)
-
-    def _want(self, number: int, request: LocalRequest) -> None:
-        source = request.source
-        work = self._work.setdefault(source.version.version_id, Work())
-        user = request.connection.user
-        work.users[user.uid] = user
-        if len(work.fds) < len(work.users):
-            work.fds.append(os.dup(request.fd))
-        chunk_size_bytes = self._config.transfer.chunk_size_bytes or choose_chunk_size(
-            source.version.size_bytes
-        )
-        self._shell.handle(
-            FileWanted(number, source.version, source.file_server, user.name, chunk_size_bytes)
-        )
-
-    def _send_progress(self, number: int) -> None:
-        request = self._requests.get(number)
-        if request is None:
-            return
-        version = request.source.version
-        fetching = self._state.fetching(version.version_id)
-        download = fetching.download if fetching is not None else None
-        progress = Progress(version.size_bytes, 0, 0, 0, 0)
-        if fetching is not None and download is not None:
-            progress = Progress(
-                version.size_bytes,
-                download.from_peers_bytes,
-                download.from_file_server_bytes,
-                download.recovered_bytes,
-                len(download.peers),
-                waiting_for=self._waiting_for(fetching),
-            )
-        request.connection.send(progress)
-        request.timers.append(self._loop.call_later(PROGRESS_S, self._send_progress, number))
-
-    def _waiting_for(self, fetching: Fetching) -> str:
-        if not self._state.tracker_connected:
-            return "the tracker"
-        if fetching.waiting_for_slot:
-            return f"a slot of {fetching.file_server}"
-        return ""
-
-    def _client_gone(self, number: int) -> None:
-        if self._end_request(number) is not None:
-            self._shell.handle(RequestGone(number))
-
-    def _answer_early(self, number: int, reason: str) -> None:
-        self._answer_original(number, reason)
-        self._shell.handle(RequestGone(number))
-
-    def _end_request(self, number: int) -> LocalRequest | None:
-        request = self._requests.pop(number, None)
-        if request is not None:
-            request.connection.on_closed.pop(number, None)
-            for timer in request.timers:
-                timer.cancel()
-            os.close(request.fd)
-        return request
-
-    def _answer_original(self, number: int, reason: str, *, retry: bool = False) -> None:
-        request = self._end_request(number)
-        if request is not None:
-            request.connection.send(Original(reason, retry))
-
-    async def _verify_and_answer(
-        self, number: int, from_peers_bytes: int, from_file_server_bytes: int
-    ) -> None:
-        """Hand out the copy if the source is still the file version that was asked for."""
-        request = self._requests.get(number)
-        if request is None:
-            return
-        version = request.source.version
-        fd = os.dup(request.fd)
-        try:
-            same = await self._in_thread(self._examine_threads, same_version, fd, version)
-            path = self._cache.lookup(version, request.connection.user) if same else None
-        except SwarmcacheError as error:
-            self._answer_original(number, str(error))
-            return
-        finally:
-            os.close(fd)
-        if path is None:
-            self._answer_original(number, "the source changed meanwhile", retry=True)
-        elif self._end_request(number) is not None:
-            request.connection.send(
-                Cached(os.fsencode(path), False, from_peers_bytes, from_file_server_bytes)
-            )
-
-    def _answer_status(self, effect: AnswerStatus) -> None:
-        connection = self._status_requests.pop(effect.request)
-        try:
-            node = self._node_status()
-        except LocalError as error:
-            connection.send(Failed(str(error)))
-            return
-        connection.send(NodeStatus(node, effect.cluster, effect.reason))
-
     def _node_status(self) -> dict[str, Any]:
         return {
             "address": self.address.node,
@@ -447,23 +263,8 @@ class Daemon:
                 {"node": node, "connected": connected, "distrusted": distrusted}
                 for node, connected, distrusted in self._state.neighbours()
             ],
-            "downloads": [self._download_status(fetching) for fetching in self._state.downloads()],
+            "downloads": self._local.downloads_status(),
             "disk": msgspec.to_builtins(self._cache.status()),
-        }
-
-    def _download_status(self, fetching: Fetching) -> dict[str, Any]:
-        download = fetching.download
-        held = download.held if download is not None else 0
-        return {
-            "version_id": fetching.version.version_id.hex(),
-            "path": os.fsdecode(fetching.version.path).encode(errors="replace").decode(),
-            "size_bytes": fetching.version.size_bytes,
-            "done_bytes": download.layout.mask_bytes(held) if download is not None else 0,
-            "from_peers_bytes": download.from_peers_bytes if download is not None else 0,
-            "from_file_server_bytes": (
-                download.from_file_server_bytes if download is not None else 0
-            ),
-            "waiting_for": self._waiting_for(fetching),
         }
 
     # --- the tracker ----------------------------------------------------------------------------
@@ -512,7 +313,8 @@ class Daemon:
 
     async def _announce_replicas(self) -> None:
         link = self._tracker_link
-        for batch in await self._in_thread(self._disk_threads, self._replica_batches):
+        batches = await self._loop.run_in_executor(self._disk_threads, self._replica_batches)
+        for batch in batches:
             if link is not None:
                 link.send(encode(Replicas(batch)))
 
@@ -591,7 +393,8 @@ class Daemon:
             case FetchChunk():
                 self._fetch_chunk(effect)
             case ReadRange():
-                self._read_threads.submit(self._read_range, effect, self._borrow_fd(effect))
+                fd = self._local.borrow_fd(effect.version_id)
+                self._read_threads.submit(self._read_range, effect, fd)
             case DialPeer():
                 self._spawn(self._dial(effect.address))
             case HangUp():
@@ -600,42 +403,13 @@ class Daemon:
                 log.error("%s delivers wrong bytes; it is not asked again", effect.node)
             case AnnounceReplicas():
                 self._spawn(self._announce_replicas())
-            case AnswerCached():
-                work = self._work[effect.version_id]
-                answer = self._verify_and_answer(
-                    effect.request, work.from_peers_bytes, work.from_file_server_bytes
-                )
-                work.answers.append(self._spawn(answer))
-            case AnswerOriginal():
-                self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
-            case AnswerStatus():
-                self._answer_status(effect)
+            case AnswerCached() | AnswerOriginal() | AnswerStatus():
+                self._local.carry_out(effect)
             case PublishFile():
-                self._publish(effect.version_id)
+                users = self._local.begin_publishing(effect.version_id)
+                self._disk.publish(effect.version_id, users)
             case ReserveSpace() | DropPartial() | LoadManifest():
                 self._disk.carry_out(effect)
-
-    def _publish(self, version_id: bytes) -> None:
-        work = self._work[version_id]
-        fetching = self._state.fetching(version_id)
-        if fetching is not None and fetching.download is not None:
-            work.from_peers_bytes = fetching.download.from_peers_bytes
-            work.from_file_server_bytes = fetching.download.from_file_server_bytes
-        self._disk.publish(version_id, list(work.users.values()))
-
-    def _end_work(self, version_id: bytes) -> list[asyncio.Task[None]]:
-        """Close what the shell holds of a file version, unless it is wanted again already.
-
-        Returns the tasks that hand out the copy.
-        """
-        work = self._work.get(version_id)
-        if work is None:
-            return []
-        if self._state.fetching(version_id) is None:
-            del self._work[version_id]
-            for fd in work.fds:
-                os.close(fd)
-        return work.answers
 
     # --- chunks ---------------------------------------------------------------------------------
 
@@ -686,9 +460,6 @@ class Daemon:
                 self._shell.handle(PeerUnreachable(*what, str(error)))
             case _:
                 raise error
-
-    def _borrow_fd(self, effect: ReadRange) -> int:
-        return os.dup(self._work[effect.version_id].fds[0])
 
     def _read_range(self, effect: ReadRange, fd: int) -> None:
         """Read a leased range, in a thread of its own; closes ``fd``."""

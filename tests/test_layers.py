@@ -36,6 +36,7 @@ LAYERS = {
         "get",
         "lease_journal",
         "link",
+        "local_requests",
         "local_server",
         "local_socket",
         "machine_shell",

@@ -1,0 +1,313 @@
+"""Answers what local clients ask of the daemon: files, and how things stand.
+
+``get`` examines the descriptor that came along, answers a cached file at once, and leaves
+everything else to the machine. What ``peer.py`` needs of a file that is wanted (the descriptors to
+read it through, the users to link it for) is kept here until the machine has done with it.
+
+Invariant: every descriptor that was handed over is closed when its request ends, and every copy of
+it when nothing is fetched through it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from swarmcache.chunks import choose_chunk_size
+from swarmcache.disk import Cache, User
+from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.local_protocol import (
+    Cached,
+    Failed,
+    Get,
+    NodeStatus,
+    Original,
+    Progress,
+    StatusOf,
+)
+from swarmcache.local_server import LocalConnection
+from swarmcache.peer_events import (
+    AnswerCached,
+    AnswerOriginal,
+    AnswerStatus,
+    FileWanted,
+    PeerEvent,
+    RequestGone,
+    StatusWanted,
+)
+from swarmcache.peer_state import Fetching, PeerState
+from swarmcache.source_file import SourceExaminer, SourceFile, same_version
+
+PROGRESS_S = 0.25
+
+Task = asyncio.Task[None]
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class LocalRequest:
+    """A client that waits for a file. ``fd`` is the descriptor that it handed over."""
+
+    connection: LocalConnection
+    source: SourceFile
+    fd: int
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Work:
+    """What the shell holds of one file version that the machine is fetching.
+
+    ``fds``: descriptors of the source, one per user who asked, closed when the work ends.
+    ``answers``: tasks that hand out the finished copy.
+    """
+
+    from_peers_bytes: int = 0
+    from_file_server_bytes: int = 0
+    users: dict[int, User] = field(default_factory=dict)
+    fds: list[int] = field(default_factory=list)
+    answers: list[Task] = field(default_factory=list)
+
+
+class LocalRequests:
+    """The requests of all local clients of one daemon."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        examiner: SourceExaminer,
+        examine_threads: ThreadPoolExecutor,
+        state: PeerState,
+        *,
+        chunk_size_bytes: int | None,
+        spawn: Callable[[Coroutine[Any, Any, None]], Task],
+        handle: Callable[[PeerEvent], None],
+        node_status: Callable[[], dict[str, Any]],
+    ) -> None:
+        """``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
+
+        ``chunk_size_bytes``: None to choose by the size of the file. ``node_status`` may raise
+        LocalError.
+        """
+        self._cache = cache
+        self._examiner = examiner
+        self._threads = examine_threads
+        self._state = state
+        self._chunk_size_bytes = chunk_size_bytes
+        self._spawn = spawn
+        self._handle = handle
+        self._node_status = node_status
+        self._loop = asyncio.get_running_loop()
+        self._requests: dict[int, LocalRequest] = {}
+        self._status_requests: dict[int, LocalConnection] = {}
+        self._request_count = 0
+        self._work: dict[bytes, Work] = {}
+
+    def take(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
+        """Begin to answer a request; owns ``fd``."""
+        if isinstance(request, StatusOf):
+            number = self._next_number()
+            self._status_requests[number] = connection
+            self._handle(StatusWanted(number))
+            return
+        assert fd is not None, "a get without a descriptor"
+        self._spawn(self._get(connection, request, fd))
+
+    def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerStatus) -> None:
+        """Give the machine's answer to the client who asked."""
+        match effect:
+            case AnswerCached():
+                work = self._work[effect.version_id]
+                work.answers.append(self._spawn(self._verify_and_answer(effect.request, work)))
+            case AnswerOriginal():
+                self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
+            case AnswerStatus():
+                self._answer_status(effect)
+
+    def answer_everybody(self, reason: str) -> None:
+        """Answer all who still wait with the original path."""
+        for request in list(self._requests):
+            self._answer_original(request, reason)
+
+    def _next_number(self) -> int:
+        self._request_count += 1
+        return self._request_count
+
+    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
+        return await self._loop.run_in_executor(self._threads, function, *args)
+
+    # --- what is wanted -------------------------------------------------------------------------
+
+    def borrow_fd(self, version_id: bytes) -> int:
+        """A descriptor of the source of a file that is being fetched; the caller closes it."""
+        return os.dup(self._work[version_id].fds[0])
+
+    def begin_publishing(self, version_id: bytes) -> list[User]:
+        """The file is complete: the users who have asked for it."""
+        work = self._work[version_id]
+        fetching = self._state.fetching(version_id)
+        if fetching is not None and fetching.download is not None:
+            work.from_peers_bytes = fetching.download.from_peers_bytes
+            work.from_file_server_bytes = fetching.download.from_file_server_bytes
+        return list(work.users.values())
+
+    def end_work(self, version_id: bytes) -> list[Task]:
+        """Close what is held of a file version, unless it is wanted again already.
+
+        Returns the tasks that hand out the copy.
+        """
+        work = self._work.get(version_id)
+        if work is None:
+            return []
+        if self._state.fetching(version_id) is None:
+            del self._work[version_id]
+            for fd in work.fds:
+                os.close(fd)
+        return work.answers
+
+    def downloads_status(self) -> list[dict[str, Any]]:
+        """How far every file is that is being fetched."""
+        return [self._download_status(fetching) for fetching in self._state.downloads()]
+
+    def _download_status(self, fetching: Fetching) -> dict[str, Any]:
+        download = fetching.download
+        held = download.held if download is not None else 0
+        return {
+            "version_id": fetching.version.version_id.hex(),
+            "path": os.fsdecode(fetching.version.path).encode(errors="replace").decode(),
+            "size_bytes": fetching.version.size_bytes,
+            "done_bytes": download.layout.mask_bytes(held) if download is not None else 0,
+            "from_peers_bytes": download.from_peers_bytes if download is not None else 0,
+            "from_file_server_bytes": (
+                download.from_file_server_bytes if download is not None else 0
+            ),
+            "waiting_for": self._waiting_for(fetching),
+        }
+
+    def _waiting_for(self, fetching: Fetching) -> str:
+        if not self._state.tracker_connected:
+            return "the tracker"
+        if fetching.waiting_for_slot:
+            return f"a slot of {fetching.file_server}"
+        return ""
+
+    # --- get ------------------------------------------------------------------------------------
+
+    async def _get(self, connection: LocalConnection, get: Get, fd: int) -> None:
+        try:
+            source = await self._in_thread(self._examiner.examine, fd)
+            path = self._cache.lookup(source.version, connection.user)
+        except SwarmcacheError as error:
+            os.close(fd)
+            connection.send(Original(str(error)))
+            return
+        except Exception as error:
+            # A bug of ours; the job still gets a path, and the log the traceback.
+            os.close(fd)
+            connection.send(Original(f"internal error: {error}"))
+            raise
+        if path is not None:
+            os.close(fd)
+            connection.send(Cached(os.fsencode(path), hit=True))
+            return
+        number = self._next_number()
+        request = LocalRequest(connection, source, fd)
+        self._requests[number] = request
+        connection.on_closed[number] = lambda: self._client_gone(number)
+        if get.wait_s is not None:
+            reason = f"not here within {get.wait_s:g} s"
+            late = self._loop.call_later(get.wait_s, self._answer_early, number, reason)
+            request.timers.append(late)
+        if get.progress:
+            self._send_progress(number)
+        self._want(number, request)
+
+    def _want(self, number: int, request: LocalRequest) -> None:
+        source = request.source
+        work = self._work.setdefault(source.version.version_id, Work())
+        user = request.connection.user
+        work.users[user.uid] = user
+        if len(work.fds) < len(work.users):
+            work.fds.append(os.dup(request.fd))
+        chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(source.version.size_bytes)
+        self._handle(
+            FileWanted(number, source.version, source.file_server, user.name, chunk_size_bytes)
+        )
+
+    def _send_progress(self, number: int) -> None:
+        request = self._requests.get(number)
+        if request is None:
+            return
+        version = request.source.version
+        fetching = self._state.fetching(version.version_id)
+        download = fetching.download if fetching is not None else None
+        progress = Progress(version.size_bytes, 0, 0, 0, 0)
+        if fetching is not None and download is not None:
+            progress = Progress(
+                version.size_bytes,
+                download.from_peers_bytes,
+                download.from_file_server_bytes,
+                download.recovered_bytes,
+                len(download.peers),
+                waiting_for=self._waiting_for(fetching),
+            )
+        request.connection.send(progress)
+        request.timers.append(self._loop.call_later(PROGRESS_S, self._send_progress, number))
+
+    def _client_gone(self, number: int) -> None:
+        if self._end_request(number) is not None:
+            self._handle(RequestGone(number))
+
+    def _answer_early(self, number: int, reason: str) -> None:
+        self._answer_original(number, reason)
+        self._handle(RequestGone(number))
+
+    def _end_request(self, number: int) -> LocalRequest | None:
+        request = self._requests.pop(number, None)
+        if request is not None:
+            request.connection.on_closed.pop(number, None)
+            for timer in request.timers:
+                timer.cancel()
+            os.close(request.fd)
+        return request
+
+    def _answer_original(self, number: int, reason: str, *, retry: bool = False) -> None:
+        request = self._end_request(number)
+        if request is not None:
+            request.connection.send(Original(reason, retry))
+
+    async def _verify_and_answer(self, number: int, work: Work) -> None:
+        """Hand out the copy if the source is still the file version that was asked for."""
+        request = self._requests.get(number)
+        if request is None:
+            return
+        version = request.source.version
+        sources = (work.from_peers_bytes, work.from_file_server_bytes)
+        fd = os.dup(request.fd)
+        try:
+            same = await self._in_thread(same_version, fd, version)
+            path = self._cache.lookup(version, request.connection.user) if same else None
+        except SwarmcacheError as error:
+            self._answer_original(number, str(error))
+            return
+        finally:
+            os.close(fd)
+        if path is None:
+            self._answer_original(number, "the source changed meanwhile", retry=True)
+        elif self._end_request(number) is not None:
+            request.connection.send(Cached(os.fsencode(path), False, *sources))
+
+    # --- status ---------------------------------------------------------------------------------
+
+    def _answer_status(self, effect: AnswerStatus) -> None:
+        connection = self._status_requests.pop(effect.request)
+        try:
+            node = self._node_status()
+        except LocalError as error:
+            connection.send(Failed(str(error)))
+            return
+        connection.send(NodeStatus(node, effect.cluster, effect.reason))
