@@ -504,6 +504,7 @@ class CacheDir:
             Stamp.of(os.fstat(fd)),
             created_s=now_s,
             last_used_s=now_s,
+            verified_s=now_s,
         )
 
     def _move_into_objects(self, partial: Partial) -> None:

@@ -55,16 +55,24 @@ CREATE TABLE replica (
     ctime_ns INTEGER NOT NULL,
     inode INTEGER NOT NULL,
     created_s REAL NOT NULL,
-    last_used_s REAL NOT NULL
+    last_used_s REAL NOT NULL,
+    verified_s REAL NOT NULL
 );
 CREATE INDEX replica_by_path ON replica (path);
 CREATE INDEX replica_by_directory ON replica (directory);
+CREATE INDEX replica_by_use ON replica (last_used_s, version_id, stored_bytes);
+CREATE INDEX replica_by_check ON replica (verified_s, version_id);
 CREATE INDEX replica_by_trust ON replica (trust, version_id);
 CREATE TABLE link (
     version_id BLOB NOT NULL,
     uid INTEGER NOT NULL,
     name TEXT NOT NULL,
     PRIMARY KEY (version_id, uid, name)
+) WITHOUT ROWID;
+CREATE TABLE pin (
+    version_id BLOB NOT NULL,
+    uid INTEGER NOT NULL,
+    PRIMARY KEY (version_id, uid)
 ) WITHOUT ROWID;
 CREATE TABLE total (file_count INTEGER NOT NULL, stored_bytes INTEGER NOT NULL);
 INSERT INTO total VALUES (0, 0);
@@ -94,7 +102,8 @@ class Replica:
 
     ``path``: real path of the source. ``stored_bytes``: what the copy takes of the disk.
     ``boot_id``: the boot of the machine (16 bytes) in which the row was last true.
-    ``stamp``: what stat says of the object, unless the row is DOUBTFUL. Times since the epoch.
+    ``stamp``: what stat says of the object, unless the row is DOUBTFUL. Times since the epoch;
+    ``verified_s``: when every chunk was last found to have its digest.
     """
 
     version_id: bytes
@@ -106,6 +115,7 @@ class Replica:
     stamp: Stamp
     created_s: float
     last_used_s: float
+    verified_s: float
 
     def trusted(self, boot_id: bytes) -> bool:
         """Whether the copy may be handed out without digesting it again."""
@@ -116,7 +126,8 @@ class Replica:
 
 _COLUMNS = (
     "r.version_id, r.path, r.chunk_size_bytes, r.stored_bytes, r.trust, r.boot_id,"
-    " r.size_bytes, r.mtime_ns, r.ctime_ns, r.inode, r.created_s, r.last_used_s"
+    " r.size_bytes, r.mtime_ns, r.ctime_ns, r.inode, r.created_s, r.last_used_s,"
+    " r.verified_s"
 )
 
 
@@ -201,13 +212,13 @@ class CacheIndex:
         stamp = replica.stamp
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(replica.version_id, replica.path, _directory_key(replica.path)),
-                    replica.chunk_size_bytes,
-                    *(replica.stored_bytes, replica.trust, replica.boot_id),
-                    *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
-                    *(replica.created_s, replica.last_used_s),
+                    *(replica.chunk_size_bytes, replica.stored_bytes),
+                    *(replica.trust, replica.boot_id, stamp.size_bytes, stamp.mtime_ns),
+                    *(stamp.ctime_ns, stamp.inode, replica.created_s, replica.last_used_s),
+                    replica.verified_s,
                 ),
             )
 
@@ -268,6 +279,31 @@ class CacheIndex:
                 "UPDATE replica SET last_used_s = ? WHERE version_id = ?",
                 [(at_s, version_id) for version_id, at_s in last_used_s.items()],
             )
+
+    def mark_verified(self, version_id: bytes, at_s: float) -> None:
+        """Every chunk of the replica was found to have its digest."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE replica SET verified_s = ? WHERE version_id = ?", (at_s, version_id)
+            )
+
+    def pin(self, version_id: bytes, uid: int) -> None:
+        """Note that this user wants the file version kept, whether it is here just now or not."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO pin VALUES (?, ?)", (version_id, uid))
+
+    def unpin(self, version_id: bytes, uid: int | None) -> None:
+        """The user, or nobody any more, wants the file version kept."""
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM pin WHERE version_id = ? AND (? IS NULL OR uid = ?)",
+                (version_id, uid, uid),
+            )
+
+    def pinned_by(self, version_id: bytes) -> list[int]:
+        """The uids of those who want the file version kept."""
+        rows = self._rows("SELECT uid FROM pin WHERE version_id = ? ORDER BY uid", version_id)
+        return [uid for (uid,) in rows]
 
     def delete(self, version_id: bytes) -> None:
         with self._transaction() as connection:
@@ -374,7 +410,7 @@ def _replica(row: tuple[Any, ...]) -> Replica:
     version_id, path, chunk_size_bytes, stored_bytes, trust, boot_id, *rest = row
     return Replica(
         *(version_id, path, chunk_size_bytes, stored_bytes, Trust(trust), boot_id),
-        *(Stamp(*rest[:4]), rest[4], rest[5]),
+        *(Stamp(*rest[:4]), *rest[4:]),
     )
 
 
