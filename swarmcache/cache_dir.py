@@ -27,9 +27,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from enum import Enum
 from pathlib import Path
 
-from swarmcache.cache_index import CacheIndex, Replica, Trust
+from swarmcache.cache_index import CacheIndex, Entry, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.disk_calls import (
     SharedFile,
@@ -53,6 +54,15 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MANIFEST = ".manifest"
+
+
+class Removal(Enum):
+    """How an attempt to remove a replica ends."""
+
+    GONE = "the file is gone"
+    UNLINKED = "the user's link is gone; others have theirs"
+    PINNED = "it is pinned, and stays"
+    ABSENT = "there is none, or none for this user"
 
 
 class ChunkSource:
@@ -98,8 +108,9 @@ class CacheDir:
         with ExitStack() as stack:
             path, self._root_fd = open_cache_root(os.fspath(root))
             stack.callback(os.close, self._root_fd)
+            self.path = os.fsdecode(path)
             self._device = os.fstat(self._root_fd).st_dev
-            own = os.fsdecode(path) + "/.swarmcache"
+            own = self.path + "/.swarmcache"
             with disk_errors(f"open {own}"):
                 own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
                 check_ours(own_fd, own, forbidden=0o077)
@@ -171,6 +182,81 @@ class CacheDir:
             replica = self._index.find(version_id)
             if replica is not None:
                 self._drop(replica)
+
+    # --- what its users see to themselves -------------------------------------------------------
+
+    def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
+        """The replicas that a path stands for, a page at a time; each is quick to get.
+
+        ``path``: of a source or of a local copy, or of a directory for all that are below it.
+        ``user``: None for one who may see everything; others see what they have a link to.
+        """
+        root = os.fsencode(self.path)
+        name = self.owner_of(path)
+        below = path
+        if name is not None:
+            below = b"/" + path[len(root) + 1 :].partition(b"/")[2]
+        elif path == root:
+            below = b"/"
+        if user is not None:
+            if name not in (None, user.name):
+                return
+            name = user.name
+        for page in self._index.entries(below, name=name, uid=user.uid if user else None):
+            yield [self._current(entry, root) for entry in page]
+
+    def owner_of(self, path: bytes) -> str | None:
+        """The name of the user whose copies a path leads to; None for the path of a source."""
+        root = os.fsencode(self.path) + b"/"
+        if not path.startswith(root):
+            return None
+        return path[len(root) :].partition(b"/")[0].decode(errors="replace")
+
+    def _current(self, entry: Entry, root: bytes) -> Entry:
+        """An entry with what the index does not know, or not yet."""
+        replica = entry.replica
+        with self._last_used_lock:
+            last_used_s = self._last_used_s.get(replica.version_id, 0.0)
+        if last_used_s > replica.last_used_s:
+            replica = dataclasses.replace(replica, last_used_s=last_used_s)
+        trusted = replica.trusted(self._boot_id)
+        return dataclasses.replace(entry, replica=replica, root=root, trusted=trusted)
+
+    def linked(self, version_id: bytes) -> list[User]:
+        """The users who have a link to the replica."""
+        return self._index.links(version_id)
+
+    def remove(
+        self, version_id: bytes, user: User | None = None, *, even_pinned: bool = False
+    ) -> Removal:
+        """Take a replica and its pins away from one user, or (None) from everybody.
+
+        The file goes when nobody has a link to it any more, and nobody else has pinned it.
+        """
+        with self._objects_lock:
+            replica = self._index.find(version_id)
+            links = self._index.links(version_id)
+            if replica is None or (user is not None and user not in links):
+                return Removal.ABSENT
+            pinned_by = self._index.pinned_by(version_id)
+            if not even_pinned and (pinned_by if user is None else user.uid in pinned_by):
+                return Removal.PINNED
+            self._index.unpin(version_id, None if user is None else user.uid)
+            if user is None or (links == [user] and set(pinned_by) <= {user.uid}):
+                self._drop(replica)
+                return Removal.GONE
+            self._unlink(replica, user)
+            return Removal.UNLINKED
+
+    def pin(self, version_id: bytes, uid: int) -> None:
+        """Keep a file version until the same user unpins it."""
+        self._index.pin(version_id, uid)
+
+    def unpin(self, version_id: bytes, uid: int | None) -> None:
+        """Take away the pin of one user, or (None) of everybody."""
+        self._index.unpin(version_id, uid)
+
+    # --- the disk -------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Write the times of last use into the index, and keep its log short.
@@ -385,6 +471,15 @@ class CacheDir:
             self._index.linked_versions(replica.path, user).values(),
         )
         return os.fsdecode(path)
+
+    def _unlink(self, replica: Replica, user: User) -> None:
+        """Take one user's link away. In doubt meanwhile, since the object's ctime changes."""
+        settled = self._checked(replica.version_id)
+        self._index.doubt(replica.version_id)
+        self._tree.unlink(user, replica.path, replica.stamp.inode)
+        self._index.unlink(replica.version_id, user)
+        if settled is not None:
+            self._settle(settled)
 
     def _drop(self, replica: Replica) -> None:
         """Remove links, files and row, in this order, so that after a kill it can be repeated."""

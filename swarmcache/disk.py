@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from swarmcache.cache_dir import CacheDir, ChunkSource, Partial, User
+from swarmcache.cache_dir import CacheDir, ChunkSource, Partial, Removal, User
+from swarmcache.cache_index import Entry
 from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.messages import DiskStatus
 
-__all__ = ["Cache", "ChunkSource", "Partial", "User"]
+__all__ = ["Cache", "ChunkSource", "Entry", "Partial", "Removal", "User"]
 
 
 class Cache:
@@ -55,6 +56,28 @@ class Cache:
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
         return self._directory.open_source(version_id)
+
+    # --- what its users see to themselves -------------------------------------------------------
+
+    def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
+        return self._directory.entries(path, user)
+
+    def owner_of(self, path: bytes) -> str | None:
+        return self._directory.owner_of(path)
+
+    def linked(self, version_id: bytes) -> list[User]:
+        return self._directory.linked(version_id)
+
+    def remove(
+        self, version_id: bytes, user: User | None = None, *, even_pinned: bool = False
+    ) -> Removal:
+        return self._directory.remove(version_id, user, even_pinned=even_pinned)
+
+    def pin(self, version_id: bytes, uid: int) -> None:
+        self._directory.pin(version_id, uid)
+
+    def unpin(self, version_id: bytes, uid: int | None) -> None:
+        self._directory.unpin(version_id, uid)
 
     # --- the whole ----------------------------------------------------------------------------
 
