@@ -18,6 +18,7 @@ been verified, and which has not been touched since. A kill at any moment keeps 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
@@ -27,6 +28,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -39,10 +41,12 @@ from swarmcache.disk_calls import (
     unlink_if_there,
     write_all,
 )
-from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
+from swarmcache.errors import CacheDirUnusable, LocalError
+from swarmcache.index_rebuild import MANIFEST, IndexRebuild
 from swarmcache.messages import DiskStatus
-from swarmcache.partial import Partial, decode_manifest, digest_range, encode_manifest
+from swarmcache.partial import Partial, decode_manifest, encode_manifest
 from swarmcache.partial_store import PartialStore, SpaceLimits
+from swarmcache.quiet_read import digest_quietly, open_quietly
 from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
 
 __all__ = ["CacheDir", "ChunkSource", "Partial", "User"]
@@ -53,7 +57,10 @@ SOURCES_MAX = 64  # replicas kept open for peers; a daemon may have 1024 descrip
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_MANIFEST = ".manifest"
+
+
+def _go_on(size_bytes: int) -> None:
+    """After each piece that was digested: nothing."""
 
 
 class Removal(Enum):
@@ -86,34 +93,52 @@ class ChunkSource:
             file.release()
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A replica that is open for peers. Not ``good``: it was found to be wrong meanwhile."""
+
+    file: SharedFile
+    layout: ChunkLayout
+    good: bool = True
+
+    def has(self, chunk: int) -> bool:
+        return self.good and 0 <= chunk < self.layout.chunk_count
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A copy that was taken out and waits as a partial file: fetch what of it is wrong.
+
+    ``users``: those whose links are gone with it.
+    """
+
+    version: FileVersion
+    chunk_size_bytes: int
+    users: tuple[User, ...] = ()
+
+
 class CacheDir:
     """The files below one cache directory. One process at a time can have it open."""
 
     def __init__(
-        self,
-        root: Path,
-        *,
-        min_free: Callable[[int], int],
-        max_usage: Callable[[int], int],
-        make: bool = True,
+        self, root: Path, *, min_free: Callable[[int], int], max_usage: Callable[[int], int]
     ) -> None:
-        """Open the cache directory without reading what is in it.
+        """Open the cache directory, making it if need be, without reading what is in it.
 
         ``min_free`` and ``max_usage`` take the capacity of the disk and return the space that
-        stays free, and the space that the cache may take, all in bytes. ``make``: whether a
-        directory that is not there is made, or taken for one whose disk is not mounted.
-        Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
-        fails.
+        stays free, and the space that the cache may take, all in bytes.
+        Raises CacheDirUnusable with what to do about it; LocalError when the disk fails.
         """
         self._boot_id = _boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
         self._objects_lock = threading.RLock()
         self._sources_lock = threading.Lock()
-        self._sources: OrderedDict[bytes, tuple[SharedFile, ChunkLayout]] = OrderedDict()
+        self._sources: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._damaged: dict[bytes, Damaged | None] = {}
         self._last_used_s: dict[bytes, float] = {}
         self._last_used_lock = threading.Lock()
         with ExitStack() as stack:
-            path, self._root_fd = open_cache_root(os.fspath(root), make=make)
+            path, self._root_fd = open_cache_root(os.fspath(root))
             stack.callback(os.close, self._root_fd)
             self.path = os.fsdecode(path)
             self._device = os.fstat(self._root_fd).st_dev
@@ -121,73 +146,28 @@ class CacheDir:
             with disk_errors(f"open {own}"):
                 own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
                 check_ours(own_fd, own, forbidden=0o077)
-                self._lock_fd = self._lock_directory(stack, own_fd, own)
+                self._lock_directory(stack, own_fd, own)
                 self._objects_fd = self._open_directory(stack, "objects", own_fd)
                 self._partial_fd = self._open_directory(stack, "partial", own_fd)
             self._tree = UserTree(path, self._root_fd)
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
+            self._listed = self._index.complete or self._begin_empty(own)
             limits = SpaceLimits(min_free, max_usage)
             self._partials = PartialStore(
-                self._partial_fd, limits, lambda: self._index.totals()[1], self._install
+                self._partial_fd, limits, self._replicas_bytes, self._install, self._tree.unlink_all
             )
-            self._abandoned = False
             self._resources = stack.pop_all()
 
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
         self._partials.close()
-        self._release_sources()
-        with self._resources:
-            if not self._abandoned:
-                self.flush()
-
-    # --- losing the disk ----------------------------------------------------------------------
-
-    def check_alive(self) -> None:
-        """Raise DiskFailed when the directory is gone, hidden, or cannot be written. Quick."""
-        with disk_errors(f"use {self.path}"):
-            self._check_mounted()
-            os.utime(self._lock_fd)  # a change that needs no room
-
-    def probe(self) -> None:
-        """The same, and ask the device itself. Slow: it fsyncs. Raises DiskFailed."""
-        self.check_alive()
-        with disk_errors(f"use {self.path}"):
-            os.fsync(self._lock_fd)
-
-    def abandon(self) -> list[bytes]:
-        """The disk is lost: never write to it again.
-
-        Returns the version ids of the partial files that are lost with it; ``close_partials`` ends
-        them. The descriptors stay open until ``close``, so that no thread that is still at work
-        finds another file under their numbers.
-        """
-        self._abandoned = True
-        self._release_sources()
-        return self._partials.abandon()
-
-    def close_partials(self) -> None:
-        """End all open partial files; who writes to one gets a LocalError from now on."""
-        self._partials.close()
-
-    def _check_mounted(self) -> None:
-        """Raise DiskFailed when the path no longer leads to what was opened."""
-        ours = os.fstat(self._root_fd)
-        try:
-            there = os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DiskFailed(f"{self.path} is no longer there: was its disk unmounted?") from error
-        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
-            raise DiskFailed(f"{self.path} is another directory now: was its disk unmounted?")
-        if os.fstat(self._lock_fd).st_nlink == 0:
-            raise DiskFailed(f"somebody has removed {self.path}/.swarmcache")
-
-    def _release_sources(self) -> None:
         with self._sources_lock:
-            for file, _ in self._sources.values():
-                file.release()
+            for kept in self._sources.values():
+                kept.file.release()
             self._sources.clear()
+        with self._resources:
+            self.flush()
 
     # --- replicas -----------------------------------------------------------------------------
 
@@ -205,8 +185,6 @@ class CacheDir:
         replica, linked = found
         path = self._tree.path(user, version.path)
         if not (linked and replica.trusted(self._boot_id) and self._untouched(path, replica)):
-            # Or else a disk that was unmounted would look like one whose files were removed.
-            self._check_mounted()
             with self._objects_lock:
                 checked = self._checked(version_id)
                 if checked is None:
@@ -335,7 +313,7 @@ class CacheDir:
             try:
                 fds = [
                     self._open_object(stack, name, _READ),
-                    self._open_object(stack, name + _MANIFEST, _READ),
+                    self._open_object(stack, name + MANIFEST, _READ),
                     self._open_object(stack, name[:2], _DIRECTORY),
                 ]
             except FileNotFoundError:
@@ -355,16 +333,75 @@ class CacheDir:
             self._index.mark_durable(version_id, inode)
         self._index.sync()
 
+    def list_objects(self) -> Iterator[None]:
+        """Compare the index with what is on the disk, as the first thing after a start. Slow.
+
+        Works between one ``next`` and the other, a few milliseconds each. Raises LocalError.
+        """
+        rebuild = IndexRebuild(
+            self._objects_fd,
+            self._index,
+            self._tree,
+            self._objects_lock,
+            self._boot_id,
+            self._partials.stored_bytes,
+            self._drop,
+        )
+        yield from rebuild.slices()
+        self._listed = True
+
     def recover_undurable(self) -> Iterator[bytes]:
         """Digest the replicas that a power cut or a kill has left in doubt. Very slow.
 
-        Yields the version id of each one that is good; the others are dropped. Until then
-        ``lookup`` does not know them. Raises LocalError when the disk fails.
+        Yields the version id of each one that is good; the others are taken out, see
+        ``take_damaged``. Until then ``lookup`` does not know them, but ``begin`` does. Raises
+        LocalError when the disk fails.
         """
         for version_id in self._index.untrusted_ids(self._boot_id):
             if self._recover(version_id):
                 self.make_durable(version_id)
                 yield version_id
+
+    def verify(
+        self, version_id: bytes, after_piece: Callable[[int], None] = _go_on
+    ) -> list[int] | None:
+        """Digest a replica: the chunks that are not what they were. None when there is no replica.
+
+        One that has such chunks, or was touched, is taken out; ``take_damaged`` tells of it.
+        ``after_piece`` is called with the number of bytes after each piece, and may wait, or raise
+        to give up. What this can see and what not is said in ``quiet_read``. Very slow. Raises
+        LocalError when the disk fails.
+        """
+        replica = self._index.find(version_id)
+        if replica is None or not replica.trusted(self._boot_id):
+            return None
+        shown = os.fsdecode(replica.path)
+        with ExitStack() as stack, disk_errors(f"check the copy of {shown}"):
+            fd, stamp = self._open_quietly(stack, version_id)
+            bad = self._bad_chunks(version_id, fd, after_piece)
+            with self._objects_lock:
+                replica = self._checked(version_id)
+                if replica is None:
+                    return bad  # taken out or dropped by somebody else
+                if stamp is None or replica.stamp.inode != stamp.inode:
+                    return []  # another one has taken its place just now
+                if bad:
+                    log.warning(
+                        "%d chunks of the copy of %s are rotten: taken out", len(bad), shown
+                    )
+                    self._take_out(replica)
+                else:
+                    self._index.mark_verified(version_id, time.time())
+                return bad
+
+    def take_damaged(self) -> dict[bytes, Damaged | None]:
+        """The copies that were taken out since the last call, by version id.
+
+        None for one of which nothing was of use any more.
+        """
+        with self._objects_lock:
+            damaged, self._damaged = self._damaged, {}
+        return damaged
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
         """The chunks of a replica or partial file, to serve them; the caller closes it.
@@ -394,22 +431,14 @@ class CacheDir:
     def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
         """Reserve the space for a file and open it, or resume what there is of it.
 
-        Only one at a time for a version. Raises NoSpace within the limits set, and LocalError.
+        A complete copy that is not known to be right is resumed as well: its chunks become claims
+        for ``Partial.recover``. Only one at a time for a version. Raises NoSpace within the limits
+        set, and LocalError.
         """
-        self.check_alive()
+        taken_back = self._take_back(version.version_id)
+        if taken_back is not None:
+            chunk_size_bytes = taken_back.chunk_size_bytes
         return self._partials.begin(version, chunk_size_bytes)
-
-    def knows(self, version_id: bytes) -> bool:
-        """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""
-        return self._partials.knows(version_id) or self._index.find(version_id) is not None
-
-    def count_beside(self, path: bytes) -> int:
-        """How many replicas there are of sources in the same directory; counts to 1000."""
-        return self._index.count_beside(path)
-
-    def room_bytes(self) -> int:
-        """How much more the limits allow. Raises LocalError when the disk fails."""
-        return self._partials.room_bytes()
 
     def status(self) -> DiskStatus:
         """Room on the disk; what partial files have reserved counts as used. Raises LocalError."""
@@ -425,6 +454,26 @@ class CacheDir:
 
     # --- opening ------------------------------------------------------------------------------
 
+    def _begin_empty(self, own: str) -> bool:
+        """Whether an index that lists nothing yet is right, since there is nothing to list."""
+        with disk_errors("list the objects"):
+            empty = not os.listdir(self._objects_fd)
+        if empty:
+            self._index.mark_complete()
+        elif self._index.lost:
+            log.warning(
+                "the cache index in %s is %s: made again from the files, but without the pins",
+                *(own, self._index.lost),
+            )
+        return empty
+
+    def _replicas_bytes(self) -> int:
+        """What all replicas take of the disk; all that is in use as long as that is unknown."""
+        if self._listed:
+            return self._index.totals()[1]
+        disk = os.fstatvfs(self._root_fd)
+        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
     def _open_directory(self, stack: ExitStack, name: str, above_fd: int) -> int:
         with suppress(FileExistsError):  # from an earlier start
             os.mkdir(name, 0o700, dir_fd=above_fd)
@@ -437,7 +486,7 @@ class CacheDir:
         stack.callback(os.close, fd)
         return fd
 
-    def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> int:
+    def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> None:
         fd = os.open("lock", _MAKE, 0o600, dir_fd=own_fd)
         stack.callback(os.close, fd)
         try:
@@ -446,7 +495,6 @@ class CacheDir:
             raise CacheDirUnusable(
                 f"another daemon uses {own}: stop it, or name another directory in cache.dir"
             ) from error
-        return fd
 
     # --- replicas, inside ---------------------------------------------------------------------
 
@@ -459,7 +507,7 @@ class CacheDir:
         return status.st_dev == self._device and Stamp.of(status) == replica.stamp
 
     def _checked(self, version_id: bytes) -> Replica | None:
-        """The replica if it may be handed out. One that somebody has touched is dropped."""
+        """The replica if it may be handed out. One that somebody has touched is taken out."""
         replica = self._index.find(version_id)
         if replica is None or not replica.trusted(self._boot_id):
             return None
@@ -467,10 +515,10 @@ class CacheDir:
         if stamp == replica.stamp:
             return replica
         log.warning(
-            "the copy of %s was touched (%s, expected %s): dropped",
+            "the copy of %s was touched (%s, expected %s): taken out",
             *(os.fsdecode(replica.path), stamp, replica.stamp),
         )
-        self._drop(replica)
+        self._take_out(replica)
         return None
 
     def _stamp(self, version_id: bytes) -> Stamp | None:
@@ -554,19 +602,80 @@ class CacheDir:
         """Remove links, files and row, in this order, so that after a kill it can be repeated."""
         version_id = replica.version_id
         name = _object_name(version_id)
-        for user in self._index.links(version_id):
-            self._tree.unlink(user, replica.path, replica.stamp.inode)
+        self._unlink_users(replica)
         with disk_errors(f"remove {name}"):
             unlink_if_there(name, self._objects_fd)
-            unlink_if_there(name + _MANIFEST, self._objects_fd)
+            unlink_if_there(name + MANIFEST, self._objects_fd)
         self._index.delete(version_id)
+        self._let_go(version_id)
+
+    def _unlink_users(self, replica: Replica) -> list[User]:
+        """Take a copy out of all users' directories; returns in whose it was."""
+        users = self._index.links(replica.version_id)
+        for user in users:
+            self._tree.unlink(user, replica.path, replica.stamp.inode)
+        with disk_errors("look at a replica"), suppress(FileNotFoundError):
+            status = os.stat(_object_name(replica.version_id), dir_fd=self._objects_fd)
+            if status.st_nlink > 1:  # the index does not know of all: it was lost, and made again
+                users += self._tree.unlink_all(replica.path, Stamp.of(status).inode)
+        return users
+
+    def _let_go(self, version_id: bytes) -> None:
+        """Close the object that is kept open for peers. Who serves it now may go on."""
         with self._sources_lock:
             kept = self._sources.pop(version_id, None)
         if kept is not None:
-            kept[0].release()
+            kept.file.release()
+
+    # --- copies that may be wrong -------------------------------------------------------------
+
+    def _take_out(self, replica: Replica) -> None:
+        """Nobody is to use this copy any more. What of it is right can still be of use.
+
+        ``take_damaged`` tells of it, so that the rest can be fetched from peers.
+        """
+        version_id = replica.version_id
+        with self._sources_lock:
+            kept = self._sources.get(version_id)
+            if kept is not None:
+                kept.good = False
+        stamp = self._stamp(version_id)
+        users = self._unlink_users(replica)
+        # Of another file in its place, or one of another size, nothing is known at all.
+        same_file = stamp is not None and (stamp.inode, stamp.size_bytes) == (
+            *(replica.stamp.inode, replica.stamp.size_bytes),
+        )
+        taken_back = self._take_back(version_id) if same_file else None
+        if taken_back is None:
+            self._drop(replica)
+        else:
+            taken_back = dataclasses.replace(taken_back, users=tuple(users))
+        self._damaged[version_id] = taken_back
+
+    def _take_back(self, version_id: bytes) -> Damaged | None:
+        """Turn an object into a partial file that ``begin`` will resume; None if there is none.
+
+        After a kill on the way there is either a doubtful row with its object, or a partial file.
+        """
+        if self._stamp(version_id) is None:
+            return None  # the usual case of ``begin``, which must not wait for the lock
+        name = _object_name(version_id)
+        with self._objects_lock, disk_errors(f"take back {name}"):
+            stamp = self._stamp(version_id)
+            decoded = self._read_manifest(version_id)
+            if stamp is None or decoded is None or stamp.size_bytes != decoded[0].size_bytes:
+                return None
+            version, manifest = decoded
+            self._index.doubt(version_id)
+            if not self._partials.adopt(version, manifest, (name, self._objects_fd)):
+                return None
+            unlink_if_there(name + MANIFEST, self._objects_fd)
+            self._index.delete(version_id)
+            self._let_go(version_id)
+            return Damaged(version, manifest.layout.chunk_size_bytes)
 
     def _read_manifest(self, version_id: bytes) -> tuple[FileVersion, Manifest] | None:
-        name = _object_name(version_id) + _MANIFEST
+        name = _object_name(version_id) + MANIFEST
         with disk_errors(f"read {name}"):
             try:
                 fd = os.open(name, _READ, dir_fd=self._objects_fd)
@@ -586,34 +695,45 @@ class CacheDir:
         """Digest a replica in doubt; whether it is one that can be trusted now."""
         name = _object_name(version_id)
         with ExitStack() as stack, disk_errors(f"check {name}"):
-            try:
-                fd = self._open_object(stack, name, _READ)
-                stamp = Stamp.of(os.fstat(fd))
-            except FileNotFoundError:
-                fd, stamp = -1, None
-            good = stamp is not None and self._digests_match(version_id, fd, stamp)
+            fd, stamp = self._open_quietly(stack, version_id)
+            bad = self._bad_chunks(version_id, fd, _go_on)
             with self._objects_lock:
                 replica = self._index.find(version_id)
                 if replica is None or replica.trusted(self._boot_id):
                     return False  # dropped or published anew meanwhile
-                if not good or self._stamp(version_id) != stamp:
-                    log.warning("%s did not survive: dropped", os.fsdecode(replica.path))
-                    self._drop(replica)
+                if bad or self._stamp(version_id) != stamp:
+                    shown = os.fsdecode(replica.path)
+                    log.warning("the copy of %s did not survive: taken out", shown)
+                    self._take_out(replica)
                     return False
-                _finish(fd, replica.stamp.mtime_ns)  # a power cut may have taken that away
+                # A power cut may have taken the time of the source away, or the mode.
+                _finish(fd, replica.stamp.mtime_ns)
                 stamp = Stamp.of(os.fstat(fd))
                 self._index.settle(version_id, stamp, Trust.WRITTEN, self._boot_id)
+                self._index.mark_verified(version_id, time.time())
                 return True
 
-    def _digests_match(self, version_id: bytes, fd: int, stamp: Stamp) -> bool:
+    def _open_quietly(self, stack: ExitStack, version_id: bytes) -> tuple[int, Stamp | None]:
+        """An object, to be digested in the background; (-1, None) when there is none."""
+        try:
+            fd = open_quietly(_object_name(version_id), self._objects_fd)
+        except FileNotFoundError:
+            return -1, None
+        stack.callback(os.close, fd)
+        return fd, Stamp.of(os.fstat(fd))
+
+    def _bad_chunks(
+        self, version_id: bytes, fd: int, after_piece: Callable[[int], None]
+    ) -> list[int]:
+        """The chunks that do not have their digest; the first where nothing can be said."""
         manifest = self.manifest(version_id)
-        if manifest is None or manifest.layout.size_bytes != stamp.size_bytes:
-            return False
-        layout = manifest.layout
-        return all(
-            digest_range(fd, layout.offset_bytes(chunk), layout.length_bytes(chunk)) == digest
+        if fd < 0 or manifest is None or os.fstat(fd).st_size != manifest.layout.size_bytes:
+            return [0]
+        return [
+            chunk
             for chunk, digest in enumerate(manifest.digests)
-        )
+            if _digest(fd, manifest.layout, chunk, after_piece) != digest
+        ]
 
     def _open_replica(self, replica: Replica) -> ChunkSource | None:
         version_id = replica.version_id
@@ -625,13 +745,12 @@ class CacheDir:
                 except FileNotFoundError:
                     return None
                 layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)
-                kept = self._sources[version_id] = (SharedFile(fd), layout)
+                kept = self._sources[version_id] = _Kept(SharedFile(fd), layout)
                 if len(self._sources) > SOURCES_MAX:
-                    self._sources.popitem(last=False)[1][0].release()
+                    self._sources.popitem(last=False)[1].file.release()
             self._sources.move_to_end(version_id)
-            file, layout = kept
-            file.retain()
-            return ChunkSource(file, layout, range(layout.chunk_count).__contains__)
+            kept.file.retain()
+            return ChunkSource(kept.file, kept.layout, kept.has)
 
     # --- publishing ---------------------------------------------------------------------------
 
@@ -644,13 +763,22 @@ class CacheDir:
             self._index.insert(replica)
             try:
                 self._move_into_objects(partial)
-                paths, failed = self._link(replica, users)
+                paths, failed = self._link(replica, self._with_former(replica, users))
             except BaseException:
                 self._drop(replica)
                 raise
         for uid, error in failed.items():
             log.warning("no link for uid %d: %s", uid, error)
         return paths
+
+    def _with_former(self, replica: Replica, users: Sequence[User]) -> Sequence[User]:
+        """``users``, and those who have links from before the copy had to be digested again."""
+        with disk_errors("look at a replica"):
+            status = os.stat(_object_name(replica.version_id), dir_fd=self._objects_fd)
+        if status.st_nlink == 1:
+            return users
+        former = self._tree.linked_users(self._tree.users(), replica.path, Stamp.of(status).inode)
+        return [*(user for user in former if user not in users), *users]
 
     def _new_replica(self, partial: Partial) -> Replica:
         """The row of a file that is about to be published, with its final times and mode."""
@@ -677,12 +805,12 @@ class CacheDir:
         with suppress(FileExistsError):  # one of 256, nearly always there
             os.mkdir(target[:2], 0o700, dir_fd=self._objects_fd)
         data = encode_manifest(partial.version, partial.manifest())
-        fd = os.open(name + _MANIFEST, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
+        fd = os.open(name + MANIFEST, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
         try:
             write_all(fd, data, 0)
         finally:
             os.close(fd)
-        for suffix in (_MANIFEST, ""):
+        for suffix in (MANIFEST, ""):
             os.rename(
                 name + suffix,
                 target + suffix,
@@ -700,10 +828,26 @@ def _boot_id() -> bytes:
     return bytes.fromhex(text.strip().replace("-", ""))
 
 
+def _digest(
+    fd: int, layout: ChunkLayout, chunk: int, after_piece: Callable[[int], None]
+) -> bytes | None:
+    """None for a chunk that the disk itself has found to be rotten. Raises OSError."""
+    try:
+        begin, length = layout.offset_bytes(chunk), layout.length_bytes(chunk)
+        return digest_quietly(fd, begin, length, after_piece)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
+
+
 def _finish(fd: int, mtime_ns: int) -> None:
     """Give a complete file the time of its source, and take away the right to write it."""
-    os.utime(fd, ns=(time.time_ns(), mtime_ns))
-    os.fchmod(fd, 0o444)
+    status = os.fstat(fd)
+    if status.st_mtime_ns != mtime_ns:
+        os.utime(fd, ns=(status.st_atime_ns, mtime_ns))
+    if stat.S_IMODE(status.st_mode) != 0o444:
+        os.fchmod(fd, 0o444)
 
 
 def _object_name(version_id: bytes) -> str:

@@ -2,7 +2,8 @@
 
 An SQLite file that opens in the same time whether it lists ten replicas or a million: totals are
 kept by triggers, nothing is scanned. It can always be made again from the objects and their
-manifests, so an index that cannot be read is moved aside and an empty one started.
+manifests (``index_rebuild``), except for the pins. So in the place of an index that cannot be read
+there is an empty one, which says of itself that it is not ``complete``.
 
 Trust in a replica has three grades. DOUBTFUL: the daemon was changing it (its links, its name)
 and was perhaps killed while doing so. WRITTEN: complete and verified, but perhaps still in the
@@ -33,6 +34,7 @@ from swarmcache.user_tree import User
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
+_DAMAGE_MARK = ".damaged"
 PAGE_ROWS = 1000  # rows per query when listing everything, so that no reader holds back the log
 # Rows per page of a listing with links and pins, 6 us each: look-ups wait for one page, 2 ms.
 LISTED_ROWS = 256
@@ -77,8 +79,12 @@ CREATE TABLE pin (
     uid INTEGER NOT NULL,
     PRIMARY KEY (version_id, uid)
 ) WITHOUT ROWID;
-CREATE TABLE total (file_count INTEGER NOT NULL, stored_bytes INTEGER NOT NULL);
-INSERT INTO total VALUES (0, 0);
+CREATE TABLE total (
+    file_count INTEGER NOT NULL,
+    stored_bytes INTEGER NOT NULL,
+    complete INTEGER NOT NULL -- whether every object on the disk is listed
+);
+INSERT INTO total VALUES (0, 0, 0);
 CREATE TRIGGER replica_added AFTER INSERT ON replica BEGIN
     UPDATE total SET file_count = file_count + 1, stored_bytes = stored_bytes + NEW.stored_bytes;
 END;
@@ -106,7 +112,7 @@ class Replica:
     ``path``: real path of the source. ``stored_bytes``: what the copy takes of the disk.
     ``boot_id``: the boot of the machine (16 bytes) in which the row was last true.
     ``stamp``: what stat says of the object, unless the row is DOUBTFUL. Times since the epoch;
-    ``verified_s``: when every chunk was last found to have its digest.
+    ``verified_s``: when every chunk was last found to have its digest; 0 for never.
     """
 
     version_id: bytes
@@ -167,6 +173,10 @@ _ENTRIES = (
 )
 
 
+_INSERT = "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_IF_NEW = _INSERT.replace("INSERT", "INSERT OR IGNORE", 1)
+
+
 class CacheIndex:
     """The index file. Thread-safe. Every method raises LocalError when the file fails.
 
@@ -175,14 +185,16 @@ class CacheIndex:
     """
 
     def __init__(self, path: str) -> None:
+        """Open the index. ``lost`` says why it had to be begun anew; empty if it had not."""
         self._path = path
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
+        self.lost = ""
         try:
             self._writer = self._open()
         except _Unusable as reason:
-            aside = _move_aside(path)
-            log.warning("the cache index %s is %s; it is now %s", path, reason, aside)
+            self.lost = str(reason)
+            _remove(path)
             self._writer = self._open()
         self._reader = _connect(path)
         self._reader.execute("PRAGMA query_only = ON")
@@ -267,26 +279,55 @@ class CacheIndex:
         yield from self._ids("trust = 2")
         yield from self._ids("trust = 1 AND boot_id = ?", boot_id)
 
-    def untrusted_ids(self, boot_id: bytes) -> list[bytes]:
+    def untrusted_ids(self, boot_id: bytes) -> Iterator[bytes]:
         """Version ids of all replicas that must be digested before they are handed out."""
-        stale = self._ids("trust = 1 AND boot_id != ?", boot_id)
-        return [*self._ids("trust = 0"), *stale]
+        yield from self._ids("trust = 0")
+        yield from self._ids("trust = 1 AND boot_id != ?", boot_id)
+
+    def listed(self, first_byte: int) -> set[bytes]:
+        """The version ids of all rows, trusted or not, that begin with this byte."""
+        begin, end = bytes([first_byte]), bytes([first_byte]) + bytes([255]) * 32
+        query = "SELECT version_id FROM replica WHERE version_id BETWEEN ? AND ?"
+        return {version_id for (version_id,) in self._rows(query, begin, end)}
+
+    def stalest(self, before_s: float) -> bytes | None:
+        """Of the durable replicas last verified before that time, the one that waits longest."""
+        rows = self._rows(
+            "SELECT version_id FROM replica WHERE verified_s < ? AND trust = 2"
+            " ORDER BY verified_s LIMIT 1",
+            before_s,
+        )
+        return rows[0][0] if rows else None
 
     def insert(self, replica: Replica) -> None:
         """Add a row; it must not be there yet."""
-        assert replica.trust == Trust.DOUBTFUL, "a new row is doubtful until it is settled"
-        stamp = replica.stamp
         with self._transaction() as connection:
-            connection.execute(
-                "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(replica.version_id, replica.path, _directory_key(replica.path)),
-                    *(replica.chunk_size_bytes, replica.stored_bytes),
-                    *(replica.trust, replica.boot_id, stamp.size_bytes, stamp.mtime_ns),
-                    *(stamp.ctime_ns, stamp.inode, replica.created_s, replica.last_used_s),
-                    replica.verified_s,
-                ),
-            )
+            connection.execute(_INSERT, _new_row(replica))
+
+    def insert_found(self, found: Iterable[tuple[Replica, Iterable[User]]]) -> None:
+        """Add rows of objects that were found on the disk, and whose links lead to them.
+
+        A row that is there already stays as it is.
+        """
+        with self._transaction() as connection:
+            for replica, users in found:
+                added = connection.execute(_INSERT_IF_NEW, _new_row(replica)).rowcount
+                if added:
+                    connection.executemany(
+                        "INSERT OR IGNORE INTO link VALUES (?, ?, ?)",
+                        [(replica.version_id, user.uid, user.name) for user in users],
+                    )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every object on the disk has a row."""
+        [(complete,)] = self._rows("SELECT complete FROM total")
+        return bool(complete)
+
+    def mark_complete(self) -> None:
+        """Every object on the disk has a row now."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE total SET complete = 1")
 
     def doubt(self, version_id: bytes, users: Iterable[User] = ()) -> None:
         """The object is about to be changed: these users get a link to it, or some lose theirs.
@@ -428,13 +469,14 @@ class CacheIndex:
 
     def _open(self) -> sqlite3.Connection:
         """The writing connection to an index of our schema. Raises _Unusable."""
-        if os.path.lexists(_damage_mark(self._path)):
+        if os.path.lexists(self._path + _DAMAGE_MARK):
             raise _Unusable("damaged")
         connection = _connect(self._path)
         try:
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
             [(version,)] = connection.execute("PRAGMA user_version").fetchall()
             if version == 0:
+                self.lost = self.lost or "missing"
                 connection.executescript(_SCHEMA)
             elif version != SCHEMA_VERSION:
                 raise _Unusable(f"of schema {version}, and this is a version for {SCHEMA_VERSION}")
@@ -481,6 +523,17 @@ def _directory_key(path: bytes) -> int:
     return int.from_bytes(blake3(os.path.dirname(path)).digest(8), "little") >> 1
 
 
+def _new_row(replica: Replica) -> tuple[Any, ...]:
+    assert replica.trust == Trust.DOUBTFUL, "a new row is doubtful until it is settled"
+    stamp = replica.stamp
+    return (
+        *(replica.version_id, replica.path, _directory_key(replica.path)),
+        *(replica.chunk_size_bytes, replica.stored_bytes, replica.trust, replica.boot_id),
+        *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
+        *(replica.created_s, replica.last_used_s, replica.verified_s),
+    )
+
+
 def _replica(row: tuple[Any, ...]) -> Replica:
     version_id, path, chunk_size_bytes, stored_bytes, trust, boot_id, *rest = row
     return Replica(
@@ -505,8 +558,8 @@ def _local_error(error: sqlite3.DatabaseError, path: str) -> LocalError:
         # The next start must not stumble over it again: nothing short of reading all of the file
         # would find such damage then.
         with disk_errors(f"mark {path} as damaged"):
-            os.close(os.open(_damage_mark(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        return LocalError(f"the cache index {path} is damaged; a restart begins a new one")
+            os.close(os.open(path + _DAMAGE_MARK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        return LocalError(f"the cache index {path} is damaged; a restart makes it again")
     kind = DiskFailed if code in _DISK_FAILED else LocalError
     return kind(f"the cache index {path} failed: {error}")
 
@@ -517,19 +570,9 @@ def _code(error: sqlite3.DatabaseError) -> int:
     return code & 0xFF
 
 
-def _damage_mark(path: str) -> str:
-    return path + ".damaged"
-
-
-def _move_aside(path: str) -> str:
-    """Rename an unusable index, replacing the one of the last time. Returns the new name."""
-    aside = path + ".unusable"
-    with disk_errors(f"move {path} aside"):
-        for suffix in ("-wal", "-shm"):
+def _remove(path: str) -> None:
+    """Remove an unusable index. All but the pins can be made again from the files."""
+    with disk_errors(f"remove {path}"):
+        for suffix in ("-wal", "-shm", "", _DAMAGE_MARK):
             with suppress(FileNotFoundError):
                 os.unlink(path + suffix)
-        with suppress(FileNotFoundError):
-            os.rename(path, aside)
-        with suppress(FileNotFoundError):
-            os.unlink(_damage_mark(path))
-    return aside

@@ -33,6 +33,7 @@ from swarmcache.peer_events import (
 log = logging.getLogger(__name__)
 
 DISK_STATUS_S = 5.0
+_DONE = object()
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -187,16 +188,19 @@ class DiskWorker:
         """Now and then write down when copies were last used, and measure the disk."""
         while True:
             try:
-                await self._in_thread(self._cache.look_after)
+                await self._in_thread(self._cache.flush)
                 self._handle(DiskMeasured(self._cache.status()))
             except LocalError as error:
                 log.error("the disk of the cache fails: %s", error)
             await asyncio.sleep(DISK_STATUS_S)
 
     async def _recover_undurable(self) -> None:
-        """Digest what a crash has left in doubt, and announce what is good."""
+        """List what the index does not know of, digest what is in doubt, announce what is good."""
+        slices = self._cache.list_objects()
         replicas = self._cache.recover_undurable()
         try:
+            while await self._in_thread(next, slices, _DONE) is not _DONE:
+                pass
             while found := await self._in_thread(next, replicas, None):
                 self._handle(ReplicaRecovered(found))
         except LocalError as error:

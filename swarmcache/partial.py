@@ -14,6 +14,7 @@ chunk that is had is never written again.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -125,6 +126,8 @@ class PartialOwner(Protocol):
 
     def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]: ...
 
+    def hide(self, partial: Partial) -> list[User]: ...
+
     def discard(self, partial: Partial) -> None: ...
 
     def leave(self, partial: Partial) -> None: ...
@@ -155,6 +158,7 @@ class Partial:
         self._journal_end = journal_end
         self._claims = claims
         self._digests: dict[int, bytes] = {}
+        self._former_users: list[User] = []
         self._writers = 0
         self._open = True
         self._changed = threading.Condition()
@@ -176,22 +180,23 @@ class Partial:
         """Every chunk written by an earlier life of the daemon that still has its digest.
 
         Yields (chunk, digest) after reading the chunk, so it belongs into a worker thread. What
-        does not match is no longer claimed. Raises LocalError when the disk fails.
+        does not match is no longer claimed. A file that was a replica and has such chunks is taken
+        out of the users' directories until it is published again. Raises LocalError when the disk
+        fails.
         """
         claims, self._claims = self._claims, {}
+        hidden = False
         for chunk, digests in sorted(claims.items()):
             if not self._begin_use(chunk):
                 continue  # fetched anew meanwhile
             try:
-                with disk_errors("read a partial file"):
-                    digest = digest_range(
-                        self.file.fd,
-                        self.layout.offset_bytes(chunk),
-                        self.layout.length_bytes(chunk),
-                    )
+                digest = self._digest(chunk)
             finally:
                 self._end_use()
-            if digest not in digests:
+            if digest is None or digest not in digests:
+                if not hidden:
+                    self._former_users = self._owner.hide(self)
+                    hidden = True
                 continue
             with self._changed:
                 self._digests.setdefault(chunk, digest)
@@ -254,7 +259,8 @@ class Partial:
             # same, but they must not change the times of the file after these were noted.
             self._changed.wait_for(lambda: self._writers == 0)
             self._require_open()
-            paths = self._owner.install(self, users)
+            former = [user for user in self._former_users if user not in users]
+            paths = self._owner.install(self, [*former, *users])
             self._end()
         return paths
 
@@ -272,6 +278,17 @@ class Partial:
             if self._open:
                 self._owner.leave(self)
                 self._end()
+
+    def _digest(self, chunk: int) -> bytes | None:
+        """BLAKE3 of a chunk as it is on the disk; None when the disk itself finds it rotten."""
+        begin, length = self.layout.offset_bytes(chunk), self.layout.length_bytes(chunk)
+        with disk_errors("read a partial file"):
+            try:
+                return digest_range(self.file.fd, begin, length)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return None
 
     def _write(self, chunk: int, offset_bytes: int, data: bytes | memoryview) -> bool:
         """Write bytes of a chunk; False when the chunk is had already."""

@@ -17,14 +17,23 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from swarmcache.chunks import ChunkLayout, FileVersion
-from swarmcache.disk_calls import SharedFile, disk_errors, reserve, unlink_if_there, write_all
-from swarmcache.errors import DiskFailed, NoSpace
+from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
+from swarmcache.disk_calls import (
+    SharedFile,
+    Stamp,
+    disk_errors,
+    reserve,
+    unlink_if_there,
+    write_all,
+)
+from swarmcache.errors import NoSpace
 from swarmcache.partial import (
     JOURNAL_MAGIC,
     Partial,
+    decode_header,
     decode_journal,
     encode_header,
+    encode_record,
     journal_size_bytes,
 )
 from swarmcache.user_tree import User
@@ -59,19 +68,21 @@ class PartialStore:
         limits: SpaceLimits,
         replicas_bytes: Callable[[], int],
         install: Callable[[Partial, Sequence[User]], dict[int, str]],
+        unlink_users: Callable[[bytes, int], list[User]],
     ) -> None:
         """``directory_fd`` stays the caller's. ``replicas_bytes``: what all replicas take.
 
-        ``install`` makes a complete partial file a replica. Counts what earlier lives have left;
-        removes what is too old to resume. Raises LocalError.
+        ``install`` makes a complete partial file a replica. ``unlink_users`` takes a file that was
+        one (real path of the source, inode) out of the users' directories; returns in whose it was.
+        Counts what earlier lives have left; removes what is too old to resume. Raises LocalError.
         """
         self._fd = directory_fd
         self._limits = limits
         self._replicas_bytes = replicas_bytes
         self._install = install
+        self._unlink_users = unlink_users
         # Also keeps two reservations from counting on the same free space.
         self._lock = threading.RLock()
-        self._abandoned = False
         self._open: dict[bytes, Partial] = {}
         self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
         self._unallocated: dict[bytes, int] = {}  # what of that the disk has not set aside, at most
@@ -82,23 +93,10 @@ class PartialStore:
         """The partial file if it is open."""
         return self._open.get(version_id)
 
-    def knows(self, version_id: bytes) -> bool:
-        """Whether there is a partial file, open or left by an earlier life."""
-        return version_id in self._reserved_bytes
-
     def close(self) -> None:
         """Leave all partial files for the next start."""
         for partial in list(self._open.values()):
             partial.close()
-
-    def abandon(self) -> list[bytes]:
-        """The disk is lost: nothing can be begun or put in place any more.
-
-        Returns the version ids of the partial files that are open, for ``close`` to end.
-        """
-        with self._lock:
-            self._abandoned = True
-            return list(self._open)
 
     def reserved_bytes(self) -> int:
         """What all partial files take or may still take."""
@@ -118,7 +116,6 @@ class PartialStore:
         version_id = version.version_id
         name = version_id.hex()
         with self._lock, disk_errors(f"begin {name}"), ExitStack() as stack:
-            self._require_disk()
             assert version_id not in self._open, "begun twice at once"
             claims, journal_end = self._resumable(name, version, layout)
             if journal_end == 0:
@@ -144,15 +141,44 @@ class PartialStore:
             stack.pop_all()
             return partial
 
+    def adopt(self, version: FileVersion, manifest: Manifest, object_at: tuple[str, int]) -> bool:
+        """Take a complete file back that may be wrong, so that ``begin`` resumes it.
+
+        ``object_at``: its name and the descriptor of its directory. What it takes of the disk
+        counts as reserved from now on. The digests of the manifest become claims, to be verified
+        like those of a download that was cut short. False when a download of the same file version
+        is open, which needs no such help. Raises LocalError.
+        """
+        version_id = version.version_id
+        name = version_id.hex()
+        with self._lock, disk_errors(f"take back {name}"):
+            if version_id in self._open:
+                return False
+            self._remove(version_id)
+            records = [encode_record(*record) for record in enumerate(manifest.digests)]
+            journal = encode_header(JOURNAL_MAGIC, version, manifest.layout) + b"".join(records)
+            fd = os.open(name + _JOURNAL, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._fd)
+            try:
+                write_all(fd, journal, 0)
+            finally:
+                os.close(fd)
+            os.rename(object_at[0], name, src_dir_fd=object_at[1], dst_dir_fd=self._fd)
+            self._reserved_bytes[version_id] = self.stored_bytes(version, manifest.layout)
+            self._unallocated[version_id] = 0
+            return True
+
     def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]:
         """Make a complete partial file a replica. For ``Partial.publish``."""
         version_id = partial.version.version_id
-        self._require_disk()
         paths = self._install(partial, users)
         self._forget(version_id)
         with disk_errors("remove a journal"):
             unlink_if_there(version_id.hex() + _JOURNAL, self._fd)
         return paths
+
+    def hide(self, partial: Partial) -> list[User]:
+        """Take a file that was a replica out of the users' directories. For ``Partial.recover``."""
+        return self._hide(partial.version.version_id.hex())
 
     def discard(self, partial: Partial) -> None:
         """Remove a partial file, release its space. For ``Partial.discard``."""
@@ -163,10 +189,6 @@ class PartialStore:
         """Keep a partial file and its space, closed. For ``Partial.close``."""
         with self._lock:
             self._open.pop(partial.version.version_id, None)
-
-    def _require_disk(self) -> None:
-        if self._abandoned:
-            raise DiskFailed("the disk of this cache directory is lost")
 
     def _account(self) -> None:
         names = set(os.listdir(self._fd))
@@ -181,7 +203,21 @@ class PartialStore:
                     self._unallocated[version_id] = _unallocated_bytes(pair[0])
                     kept |= {name, name + _JOURNAL}
         for name in names - kept:
+            if _NAME.fullmatch(name):
+                self._hide(name)
             unlink_if_there(name, self._fd)
+
+    def _hide(self, name: str) -> list[User]:
+        try:
+            status = self._stat(name)
+            if status.st_nlink == 1:
+                return []  # the usual case: it has never been a replica
+            fd = os.open(name + _JOURNAL, _READ, dir_fd=self._fd)
+        except FileNotFoundError:
+            return []
+        with os.fdopen(fd, "rb") as file:
+            decoded = decode_header(JOURNAL_MAGIC, file.read())
+        return self._unlink_users(decoded[0].path, Stamp.of(status).inode) if decoded else []
 
     def _stat(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
@@ -199,24 +235,15 @@ class PartialStore:
             journal = decode_journal(file.read(), version, layout)
         return journal if journal and size_bytes == version.size_bytes else ({}, 0)
 
-    def room_bytes(self) -> int:
-        """How much more the limits allow. Raises LocalError when the disk fails."""
-        with self._lock, disk_errors("ask for free space"):
-            return max(0, min(self._rooms_bytes()))
-
-    def _rooms_bytes(self) -> tuple[int, int]:
-        """What is left of ``max_usage``, and what is free above ``min_free``."""
+    def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
+        """Raise NoSpace when the limits do not allow this much more."""
         disk = os.fstatvfs(self._fd)
         capacity_bytes = disk.f_blocks * disk.f_frsize
         allowed_bytes = self._limits.max_usage(capacity_bytes)
         allowed_bytes -= self._replicas_bytes() + self.reserved_bytes()
         unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
         free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
-        return allowed_bytes, free_bytes - self._limits.min_free(capacity_bytes)
-
-    def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
-        """Raise NoSpace when the limits do not allow this much more."""
-        allowed_bytes, free_bytes = self._rooms_bytes()
+        free_bytes -= self._limits.min_free(capacity_bytes)
         room_bytes = max(0, min(allowed_bytes, free_bytes))
         if wanted_bytes > room_bytes:
             limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"
@@ -241,6 +268,7 @@ class PartialStore:
 
     def _remove(self, version_id: bytes) -> None:
         with self._lock:
+            self._hide(version_id.hex())
             for suffix in ("", _JOURNAL, ".manifest"):
                 unlink_if_there(version_id.hex() + suffix, self._fd)
             self._forget(version_id)

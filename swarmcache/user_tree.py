@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import stat
 import struct
+import threading
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from swarmcache.disk_calls import Stamp, disk_errors, local_error
-from swarmcache.errors import CacheDirUnusable, DiskFailed
+from swarmcache.errors import CacheDirUnusable
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -31,6 +31,7 @@ _ACL_VERSION = 2  # linux/posix_acl_xattr.h; tags and permissions are those of l
 _ACL_ANY_ID = 0xFFFFFFFF
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
 _RWX = 7
+_ACL_USER_AT = 4 + 8 + 4  # after the version, the entry of the owner, and tag and permissions
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,25 @@ def acl_for(uid: int) -> bytes:
     return struct.pack("<I", _ACL_VERSION) + b"".join(struct.pack("<HHI", *e) for e in entries)
 
 
+def _uid_in(acl: bytes) -> int | None:
+    """The inverse of ``acl_for``; None when it is another ACL."""
+    if len(acl) != len(acl_for(0)):
+        return None
+    uid: int = struct.unpack_from("<I", acl, _ACL_USER_AT)[0]
+    return uid if acl == acl_for(uid) else None
+
+
 class UserTree:
-    """The directories of all users below one cache directory. Not thread-safe."""
+    """The directories of all users below one cache directory. Thread-safe."""
 
     def __init__(self, root: bytes, root_fd: int) -> None:
         """``root``: the cache directory, ``root_fd``: a descriptor of it, which stays ours."""
         self._root = root
         self._root_fd = root_fd
+        self._device = os.fstat(root_fd).st_dev
         self._daemon_uid = os.geteuid()
+        # While a link is made, nobody may find the directories on its way empty and remove them.
+        self._lock = threading.Lock()
 
     def path(self, user: User, real_path: bytes) -> bytes:
         """Where the user's copy of a source is or would be.
@@ -97,7 +109,7 @@ class UserTree:
         Raises CacheDirUnusable when something else is in the place, LocalError when the disk fails.
         """
         shown = os.fsdecode(self.path(user, real_path))
-        with ExitStack() as stack, disk_errors(f"link {shown}"):
+        with self._lock, ExitStack() as stack, disk_errors(f"link {shown}"):
             parent_fd, name = self._walk(stack, user, real_path, make=True)[-1]
             try:
                 _hard_link(object_at, (name, parent_fd))
@@ -118,7 +130,7 @@ class UserTree:
         Raises LocalError when the disk fails.
         """
         shown = os.fsdecode(self.path(user, real_path))
-        with ExitStack() as stack, disk_errors(f"unlink {shown}"):
+        with self._lock, ExitStack() as stack, disk_errors(f"unlink {shown}"):
             try:
                 steps = self._walk(stack, user, real_path, make=False)
                 parent_fd, name = steps[-1]
@@ -135,6 +147,48 @@ class UserTree:
                     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
                         return
                     raise
+
+    def users(self) -> list[User]:
+        """All users who have a directory here. Raises LocalError."""
+        with disk_errors("list the users' directories"):
+            names = os.listdir(self._root_fd)
+            found = [self._user_of(name) for name in names if not name.startswith(".")]
+        return [user for user in found if user is not None]
+
+    def linked_users(self, users: Collection[User], real_path: bytes, inode: int) -> list[User]:
+        """Those of ``users`` whose copy of this source is a link to ``inode`` on our disk."""
+        found = []
+        for user in users:
+            try:
+                status = os.lstat(self.path(user, real_path))
+            except (OSError, CacheDirUnusable):
+                continue  # whatever is there, our link is not
+            if status.st_dev == self._device and Stamp.of(status).inode == inode:
+                found.append(user)
+        return found
+
+    def unlink_all(self, real_path: bytes, inode: int) -> list[User]:
+        """Remove the links of all users to ``inode``; returns whose. Raises LocalError."""
+        users = self.linked_users(self.users(), real_path, inode)
+        for user in users:
+            self.unlink(user, real_path, inode)
+        return users
+
+    def _user_of(self, name: str) -> User | None:
+        """Whose directory that is, as its ACL says; None when it is not one of ours."""
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=self._root_fd)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+                return None
+            raise
+        try:
+            acl = _read_acl(fd)
+            ours = os.fstat(fd).st_uid == self._daemon_uid
+        finally:
+            os.close(fd)
+        uid = self._daemon_uid if acl is None else _uid_in(acl)
+        return User(uid, name) if ours and uid is not None else None
 
     def _walk(
         self, stack: ExitStack, user: User, real_path: bytes, *, make: bool
@@ -241,12 +295,11 @@ def _read_acl(fd: int) -> bytes | None:
         raise
 
 
-def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
-    """Open the cache directory: its path without symlinks, a descriptor.
+def open_cache_root(root: str) -> tuple[bytes, int]:
+    """Make the cache directory if need be and open it: its path without symlinks, a descriptor.
 
-    With ``make`` it is made if need be; otherwise one that is not there is taken for one whose
-    disk is not mounted. Raises CacheDirUnusable when somebody else could have prepared or could
-    change it, DiskFailed when its disk cannot be used; the message says what to do.
+    Raises CacheDirUnusable when somebody else could have prepared or could change it; the message
+    says what to do.
     """
     absolute = os.path.abspath(root)
     above, name = os.path.split(absolute)
@@ -254,46 +307,32 @@ def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
         raise CacheDirUnusable("/ cannot be the cache directory: name another one in cache.dir")
     daemon_uid = os.geteuid()
     try:
-        if make:
-            os.makedirs(above, exist_ok=True)
+        os.makedirs(above, exist_ok=True)
         # Who owns / owns everything; in a user namespace that may be an unmapped uid.
         trusted = {0, daemon_uid, os.stat("/").st_uid}
         _check_ancestors(absolute, trusted)
         above = os.path.realpath(above)
         _check_ancestors(os.path.join(above, name), trusted)
         path = os.path.join(above, name)
-        if make:
-            _make_root(path)
+        try:
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
+        except FileExistsError:
+            pass  # ours from an earlier start, or else refused below
         fd = os.open(path, _DIRECTORY)
     except OSError as error:
-        if error.errno == errno.ENOENT and not make:
-            raise DiskFailed(
-                f"the cache directory {absolute} is not there: is its disk mounted? If it is new,"
-                f" run: mkdir -m 711 {shlex.quote(absolute)}"
-            ) from error
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
             raise CacheDirUnusable(
                 f"{absolute} is a symbolic link or no directory: remove it, or name a directory"
                 " in cache.dir"
             ) from error
-        failure = local_error(error, f"open the cache {absolute}")
-        if isinstance(failure, DiskFailed):
-            raise failure from error
-        raise CacheDirUnusable(str(failure)) from error
+        raise CacheDirUnusable(str(local_error(error, f"open the cache {absolute}"))) from error
     try:
         check_ours(fd, path, forbidden=0o022)
     except CacheDirUnusable:
         os.close(fd)
         raise
     return os.fsencode(path), fd
-
-
-def _make_root(path: str) -> None:
-    try:
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
-    except FileExistsError:
-        pass  # ours from an earlier start, or else refused by who opens it
 
 
 def check_ours(fd: int, path: str, *, forbidden: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -504,12 +503,16 @@ def exchange(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tamper",
-    [flip, restore_mtime_after_flip, exchange, cut, Path.unlink],
+    ("tamper", "use"),
+    [
+        *((flip, True), (restore_mtime_after_flip, True)),
+        *((exchange, False), (cut, False), (Path.unlink, False)),
+    ],
 )
-def test_a_copy_that_somebody_touched_is_dropped_everywhere(
-    cache: CacheDir, root: Path, tamper: Callable[[Path], None]
+def test_a_copy_that_somebody_touched_is_taken_out_everywhere(
+    cache: CacheDir, root: Path, tamper: Callable[[Path], None], use: bool
 ) -> None:
+    """``use``: what of it is right is of use for the next attempt."""
     version, data = a_file(9000)
     paths = publish(cache, version, data, ME, User(ME.uid, "other"))
     tamper(object_of(root, version))
@@ -521,9 +524,13 @@ def test_a_copy_that_somebody_touched_is_dropped_everywhere(
     assert not object_of(root, version).exists()
     assert not Path(paths[ME.uid]).exists()
     assert not (root / "me" / "nfs").exists()  # no empty directories either
-    assert cache.status().used_bytes == 0
-    publish(cache, version, data)
-    assert cache.lookup(version, ME) is not None
+    assert cache.status().used_bytes == (16384 if use else 0)
+    assert [bool(damaged) for damaged in cache.take_damaged().values()] == [use]
+    partial = cache.begin(version, CHUNK_BYTES)
+    assert [chunk for chunk, _ in partial.recover()] == ([1, 2] if use else [])
+    path = fill(partial, data).publish([ME])[ME.uid]
+    assert cache.lookup(version, ME) == path
+    assert Path(path).read_bytes() == data
 
 
 def test_a_lookup_alone_notices_a_change_through_the_users_link(cache: CacheDir) -> None:
@@ -966,79 +973,6 @@ def test_only_one_daemon_at_a_time_can_use_a_cache_directory(root: Path) -> None
         open_cache(root)
     cache.close()
     open_cache(root).close()
-
-
-def damage_pages(index: Path) -> None:
-    """Garbage in all pages but the first, so that only using them shows it."""
-    data = bytearray(index.read_bytes())
-    data[4096:] = b"\xa5" * (len(data) - 4096)
-    index.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    "ruin",
-    [
-        lambda index: index.write_bytes(b"garbage " * 1000),
-        lambda index: os.truncate(index, 5000),
-        lambda index: index.unlink(),
-        damage_pages,
-    ],
-)
-def test_an_unusable_index_is_moved_aside_and_begun_anew(
-    root: Path, ruin: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    version, data = a_file(9000)
-    index = root / ".swarmcache" / "index.sqlite"
-    cache = open_cache(root)
-    publish(cache, version, data)
-    cache.close()
-    ruin(index)
-    gone = not index.exists()
-
-    cache = open_cache(root)
-    assert cache.lookup(version, ME) is None
-    assert cache.status().file_count == 0
-    assert gone or len(caplog.records) == 1
-    assert gone or index.with_suffix(".sqlite.unusable").exists()
-    other, other_data = a_file(5000, b"/nfs/other")
-    publish(cache, other, other_data)
-    assert cache.lookup(other, ME) is not None
-    cache.close()
-
-
-@pytest.mark.slow
-def test_damage_found_later_is_an_answer_and_mended_by_a_restart(root: Path) -> None:
-    cache = open_cache(root)
-    for i in range(300):  # so many that the look-up has pages to read
-        publish(cache, *a_file(0, b"/nfs/%d" % i, i))
-    cache.close()
-    index = root / ".swarmcache" / "index.sqlite"
-    connection = sqlite3.connect(index)
-    [(page,)] = connection.execute(
-        "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_replica_1'"
-    )
-    connection.close()
-    with index.open("r+b") as file:
-        file.seek(4096 * (page - 1))
-        file.write(b"\xa5" * 4096)
-
-    cache = open_cache(root)
-    with pytest.raises(LocalError, match="a restart begins a new one"):
-        cache.lookup(a_file(0, b"/nfs/7", 7)[0], ME)
-    cache.close()
-    cache = open_cache(root)
-    assert cache.lookup(a_file(0, b"/nfs/7", 7)[0], ME) is None
-    cache.close()
-
-
-def test_an_index_of_a_newer_schema_is_moved_aside(root: Path) -> None:
-    cache = open_cache(root)
-    publish(cache, *a_file(9000))
-    cache.close()
-    change_index(root, "PRAGMA user_version = 99")
-    cache = open_cache(root)
-    assert cache.status().file_count == 0
-    cache.close()
 
 
 # --- formats --------------------------------------------------------------------------------------
