@@ -41,7 +41,7 @@ from swarmcache.disk_calls import (
     unlink_if_there,
     write_all,
 )
-from swarmcache.errors import CacheDirUnusable, LocalError
+from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
 from swarmcache.index_rebuild import MANIFEST, IndexRebuild
 from swarmcache.messages import DiskStatus
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
@@ -121,13 +121,20 @@ class CacheDir:
     """The files below one cache directory. One process at a time can have it open."""
 
     def __init__(
-        self, root: Path, *, min_free: Callable[[int], int], max_usage: Callable[[int], int]
+        self,
+        root: Path,
+        *,
+        min_free: Callable[[int], int],
+        max_usage: Callable[[int], int],
+        make: bool = True,
     ) -> None:
-        """Open the cache directory, making it if need be, without reading what is in it.
+        """Open the cache directory without reading what is in it.
 
         ``min_free`` and ``max_usage`` take the capacity of the disk and return the space that
-        stays free, and the space that the cache may take, all in bytes.
-        Raises CacheDirUnusable with what to do about it; LocalError when the disk fails.
+        stays free, and the space that the cache may take, all in bytes. ``make``: whether a
+        directory that is not there is made, or taken for one whose disk is not mounted.
+        Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
+        fails.
         """
         self._boot_id = _boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
@@ -138,7 +145,7 @@ class CacheDir:
         self._last_used_s: dict[bytes, float] = {}
         self._last_used_lock = threading.Lock()
         with ExitStack() as stack:
-            path, self._root_fd = open_cache_root(os.fspath(root))
+            path, self._root_fd = open_cache_root(os.fspath(root), make=make)
             stack.callback(os.close, self._root_fd)
             self.path = os.fsdecode(path)
             self._device = os.fstat(self._root_fd).st_dev
@@ -146,7 +153,7 @@ class CacheDir:
             with disk_errors(f"open {own}"):
                 own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
                 check_ours(own_fd, own, forbidden=0o077)
-                self._lock_directory(stack, own_fd, own)
+                self._lock_fd = self._lock_directory(stack, own_fd, own)
                 self._objects_fd = self._open_directory(stack, "objects", own_fd)
                 self._partial_fd = self._open_directory(stack, "partial", own_fd)
             self._tree = UserTree(path, self._root_fd)
@@ -157,17 +164,63 @@ class CacheDir:
             self._partials = PartialStore(
                 self._partial_fd, limits, self._replicas_bytes, self._install, self._tree.unlink_all
             )
+            self._abandoned = False
             self._resources = stack.pop_all()
 
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
         self._partials.close()
+        self._release_sources()
+        with self._resources:
+            if not self._abandoned:
+                self.flush()
+
+    # --- losing the disk ----------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        """Raise DiskFailed when the directory is gone, hidden, or cannot be written. Quick."""
+        with disk_errors(f"use {self.path}"):
+            self._check_mounted()
+            os.utime(self._lock_fd)  # a change that needs no room
+
+    def probe(self) -> None:
+        """The same, and ask the device itself. Slow: it fsyncs. Raises DiskFailed."""
+        self.check_alive()
+        with disk_errors(f"use {self.path}"):
+            os.fsync(self._lock_fd)
+
+    def abandon(self) -> list[bytes]:
+        """The disk is lost: never write to it again.
+
+        Returns the version ids of the partial files that are lost with it; ``close_partials`` ends
+        them. The descriptors stay open until ``close``, so that no thread that is still at work
+        finds another file under their numbers.
+        """
+        self._abandoned = True
+        self._release_sources()
+        return self._partials.abandon()
+
+    def close_partials(self) -> None:
+        """End all open partial files; who writes to one gets a LocalError from now on."""
+        self._partials.close()
+
+    def _check_mounted(self) -> None:
+        """Raise DiskFailed when the path no longer leads to what was opened."""
+        ours = os.fstat(self._root_fd)
+        try:
+            there = os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DiskFailed(f"{self.path} is no longer there: was its disk unmounted?") from error
+        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            raise DiskFailed(f"{self.path} is another directory now: was its disk unmounted?")
+        if os.fstat(self._lock_fd).st_nlink == 0:
+            raise DiskFailed(f"somebody has removed {self.path}/.swarmcache")
+
+    def _release_sources(self) -> None:
         with self._sources_lock:
             for kept in self._sources.values():
                 kept.file.release()
             self._sources.clear()
-        with self._resources:
-            self.flush()
 
     # --- replicas -----------------------------------------------------------------------------
 
@@ -185,6 +238,8 @@ class CacheDir:
         replica, linked = found
         path = self._tree.path(user, version.path)
         if not (linked and replica.trusted(self._boot_id) and self._untouched(path, replica)):
+            # Or else a disk that was unmounted would look like one whose files were removed.
+            self._check_mounted()
             with self._objects_lock:
                 checked = self._checked(version_id)
                 if checked is None:
@@ -435,10 +490,23 @@ class CacheDir:
         for ``Partial.recover``. Only one at a time for a version. Raises NoSpace within the limits
         set, and LocalError.
         """
+        self.check_alive()
         taken_back = self._take_back(version.version_id)
         if taken_back is not None:
             chunk_size_bytes = taken_back.chunk_size_bytes
         return self._partials.begin(version, chunk_size_bytes)
+
+    def knows(self, version_id: bytes) -> bool:
+        """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""
+        return self._partials.knows(version_id) or self._index.find(version_id) is not None
+
+    def count_beside(self, path: bytes) -> int:
+        """How many replicas there are of sources in the same directory; counts to 1000."""
+        return self._index.count_beside(path)
+
+    def room_bytes(self) -> int:
+        """How much more the limits allow. Raises LocalError when the disk fails."""
+        return self._partials.room_bytes()
 
     def status(self) -> DiskStatus:
         """Room on the disk; what partial files have reserved counts as used. Raises LocalError."""
@@ -486,7 +554,7 @@ class CacheDir:
         stack.callback(os.close, fd)
         return fd
 
-    def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> None:
+    def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> int:
         fd = os.open("lock", _MAKE, 0o600, dir_fd=own_fd)
         stack.callback(os.close, fd)
         try:
@@ -495,6 +563,7 @@ class CacheDir:
             raise CacheDirUnusable(
                 f"another daemon uses {own}: stop it, or name another directory in cache.dir"
             ) from error
+        return fd
 
     # --- replicas, inside ---------------------------------------------------------------------
 

@@ -1,91 +1,427 @@
 """The cache of one node: all its cache directories, seen as one.
 
-A shell: decides nothing about what to fetch, for whom, or what to give up. All classes are
-thread-safe. ``lookup``, ``open_source``, ``manifest``, ``status`` and ``user_path`` are quick
-enough for an event loop; everything else belongs into worker threads.
+Each directory is on a disk of its own, with an index and limits of its own. A file version lies in
+one of them. New ones go where most room is left, but the files of one source directory stay
+together while they fit, since callers rely on the shape of the tree.
+
+A disk that fails, cannot be written or is no longer mounted takes only its own directory out of the
+cache. It comes back with the next start of the daemon, and not before: until somebody has looked at
+it, nobody knows what it would do next.
+
+A shell: decides nothing about what to fetch, for whom, or what to give up. Thread-safe. ``lookup``,
+``open_source``, ``manifest``, ``status``, ``directories`` and ``user_path`` are quick enough for an
+event loop; everything else belongs into worker threads.
+
+Invariant: a directory that is lost is never read for an answer or written again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 from swarmcache.cache_dir import CacheDir, ChunkSource, Partial, Removal, User
 from swarmcache.cache_index import Entry
 from swarmcache.chunks import FileVersion, Manifest
+from swarmcache.errors import CacheDirUnusable, DiskFailed, NoSpace
 from swarmcache.messages import DiskStatus
 
-__all__ = ["Cache", "ChunkSource", "Entry", "Partial", "Removal", "User"]
+__all__ = [
+    "Cache",
+    "ChunkSource",
+    "DirectoryStatus",
+    "Entry",
+    "Partial",
+    "Removal",
+    "User",
+]
+
+log = logging.getLogger(__name__)
+
+# Source directories whose disk is remembered; the index knows it of the others, once they have
+# files. More than are being fetched at once.
+HOMES_MAX = 4096
+# File versions whose directory is remembered, to spare asking the indexes of the others: 6 us each
+# of the 14 us that a look-up takes. Some 10 MB when full.
+FOUND_MAX = 1 << 16
+
+
+@dataclass(frozen=True)
+class DirectoryStatus:
+    """One cache directory. ``lost``: why it is not in use; empty when it is."""
+
+    path: str
+    disk: DiskStatus
+    lost: str = ""
 
 
 class Cache:
-    """What the daemon has of files. Every method is that of ``CacheDir``."""
+    """What the daemon has of files."""
 
-    def __init__(self, directories: Sequence[CacheDir]) -> None:
-        """Takes over the directories: one, for now."""
-        [self._directory] = directories
+    def __init__(self, directories: Sequence[CacheDir], lost: dict[str, str] | None = None) -> None:
+        """Takes over the directories. ``lost``: why others cannot be used, by path."""
+        self._all = tuple(directories)
+        self._directories = self._all  # those in use; replaced as a whole, so reading needs no lock
+        self._lost = dict(lost or {})
+        self._suspects: set[CacheDir] = set()
+        self._homes: OrderedDict[bytes, CacheDir] = OrderedDict()  # by source directory
+        self._found: dict[bytes, CacheDir] = {}  # where a file version was seen last
+        self._lock = threading.Lock()
+        # Told when a directory is lost: why, and which partial files are lost with it.
+        self.on_lost: Callable[[str, list[bytes]], None] = lambda reason, version_ids: None
+
+    @classmethod
+    def open(
+        cls,
+        roots: Sequence[Path],
+        *,
+        min_free: Callable[[int], int],
+        max_usage: Callable[[int], int],
+    ) -> Cache:
+        """Open the cache directories; the limits are per disk, see ``CacheDir``.
+
+        A single one is made where it is not there. Of several, each must be there, below the place
+        where its disk is mounted, so that one that is not mounted is not taken for empty.
+        One whose disk is lost is left out, with one line in the log, as long as there is another.
+        Raises CacheDirUnusable for a mistake that somebody must mend, DiskFailed when no disk can
+        be used.
+        """
+        several = len(roots) > 1
+        if several:
+            _check_places(roots)
+        opened: list[CacheDir] = []
+        lost: dict[str, str] = {}
+        with ExitStack() as stack:
+            for root in roots:
+                try:
+                    directory = CacheDir(
+                        root, min_free=min_free, max_usage=max_usage, make=not several
+                    )
+                except DiskFailed as error:
+                    lost[os.fspath(root)] = str(error)
+                else:
+                    stack.callback(directory.close)
+                    opened.append(directory)
+            if not opened:
+                raise DiskFailed("; ".join(lost.values()))
+            stack.pop_all()
+        for reason in lost.values():
+            log.error("%s. The daemon starts without it; restart it when that is mended", reason)
+        return cls(opened, lost)
 
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
-        self._directory.close()
+        with ExitStack() as stack:
+            for directory in self._all:
+                stack.callback(directory.close)
 
     # --- replicas -----------------------------------------------------------------------------
 
     def lookup(self, version: FileVersion, user: User) -> str | None:
-        return self._directory.lookup(version, user)
+        """See ``CacheDir.lookup``. A copy on a disk that fails is none."""
+        for directory in self._likely(version.version_id):
+            try:
+                path = directory.lookup(version, user)
+            except DiskFailed as error:
+                self._suspect(directory, error)
+            else:
+                if path is not None:
+                    self._note_found(version.version_id, directory)
+                    return path
+        return None
 
     def user_path(self, version: FileVersion, user: User) -> str:
-        return self._directory.user_path(version, user)
+        """Where the user's copy is or would be. Raises CacheDirUnusable, DiskFailed."""
+        places = self._places(version)
+        if not places:
+            raise self._nothing_left()
+        return places[0].user_path(version, user)
 
     def replicas(self) -> Iterator[bytes]:
-        return self._directory.replicas()
+        """Version ids of all verified replicas. Raises LocalError."""
+        for directory in self._directories:
+            try:
+                yield from directory.replicas()
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def manifest(self, version_id: bytes) -> Manifest | None:
-        return self._directory.manifest(version_id)
+        """See ``CacheDir.manifest``."""
+        for directory in self._directories:
+            try:
+                manifest = directory.manifest(version_id)
+            except DiskFailed as error:
+                self._suspect(directory, error)
+            else:
+                if manifest is not None:
+                    return manifest
+        return None
 
     def drop(self, version_id: bytes) -> None:
-        self._directory.drop(version_id)
-
-    def flush(self) -> None:
-        self._directory.flush()
+        """See ``CacheDir.drop``."""
+        for directory in self._directories:
+            try:
+                directory.drop(version_id)
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def make_durable(self, version_id: bytes) -> None:
-        self._directory.make_durable(version_id)
+        """See ``CacheDir.make_durable``."""
+        for directory in self._directories:
+            try:
+                directory.make_durable(version_id)
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def list_objects(self) -> Iterator[None]:
-        return self._directory.list_objects()
+        """See ``CacheDir.list_objects``."""
+        for directory in self._directories:
+            try:
+                yield from directory.list_objects()
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def recover_undurable(self) -> Iterator[bytes]:
-        return self._directory.recover_undurable()
+        """See ``CacheDir.recover_undurable``."""
+        for directory in self._directories:
+            try:
+                yield from directory.recover_undurable()
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
-        return self._directory.open_source(version_id)
+        """See ``CacheDir.open_source``."""
+        for directory in self._directories:
+            try:
+                source = directory.open_source(version_id)
+            except DiskFailed as error:
+                self._suspect(directory, error)
+            else:
+                if source is not None:
+                    return source
+        return None
 
     # --- what its users see to themselves -------------------------------------------------------
 
     def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
-        return self._directory.entries(path, user)
+        """See ``CacheDir.entries``. Raises LocalError."""
+        for directory in self._directories:
+            try:
+                yield from directory.entries(path, user)
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def owner_of(self, path: bytes) -> str | None:
-        return self._directory.owner_of(path)
+        """See ``CacheDir.owner_of``."""
+        names = (directory.owner_of(path) for directory in self._directories)
+        return next((name for name in names if name is not None), None)
 
     def linked(self, version_id: bytes) -> list[User]:
-        return self._directory.linked(version_id)
+        """See ``CacheDir.linked``. Raises LocalError."""
+        return [user for each in self._directories for user in each.linked(version_id)]
 
     def remove(
         self, version_id: bytes, user: User | None = None, *, even_pinned: bool = False
     ) -> Removal:
-        return self._directory.remove(version_id, user, even_pinned=even_pinned)
+        """See ``CacheDir.remove``. Raises LocalError."""
+        for directory in self._directories:
+            removal = directory.remove(version_id, user, even_pinned=even_pinned)
+            if removal in (Removal.GONE, Removal.UNLINKED):
+                self.unpin(version_id, None if user is None else user.uid)
+            if removal is not Removal.ABSENT:
+                return removal
+        return Removal.ABSENT
 
     def pin(self, version_id: bytes, uid: int) -> None:
-        self._directory.pin(version_id, uid)
+        """Keep a file version until the same user unpins it. Raises LocalError.
+
+        Noted on every disk, so that it holds wherever the file is fetched to.
+        """
+        for directory in self._directories:
+            directory.pin(version_id, uid)
 
     def unpin(self, version_id: bytes, uid: int | None) -> None:
-        self._directory.unpin(version_id, uid)
+        """Take away the pin of one user, or (None) of everybody. Raises LocalError."""
+        for directory in self._directories:
+            directory.unpin(version_id, uid)
 
     # --- the whole ----------------------------------------------------------------------------
 
     def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
-        return self._directory.begin(version, chunk_size_bytes)
+        """Reserve the space for a file and open it, or resume what there is of it.
+
+        Only one at a time for a version. Raises NoSpace when no directory has room within its
+        limits, DiskFailed when none is left, LocalError.
+        """
+        self._examine_suspects()
+        no_space: NoSpace | None = None
+        for directory in self._places(version):
+            try:
+                return directory.begin(version, chunk_size_bytes)
+            except NoSpace as error:
+                no_space = no_space or error
+            except DiskFailed as error:
+                self._examine(directory, error)
+        raise no_space or self._nothing_left()
+
+    def look_after(self) -> None:
+        """Write down when copies were last used, and find out whether all disks still work.
+
+        To be called every now and then. Raises LocalError.
+        """
+        self._examine_suspects()
+        for directory in self._directories:
+            try:
+                directory.check_alive()
+                directory.flush()
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     def status(self) -> DiskStatus:
-        return self._directory.status()
+        """Room on all disks together. Raises LocalError."""
+        disks = [each.disk for each in self.directories()]
+        return DiskStatus(
+            capacity_bytes=sum(disk.capacity_bytes for disk in disks),
+            free_bytes=sum(disk.free_bytes for disk in disks),
+            used_bytes=sum(disk.used_bytes for disk in disks),
+            file_count=sum(disk.file_count for disk in disks),
+        )
+
+    def directories(self) -> list[DirectoryStatus]:
+        """Every cache directory, the lost ones as well. Raises LocalError."""
+        found = []
+        for directory in self._directories:
+            try:
+                found.append(DirectoryStatus(directory.path, directory.status()))
+            except DiskFailed as error:
+                self._suspect(directory, error)
+        lost = [DirectoryStatus(path, DiskStatus(), why) for path, why in self._lost.items()]
+        return found + lost
+
+    # --- where files are ----------------------------------------------------------------------
+
+    def _likely(self, version_id: bytes) -> Sequence[CacheDir]:
+        """All directories in use, beginning with the one where the file version was seen last."""
+        directories = self._directories
+        found = self._found.get(version_id)
+        if found is None:
+            return directories
+        return sorted(directories, key=lambda directory: directory is not found)
+
+    def _note_found(self, version_id: bytes, directory: CacheDir) -> None:
+        if len(self._all) > 1 and self._found.get(version_id) is not directory:
+            if len(self._found) >= FOUND_MAX:
+                self._found.clear()
+            self._found[version_id] = directory
+
+    # --- where new files go -------------------------------------------------------------------
+
+    def _places(self, version: FileVersion) -> list[CacheDir]:
+        """The directories that a file may go to, the best one first.
+
+        That is the one which has some of it already, then the one with files of the same source
+        directory, then the one with most room.
+        """
+        if len(self._directories) < 2:
+            return list(self._directories)
+        ranks: dict[CacheDir, tuple[bool, int, int]] = {}
+        for directory in self._directories:
+            try:
+                ranks[directory] = (
+                    directory.knows(version.version_id),
+                    directory.count_beside(version.path),
+                    directory.room_bytes(),
+                )
+            except DiskFailed as error:
+                self._suspect(directory, error)
+        order = sorted(ranks, key=ranks.__getitem__, reverse=True)
+        if not order or ranks[order[0]][0]:
+            return order
+        # Remembered at once: another file of the directory may be placed before this one is there.
+        home = self._home(os.path.dirname(version.path), order[0])
+        return sorted(order, key=lambda directory: directory is not home)
+
+    def _home(self, source_directory: bytes, proposed: CacheDir) -> CacheDir:
+        """Where the files of a source directory go: where the one before went, or as proposed."""
+        with self._lock:
+            home = self._homes.get(source_directory)
+            if home not in self._directories:
+                home = self._homes[source_directory] = proposed
+            self._homes.move_to_end(source_directory)
+            if len(self._homes) > HOMES_MAX:
+                self._homes.popitem(last=False)
+            return home
+
+    # --- losing a disk ------------------------------------------------------------------------
+
+    def _suspect(self, directory: CacheDir, error: DiskFailed) -> None:
+        """The disk seems to fail, here where there is no time to ask it."""
+        log.debug("%s is suspected to be lost: %s", directory.path, error)
+        self._suspects.add(directory)
+
+    def _examine_suspects(self) -> None:
+        for directory in list(self._suspects):
+            self._suspects.discard(directory)
+            self._leave_if_lost(directory)
+
+    def _examine(self, directory: CacheDir, error: DiskFailed) -> None:
+        """After a failure: leave the directory if it is lost, else raise ``error`` again."""
+        self._leave_if_lost(directory)
+        if directory in self._directories:
+            raise error
+
+    def _leave_if_lost(self, directory: CacheDir) -> None:
+        try:
+            directory.probe()
+        except DiskFailed as error:
+            self._lose(directory, str(error))
+
+    def _lose(self, directory: CacheDir, reason: str) -> None:
+        with self._lock:
+            if directory not in self._directories:
+                return
+            self._directories = tuple(d for d in self._directories if d is not directory)
+            self._lost[directory.path] = reason
+        rest = ", ".join(each.path for each in self._directories)
+        log.error(
+            "lost the cache directory %s: %s. Its files are no longer in the cache; %s. Restart the"
+            " daemon when the disk is mended",
+            directory.path,
+            reason,
+            f"new ones go to {rest}" if rest else "none is left, so jobs get the original paths",
+        )
+        self.on_lost(reason, directory.abandon())
+        directory.close_partials()
+
+    def _nothing_left(self) -> DiskFailed:
+        return DiskFailed(f"no cache directory is left: {'; '.join(self._lost.values())}")
+
+
+def _check_places(roots: Sequence[Path]) -> None:
+    """Refuse cache directories whose room would count twice, or that could hide that a disk is not
+    mounted. Raises CacheDirUnusable."""
+    devices: dict[int, Path] = {}
+    for root in roots:
+        try:
+            device = os.lstat(root).st_dev
+            device_above = os.lstat(os.path.dirname(root)).st_dev
+        except OSError as error:
+            log.debug("%s: %s", root, error)  # whoever opens it tells what is wrong
+            continue
+        if device != device_above:
+            raise CacheDirUnusable(
+                f"the disk of {root} is mounted there, so that without it there would be an empty"
+                f" directory: name one below it in cache.dir, such as {root}/swarmcache"
+            )
+        if device in devices:
+            raise CacheDirUnusable(
+                f"{devices[device]} and {root} are on one disk, whose room must not count twice:"
+                " name only one of them in cache.dir"
+            )
+        devices[device] = root

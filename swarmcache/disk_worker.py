@@ -188,7 +188,7 @@ class DiskWorker:
         """Now and then write down when copies were last used, and measure the disk."""
         while True:
             try:
-                await self._in_thread(self._cache.flush)
+                await self._in_thread(self._cache.look_after)
                 self._handle(DiskMeasured(self._cache.status()))
             except LocalError as error:
                 log.error("the disk of the cache fails: %s", error)

@@ -26,7 +26,7 @@ from swarmcache.disk_calls import (
     unlink_if_there,
     write_all,
 )
-from swarmcache.errors import NoSpace
+from swarmcache.errors import DiskFailed, NoSpace
 from swarmcache.partial import (
     JOURNAL_MAGIC,
     Partial,
@@ -83,6 +83,7 @@ class PartialStore:
         self._unlink_users = unlink_users
         # Also keeps two reservations from counting on the same free space.
         self._lock = threading.RLock()
+        self._abandoned = False
         self._open: dict[bytes, Partial] = {}
         self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
         self._unallocated: dict[bytes, int] = {}  # what of that the disk has not set aside, at most
@@ -93,10 +94,23 @@ class PartialStore:
         """The partial file if it is open."""
         return self._open.get(version_id)
 
+    def knows(self, version_id: bytes) -> bool:
+        """Whether there is a partial file, open or left by an earlier life."""
+        return version_id in self._reserved_bytes
+
     def close(self) -> None:
         """Leave all partial files for the next start."""
         for partial in list(self._open.values()):
             partial.close()
+
+    def abandon(self) -> list[bytes]:
+        """The disk is lost: nothing can be begun or put in place any more.
+
+        Returns the version ids of the partial files that are open, for ``close`` to end.
+        """
+        with self._lock:
+            self._abandoned = True
+            return list(self._open)
 
     def reserved_bytes(self) -> int:
         """What all partial files take or may still take."""
@@ -116,6 +130,7 @@ class PartialStore:
         version_id = version.version_id
         name = version_id.hex()
         with self._lock, disk_errors(f"begin {name}"), ExitStack() as stack:
+            self._require_disk()
             assert version_id not in self._open, "begun twice at once"
             claims, journal_end = self._resumable(name, version, layout)
             if journal_end == 0:
@@ -170,6 +185,7 @@ class PartialStore:
     def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]:
         """Make a complete partial file a replica. For ``Partial.publish``."""
         version_id = partial.version.version_id
+        self._require_disk()
         paths = self._install(partial, users)
         self._forget(version_id)
         with disk_errors("remove a journal"):
@@ -189,6 +205,10 @@ class PartialStore:
         """Keep a partial file and its space, closed. For ``Partial.close``."""
         with self._lock:
             self._open.pop(partial.version.version_id, None)
+
+    def _require_disk(self) -> None:
+        if self._abandoned:
+            raise DiskFailed("the disk of this cache directory is lost")
 
     def _account(self) -> None:
         names = set(os.listdir(self._fd))
@@ -235,15 +255,24 @@ class PartialStore:
             journal = decode_journal(file.read(), version, layout)
         return journal if journal and size_bytes == version.size_bytes else ({}, 0)
 
-    def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
-        """Raise NoSpace when the limits do not allow this much more."""
+    def room_bytes(self) -> int:
+        """How much more the limits allow. Raises LocalError when the disk fails."""
+        with self._lock, disk_errors("ask for free space"):
+            return max(0, min(self._rooms_bytes()))
+
+    def _rooms_bytes(self) -> tuple[int, int]:
+        """What is left of ``max_usage``, and what is free above ``min_free``."""
         disk = os.fstatvfs(self._fd)
         capacity_bytes = disk.f_blocks * disk.f_frsize
         allowed_bytes = self._limits.max_usage(capacity_bytes)
         allowed_bytes -= self._replicas_bytes() + self.reserved_bytes()
         unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
         free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
-        free_bytes -= self._limits.min_free(capacity_bytes)
+        return allowed_bytes, free_bytes - self._limits.min_free(capacity_bytes)
+
+    def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
+        """Raise NoSpace when the limits do not allow this much more."""
+        allowed_bytes, free_bytes = self._rooms_bytes()
         room_bytes = max(0, min(allowed_bytes, free_bytes))
         if wanted_bytes > room_bytes:
             limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"

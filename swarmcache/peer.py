@@ -24,7 +24,6 @@ from aiohttp import web
 
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
-from swarmcache.cache_dir import CacheDir
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
@@ -265,6 +264,7 @@ class Daemon:
             ],
             "downloads": self._local.downloads_status(),
             "disk": msgspec.to_builtins(self._cache.status()),
+            "directories": msgspec.to_builtins(self._cache.directories()),
         }
 
     # --- the tracker ----------------------------------------------------------------------------
@@ -496,16 +496,13 @@ class Daemon:
 
 
 def open_cache(config: Config) -> Cache:
-    """Open the cache directory of the configuration. Raises LocalError, ConfigError."""
+    """Open the cache directories of the configuration. Raises LocalError."""
     cache = config.cache
-    if len(cache.dirs) != 1:
-        raise ConfigError("cache.dir: several directories are not supported yet; expected one")
-    directory = CacheDir(
-        cache.dirs[0],
+    return Cache.open(
+        cache.dirs,
         min_free=cache.min_free.resolve_bytes,
         max_usage=cache.max_usage.resolve_bytes,
     )
-    return Cache([directory])
 
 
 async def run_daemon(config: Config) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import struct
 import threading
@@ -22,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from swarmcache.disk_calls import Stamp, disk_errors, local_error
-from swarmcache.errors import CacheDirUnusable
+from swarmcache.errors import CacheDirUnusable, DiskFailed
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -295,11 +296,12 @@ def _read_acl(fd: int) -> bytes | None:
         raise
 
 
-def open_cache_root(root: str) -> tuple[bytes, int]:
-    """Make the cache directory if need be and open it: its path without symlinks, a descriptor.
+def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
+    """Open the cache directory: its path without symlinks, a descriptor.
 
-    Raises CacheDirUnusable when somebody else could have prepared or could change it; the message
-    says what to do.
+    With ``make`` it is made if need be; otherwise one that is not there is taken for one whose
+    disk is not mounted. Raises CacheDirUnusable when somebody else could have prepared or could
+    change it, DiskFailed when its disk cannot be used; the message says what to do.
     """
     absolute = os.path.abspath(root)
     above, name = os.path.split(absolute)
@@ -307,32 +309,46 @@ def open_cache_root(root: str) -> tuple[bytes, int]:
         raise CacheDirUnusable("/ cannot be the cache directory: name another one in cache.dir")
     daemon_uid = os.geteuid()
     try:
-        os.makedirs(above, exist_ok=True)
+        if make:
+            os.makedirs(above, exist_ok=True)
         # Who owns / owns everything; in a user namespace that may be an unmapped uid.
         trusted = {0, daemon_uid, os.stat("/").st_uid}
         _check_ancestors(absolute, trusted)
         above = os.path.realpath(above)
         _check_ancestors(os.path.join(above, name), trusted)
         path = os.path.join(above, name)
-        try:
-            os.mkdir(path, 0o700)
-            os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
-        except FileExistsError:
-            pass  # ours from an earlier start, or else refused below
+        if make:
+            _make_root(path)
         fd = os.open(path, _DIRECTORY)
     except OSError as error:
+        if error.errno == errno.ENOENT and not make:
+            raise DiskFailed(
+                f"the cache directory {absolute} is not there: is its disk mounted? If it is new,"
+                f" run: mkdir -m 711 {shlex.quote(absolute)}"
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
             raise CacheDirUnusable(
                 f"{absolute} is a symbolic link or no directory: remove it, or name a directory"
                 " in cache.dir"
             ) from error
-        raise CacheDirUnusable(str(local_error(error, f"open the cache {absolute}"))) from error
+        failure = local_error(error, f"open the cache {absolute}")
+        if isinstance(failure, DiskFailed):
+            raise failure from error
+        raise CacheDirUnusable(str(failure)) from error
     try:
         check_ours(fd, path, forbidden=0o022)
     except CacheDirUnusable:
         os.close(fd)
         raise
     return os.fsencode(path), fd
+
+
+def _make_root(path: str) -> None:
+    try:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
+    except FileExistsError:
+        pass  # ours from an earlier start, or else refused by who opens it
 
 
 def check_ours(fd: int, path: str, *, forbidden: int) -> None:
