@@ -498,7 +498,8 @@ class CacheDir:
 
     def knows(self, version_id: bytes) -> bool:
         """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""
-        return self._partials.knows(version_id) or self._index.find(version_id) is not None
+        # Not what the index says: it may not list all of them yet.
+        return self._partials.knows(version_id) or self._stamp(version_id) is not None
 
     def count_beside(self, path: bytes) -> int:
         """How many replicas there are of sources in the same directory; counts to 1000."""
