@@ -537,7 +537,7 @@ class Cluster:
     def _announce(self, node: Node) -> None:
         held = [version_id for version_id, replica in node.replicas.items() if replica.published]
         if held:
-            self._carry_out_one(node, TellTracker(Replicas(held)))
+            self._carry_out_one(node, TellTracker(Replicas(held, more=False)))
 
     def _answer(self, node: Node, effect: AnswerCached) -> None:
         if effect.request in node.answered_s:

@@ -189,12 +189,12 @@ class CacheDir:
         with disk_errors(f"use {self.path}"):
             os.fsync(self._lock_fd)
 
-    def abandon(self) -> list[bytes]:
+    def abandon(self) -> list[Partial]:
         """The disk is lost: never write to it again.
 
-        Returns the version ids of the partial files that are lost with it; ``close_partials`` ends
-        them. The descriptors stay open until ``close``, so that no thread that is still at work
-        finds another file under their numbers.
+        Returns the partial files that are lost with it; ``close_partials`` ends them. The
+        descriptors stay open until ``close``, so that no thread that is still at work finds another
+        file under their numbers.
         """
         self._abandoned = True
         self._release_sources()

@@ -73,8 +73,8 @@ class Cache:
         self._homes: OrderedDict[bytes, CacheDir] = OrderedDict()  # by source directory
         self._found: dict[bytes, CacheDir] = {}  # where a file version was seen last
         self._lock = threading.Lock()
-        # Told when a directory is lost: why, and which partial files are lost with it.
-        self.on_lost: Callable[[str, list[bytes]], None] = lambda reason, version_ids: None
+        # Told, in any thread, when a directory is lost: why, and which partial files with it.
+        self.on_lost: Callable[[str, list[Partial]], None] = lambda reason, partials: None
 
     @classmethod
     def open(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from swarmcache.disk import Cache, Partial, User
-from swarmcache.errors import LocalError
+from swarmcache.errors import DiskFailed, LocalError
 from swarmcache.peer_events import (
     ChunksRecovered,
     DiskMeasured,
@@ -24,6 +24,7 @@ from swarmcache.peer_events import (
     PeerEvent,
     PublishFailed,
     ReplicaRecovered,
+    ReplicasLost,
     ReserveSpace,
     SpaceRefused,
     SpaceReserved,
@@ -64,7 +65,13 @@ class DiskWorker:
         self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
 
     def start(self) -> None:
-        """Begin to look after the disk."""
+        """Begin to look after the disks."""
+        loop = asyncio.get_running_loop()
+
+        def on_lost(reason: str, partials: list[Partial]) -> None:
+            loop.call_soon_threadsafe(self._lost, reason, partials)
+
+        self._cache.on_lost = on_lost
         self._spawn(self._look_after_disk())
         self._spawn(self._recover_undurable())
 
@@ -170,6 +177,8 @@ class DiskWorker:
                 await self._in_thread(partial.close if keep else partial.discard)
             elif not keep:
                 await self._in_thread(self._cache.drop, version_id)
+        except DiskFailed as error:  # whether it is lost, the next look at all disks will tell
+            log.info("cannot drop what was fetched: %s", error)
         except LocalError as error:
             log.error("cannot drop what was fetched: %s", error)
 
@@ -183,6 +192,14 @@ class DiskWorker:
         self._handle(ManifestLoaded(version_id, digests))
 
     # --- the whole ------------------------------------------------------------------------------
+
+    def _lost(self, reason: str, partials: Sequence[Partial]) -> None:
+        """A disk is lost: what was being fetched to it must be begun again."""
+        for partial in partials:
+            version_id = partial.version.version_id
+            if self._partials.get(version_id) is partial:
+                self._handle(WriteFailed(version_id, reason))
+        self._handle(ReplicasLost())
 
     async def _look_after_disk(self) -> None:
         """Now and then write down when copies were last used, and measure the disk."""

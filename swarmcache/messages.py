@@ -117,9 +117,14 @@ class Leave(Message, tag="leave"):
 
 
 class Replicas(Message, tag="replicas"):
-    """Complete, verified copies that the node holds."""
+    """Complete, verified copies that the node holds.
+
+    ``more`` is set where the node tells of all that it holds: whether another such message follows.
+    What it told before the first of them, and not since, it no longer holds after the last one.
+    """
 
     version_ids: Annotated[list[VersionId], Meta(max_length=REPLICAS_MAX)]
+    more: bool | None = None
 
 
 class RangeRead(Message, tag="range_read"):

@@ -265,12 +265,14 @@ class Partial:
         return paths
 
     def discard(self) -> None:
-        """Give up the file and the space reserved for it."""
+        """Give up the file and its space. Raises LocalError; the file is given up all the same."""
         with self._changed:
             if self._open:
-                self._owner.discard(self)
-                self._digests.clear()
-                self._end()
+                try:
+                    self._owner.discard(self)
+                finally:
+                    self._digests.clear()
+                    self._end()
 
     def close(self) -> None:
         """Leave the file and its space for a later ``Cache.begin`` to resume."""

@@ -103,14 +103,14 @@ class PartialStore:
         for partial in list(self._open.values()):
             partial.close()
 
-    def abandon(self) -> list[bytes]:
+    def abandon(self) -> list[Partial]:
         """The disk is lost: nothing can be begun or put in place any more.
 
-        Returns the version ids of the partial files that are open, for ``close`` to end.
+        Returns the partial files that are open, for ``close`` to end.
         """
         with self._lock:
             self._abandoned = True
-            return list(self._open)
+            return list(self._open.values())
 
     def reserved_bytes(self) -> int:
         """What all partial files take or may still take."""
@@ -197,9 +197,15 @@ class PartialStore:
         return self._hide(partial.version.version_id.hex())
 
     def discard(self, partial: Partial) -> None:
-        """Remove a partial file, release its space. For ``Partial.discard``."""
-        with disk_errors("remove a partial file"):
-            self._remove(partial.version.version_id)
+        """Remove a partial file, release its space. For ``Partial.discard``.
+
+        Raises LocalError; then what is left of it stays accounted for.
+        """
+        try:
+            with disk_errors("remove a partial file"):
+                self._remove(partial.version.version_id)
+        finally:
+            self.leave(partial)
 
     def leave(self, partial: Partial) -> None:
         """Keep a partial file and its space, closed. For ``Partial.close``."""

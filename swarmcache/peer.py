@@ -116,6 +116,7 @@ class Daemon:
         self._uploaded_bytes = 0
         self._links: dict[str, Link] = {}
         self._tracker_link: Link | None = None
+        self._announcing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         self._started_s = now_s()
@@ -312,11 +313,15 @@ class Daemon:
             self._tracker_link.send(encode(message))
 
     async def _announce_replicas(self) -> None:
-        link = self._tracker_link
-        batches = await self._loop.run_in_executor(self._disk_threads, self._replica_batches)
-        for batch in batches:
-            if link is not None:
-                link.send(encode(Replicas(batch)))
+        async with self._announcing:  # one after the other, or the tracker would mix them up
+            link = self._tracker_link
+            if link is None:
+                return
+            link.send(encode(Replicas([], more=True)))
+            batches = await self._loop.run_in_executor(self._disk_threads, self._replica_batches)
+            for batch in batches:
+                link.send(encode(Replicas(batch, more=True)))
+            link.send(encode(Replicas([], more=False)))
 
     def _replica_batches(self) -> list[list[bytes]]:
         version_ids = list(self._cache.replicas())

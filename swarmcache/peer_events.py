@@ -110,9 +110,10 @@ class PublishFailed:
 
 @dataclass(slots=True)
 class WriteFailed:
-    """The disk refused a chunk: the download cannot go on here.
+    """The disk refused a chunk, or is lost: the download cannot go on here.
 
-    Comes before the event that ends the effect (``PeerUnreachable`` or ``RangeReadFailed``).
+    Comes before the event that ends the effect (``PeerUnreachable`` or ``RangeReadFailed``), if it
+    is one that failed.
     """
 
     version_id: bytes
@@ -124,6 +125,11 @@ class ReplicaDropped:
     """A cached copy is no longer there (evicted, tampered with, removed)."""
 
     version_id: bytes
+
+
+@dataclass(slots=True)
+class ReplicasLost:
+    """A disk is lost, and with it many cached copies. Which ones, only that disk could tell."""
 
 
 @dataclass(slots=True)
@@ -296,6 +302,7 @@ PeerEvent: TypeAlias = (
     | PublishFailed
     | WriteFailed
     | ReplicaDropped
+    | ReplicasLost
     | ReplicaRecovered
     | ManifestLoaded
     | TrackerConnected
@@ -414,7 +421,10 @@ class LoadManifest:
 
 @dataclass(slots=True)
 class AnnounceReplicas:
-    """Send all replicas of the cache to the tracker (``Replicas`` messages)."""
+    """Send all replicas of the cache to the tracker, and that there are no others.
+
+    ``Replicas`` messages with ``more`` set, the first one before the cache is asked.
+    """
 
 
 @dataclass(slots=True)

@@ -98,6 +98,7 @@ from swarmcache.peer_events import (
     ReadRange,
     ReplicaDropped,
     ReplicaRecovered,
+    ReplicasLost,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -126,6 +127,9 @@ LINGER_S = 30.0
 # While the local disk works on a file (reserving, digesting what an earlier life left, putting it
 # in place) nothing else can make progress: that much more patience.
 DISK_PATIENCE = 12
+# A download under which the disk fails is begun again so often: a lost disk, or one that was full
+# against all accounts, may be followed by one that works. Who waits must not wait for ever.
+FAILURES_MAX = 1
 # A download that nobody waits for is given up after this long without progress; what it has stays
 # on disk for the next request.
 ABANDON_S = 60.0
@@ -136,7 +140,8 @@ class Fetching:
     """A wanted file version with everything that is not about chunks.
 
     ``download`` is None until the disk has set room aside. ``blocked``: an earlier attempt at the
-    same file version must end first. ``requests``: who waits for it, and since when.
+    same file version must end first. ``failures``: how often the disk has failed under it.
+    ``requests``: who waits for it, and since when.
     """
 
     version: FileVersion
@@ -152,6 +157,7 @@ class Fetching:
     on_disk: bool = False
     publishing: bool = False
     waiting_for_slot: bool = False
+    failures: int = 0
     requests: dict[int, float] = field(default_factory=dict)
 
 
@@ -417,6 +423,7 @@ class PeerState:
         | PublishFailed
         | WriteFailed
         | ReplicaDropped
+        | ReplicasLost
         | ReplicaRecovered
         | ManifestLoaded
         | DiskMeasured,
@@ -433,6 +440,12 @@ class PeerState:
             case ReplicaDropped():
                 self._drop_seed(event.version_id, now_s)
                 self._tell(Leave(event.version_id), effects)
+            case ReplicasLost():
+                # Those on other disks as well: they come back when a neighbour asks for them.
+                for version_id in list(self._seeds):
+                    self._drop_seed(version_id, now_s)
+                if self.tracker_connected:
+                    effects.append(AnnounceReplicas())
             case ReplicaRecovered():
                 self._tell(Replicas([event.version_id]), effects)
             case ManifestLoaded():
@@ -449,9 +462,30 @@ class PeerState:
         fetching = self._fetching.get(event.version_id)
         # A blocked attempt has not asked the disk for anything: an earlier one has failed.
         if fetching is not None and not fetching.blocked:
-            self._give_up(event.version_id, event.reason, now_s, effects)
+            if isinstance(event, SpaceRefused) or fetching.failures == FAILURES_MAX:
+                self._give_up(event.version_id, event.reason, now_s, effects)
+            else:
+                self._begin_again(fetching, event.reason, now_s, effects)
         if not isinstance(event, WriteFailed):
             self._end(event.version_id, effects)
+
+    def _begin_again(
+        self, former: Fetching, reason: str, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        """The disk has failed under a download: start it anew, perhaps on another disk."""
+        version_id = former.version.version_id
+        requests, former.requests = former.requests, {}  # they go on waiting
+        self._give_up(version_id, reason, now_s, effects)
+        fetching = Fetching(
+            *(former.version, former.file_server, former.user, former.chunk_size_bytes),
+            former.can_read,
+            progress_at_s=now_s,
+            failures=former.failures + 1,
+            requests=requests,
+        )
+        self._fetching[version_id] = fetching
+        self._reserve(fetching, effects)
+        self._arm(version_id, now_s)
 
     def _handle_space(
         self, event: SpaceReserved | ChunksRecovered, now_s: float, effects: list[PeerEffect]

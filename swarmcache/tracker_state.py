@@ -99,7 +99,8 @@ CHUNK_COUNT_MAX = 1 << 21
 class Node:
     """A connected node. ``clock_s`` is what its clock showed at ``clock_at_s`` of ours, or less.
 
-    ``silent``: it has not answered a query in time, and not said anything since.
+    ``silent``: it has not answered a query in time, and not said anything since. ``unconfirmed``:
+    while it tells anew of all its replicas, those that it has not told of yet.
     """
 
     session: int
@@ -109,6 +110,7 @@ class Node:
     clock_at_s: float
     disk: DiskStatus
     replicas: set[bytes] = field(default_factory=set)
+    unconfirmed: set[bytes] | None = None
     swarms: set[bytes] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     read_bytes_per_s: float = 0.0
@@ -258,6 +260,10 @@ class TrackerState:
             server.ledger.check()
             for lease_id in server.ledger.leases:
                 assert lease_id in self._ranges, "a slot is taken by nobody's lease"
+            for version_id, _ in server.ledger.waiting():
+                assert self._swarms[version_id].unread, (
+                    "a swarm waits for slots with nothing to read"
+                )
         for lease_id, leased in self._ranges.items():
             ledger = self._servers[leased.file_server].ledger
             assert lease_id in ledger.leases, "a lease is out without a slot"
@@ -309,8 +315,7 @@ class TrackerState:
             case Leave():
                 self._leave(node, message.version_id, now_s, effects)
             case Replicas():
-                for version_id in message.version_ids:
-                    self._add_replica(node, version_id, now_s, effects)
+                self._add_replicas(node, message, now_s, effects)
             case RangeRead():
                 self._range_read(node, message, now_s, effects)
             case RangeFailed():
@@ -382,6 +387,7 @@ class TrackerState:
         swarm = self._swarms.get(leased.version_id)
         if swarm is not None:
             self._enter_range(swarm, leased)
+            self._reclaim(swarm)
         return True
 
     def _enter_range(self, swarm: Swarm, leased: LeasedRange) -> None:
@@ -451,6 +457,7 @@ class TrackerState:
             reason = f"{layout.chunk_count} chunks; at most {CHUNK_COUNT_MAX} are possible"
             effects.append(Tell(node.session, Refused(reason, version_id)))
             return
+        self._drop_replica(node, version_id)  # it would not want what it has
         swarm = self._swarms.get(version_id)
         if swarm is None:
             swarm = self._create_swarm(message, layout)
@@ -546,12 +553,15 @@ class TrackerState:
         self, node: Node, version_id: bytes, now_s: float, effects: list[TrackerEffect]
     ) -> None:
         name = node.address.node
-        if version_id in node.replicas:
-            node.replicas.discard(version_id)
-            self._drop_holder(version_id, name)
+        self._drop_replica(node, version_id)
         swarm = self._swarms.get(version_id)
         if swarm is not None and name in swarm.members:
             self._remove_member(swarm, name, 0, now_s, effects)
+
+    def _drop_replica(self, node: Node, version_id: bytes) -> None:
+        if version_id in node.replicas:
+            node.replicas.discard(version_id)
+            self._drop_holder(version_id, node.address.node)
 
     def _drop_holder(self, version_id: bytes, name: str) -> None:
         holders = self._replicas[version_id]
@@ -723,11 +733,25 @@ class TrackerState:
         for name in swarm.members:
             self._nodes[name].swarms.discard(swarm.version_id)
 
+    def _add_replicas(
+        self, node: Node, message: Replicas, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        if message.more is not None and node.unconfirmed is None:
+            node.unconfirmed = set(node.replicas)
+        for version_id in message.version_ids:
+            self._add_replica(node, version_id, now_s, effects)
+        if message.more is False:
+            gone, node.unconfirmed = node.unconfirmed or set(), None
+            for version_id in sorted(gone & node.replicas):
+                self._leave(node, version_id, now_s, effects)
+
     def _add_replica(
         self, node: Node, version_id: bytes, now_s: float, effects: list[TrackerEffect]
     ) -> None:
         name = node.address.node
         node.replicas.add(version_id)
+        if node.unconfirmed is not None:
+            node.unconfirmed.discard(version_id)
         self._replicas.setdefault(version_id, {})[name] = None
         swarm = self._swarms.get(version_id)
         if swarm is None:

@@ -54,6 +54,7 @@ from swarmcache.peer_events import (
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
+    ReplicasLost,
     ReserveSpace,
     SpaceRefused,
     SpaceReserved,
@@ -354,6 +355,19 @@ class Cluster:
         node = self.nodes[address_of(index).node]
         node.paused_until_s = self.now_s + duration_s
 
+    def lose_disk(self, index: int) -> None:
+        """One of the node's disks is lost: half of its replicas, half of what it was fetching."""
+        node = self.nodes[address_of(index).node]
+        if not node.alive:
+            return
+        lost = [key for key in sorted(node.disk) if self.rng.random() < 0.5]
+        for version_id in lost:
+            if node.disk[version_id].complete:
+                del node.disk[version_id]
+            else:
+                self.tell_node(node, WriteFailed(version_id, "the disk is lost"))
+        self.tell_node(node, ReplicasLost())
+
     def kill_tracker(self) -> None:
         """The tracker ends without a word. Only its journal stays."""
         self.tracker_up = False
@@ -576,7 +590,7 @@ class Cluster:
                 self._later(node, ManifestLoaded(effect.version_id, self._manifest(node, effect)))
             case AnnounceReplicas():
                 held = [key for key, stored in sorted(node.disk.items()) if stored.complete]
-                self._say_to_tracker(node, Replicas(held))
+                self._say_to_tracker(node, Replicas(held, more=False))
             case AnswerCached() | AnswerOriginal():
                 self._answer(node, effect)
             case AnswerStatus():
@@ -763,7 +777,9 @@ class Cluster:
             return ChunkCorrupt(*key)
         if self._hit(self.faults.write):
             return WriteFailed(request.version_id, "the disk is full")
-        node.disk[request.version_id].chunks[request.chunk] = digest
+        here = node.disk.get(request.version_id)
+        if here is not None:  # put in place meanwhile, and lost with its disk
+            here.chunks[request.chunk] = digest
         return ChunkArrived(*key)
 
     # --- the file server -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 from swarmcache.cache_dir import CacheDir
 from swarmcache.chunks import FileVersion
-from swarmcache.disk import Cache
+from swarmcache.disk import Cache, Partial
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from tests.disk_helpers import (
     CHUNK_BYTES,
@@ -185,8 +185,8 @@ def test_a_lost_disk_takes_only_its_own_files_away(
     lose: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    told: list[list[bytes]] = []
-    two.on_lost = lambda reason, version_ids: told.append(version_ids)
+    told: list[list[Partial]] = []
+    two.on_lost = lambda reason, partials: told.append(partials)
     on_a, on_b = a_file(3 * MIB, b"/nfs/0/f"), a_file(9000, b"/nfs/1/f")
     for version, data in (on_a, on_b):
         fill(two.begin(version, CHUNK_BYTES), data).publish([ME])
@@ -197,7 +197,7 @@ def test_a_lost_disk_takes_only_its_own_files_away(
     two.look_after()
 
     assert lost_directories(two) == ["a"]
-    assert told == [[partial.version.version_id]]
+    assert told == [[partial]]
     assert two.lookup(on_a[0], ME) is None
     assert place(two, on_b[0]) == "b"
     assert list(two.replicas()) == [on_b[0].version_id]
@@ -233,7 +233,7 @@ def test_a_file_that_is_complete_when_the_disk_goes_is_not_put_in_place_there(
     partial = fill(two.begin(version, CHUNK_BYTES), data)
     unmount(root / "a")
 
-    def publish_meanwhile(reason: str, version_ids: list[bytes]) -> None:
+    def publish_meanwhile(reason: str, partials: list[Partial]) -> None:
         with pytest.raises(DiskFailed, match="is lost"):
             partial.publish([ME])
 

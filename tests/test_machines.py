@@ -42,6 +42,7 @@ class Trouble:
             self._link,
             self._session,
             self._pause,
+            self._disk,
         ]
 
     def plan(self, count: int) -> None:
@@ -83,6 +84,11 @@ class Trouble:
 
     def _session(self, index: int) -> None:
         self._cluster.break_session(index)
+
+    def _disk(self, index: int) -> None:
+        self._cluster.lose_disk(index)
+        if self._alive(index):
+            self._want(index)
 
     def _pause(self, index: int) -> None:
         self._cluster.pause(index, self._rng.random() * 6)
@@ -133,6 +139,10 @@ def test_everybody_who_survives_gets_every_chunk_whatever_breaks(first_seed: int
             run(seed)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_a_swarm_whose_last_range_is_adopted_does_not_wait_for_a_slot() -> None:
+    run(3197)
 
 
 @pytest.mark.parametrize("seed", range(3))

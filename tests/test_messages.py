@@ -65,6 +65,10 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.floats(allow_nan=False)
         case inspect.BoolType():
             return st.booleans()
+        case inspect.NoneType():
+            return st.none()
+        case inspect.UnionType():
+            return st.one_of([values(each) for each in kind.types])
         case inspect.ListType():
             return st.lists(values(kind.item_type), max_size=4)
         case inspect.DictType():

@@ -72,6 +72,7 @@ from swarmcache.peer_events import (
     ReadRange,
     ReplicaDropped,
     ReplicaRecovered,
+    ReplicasLost,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -250,22 +251,29 @@ def test_without_room_the_original_is_the_answer() -> None:
     assert of(DropPartial, effects) == [DropPartial(file.version_id, False)]
 
 
-def test_when_the_file_cannot_be_put_in_place_the_original_is_the_answer() -> None:
+def test_a_disk_that_fails_twice_under_a_download_makes_the_original_the_answer() -> None:
     bench = Bench()
     file = version(chunks=1)
     bench.begin(file)
-    bench.lease(file, 1, 0, 1)
-    bench.read(file, 1, 0)
-    bench.tell(RangeReadDone(file.version_id, 1, 10, 0.1))
+    for attempt in range(2):
+        bench.lease(file, attempt, 0, 1)
+        bench.read(file, attempt, 0)
+        bench.tell(RangeReadDone(file.version_id, attempt, 10, 0.1))
 
-    effects = bench.tell(PublishFailed(file.version_id, "no"))
+        effects = bench.tell(PublishFailed(file.version_id, "no"))
 
-    assert answers(effects) == Counter([1])
-    assert of(DropPartial, effects) == [DropPartial(file.version_id, False)]
-    assert told(Leave, effects) == [Leave(file.version_id)]
+        assert of(DropPartial, effects) == [DropPartial(file.version_id, False)]
+        assert told(Leave, effects) == [Leave(file.version_id)]
+        assert answers(effects) == Counter([1] if attempt else [])
+        if attempt == 0:
+            [again] = of(ReserveSpace, effects)
+            assert again.version == file
+            bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES))
+            effects = bench.tell(ChunksRecovered(file.version_id, {}))
+            assert len(told(Join, effects)) == 1
 
 
-def test_a_failing_disk_ends_the_download_but_drops_it_only_when_all_requests_are_back() -> None:
+def test_a_download_is_begun_again_only_when_all_requests_of_the_former_attempt_are_back() -> None:
     bench = Bench()
     file = version()
     bench.begin(file)
@@ -273,15 +281,55 @@ def test_a_failing_disk_ends_the_download_but_drops_it_only_when_all_requests_ar
     bench.heard(HIGHER, have(file, 0, 1))
     assert len(of(FetchChunk, bench.seen)) == 2
 
-    effects = bench.tell(WriteFailed(file.version_id, "full"))
-    assert answers(effects) == Counter([1])
+    effects = bench.tell(WriteFailed(file.version_id, "the disk is lost"))
+    assert of(TellPeer, effects) == [TellPeer(HIGHER.node, Gone(file.version_id))]
+    effects += bench.tell(PeerUnreachable(file.version_id, 0, HIGHER.node, "lost"))
+    effects += bench.tell(WriteFailed(file.version_id, "the disk is lost"))  # the other one's
     assert of(DropPartial, effects) == []
-    effects = bench.tell(PeerUnreachable(file.version_id, 0, HIGHER.node, "full"))
-    assert of(DropPartial, effects) == []
-    effects = bench.tell(ChunkArrived(file.version_id, 1, HIGHER.node))
+    assert of(ReserveSpace, effects) == []
+    effects = bench.tell(PeerUnreachable(file.version_id, 1, HIGHER.node, "lost"))
 
-    assert of(DropPartial, effects) == [DropPartial(file.version_id, False)]
-    assert answers(bench.seen) == Counter([1])
+    assert [type(effect) for effect in effects] == [DropPartial, ReserveSpace]
+    assert answers(bench.seen) == Counter()
+    bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES), ChunksRecovered(file.version_id, {}))
+    bench.said(Joined(file.version_id, CHUNK_BYTES))
+    bench.lease(file, 1, 0, 3)
+    bench.read(file, 1, 0, 1, 2)
+    bench.tell(RangeReadDone(file.version_id, 1, 10, 0.1), FilePublished(file.version_id))
+    assert len(of(AnswerCached, bench.seen)) == 1
+
+
+def test_a_disk_that_is_lost_before_it_was_looked_through_makes_the_download_begin_again() -> None:
+    bench = Bench()
+    file = version()
+    bench.want(file)
+    bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES))
+
+    effects = bench.tell(WriteFailed(file.version_id, "lost"), ChunksRecovered(file.version_id, {}))
+
+    assert [type(effect) for effect in effects] == [DropPartial, ReserveSpace]
+    effects = bench.tell(SpaceRefused(file.version_id, "no cache directory is left"))
+    assert [answer.reason for answer in of(AnswerOriginal, effects)] == [
+        "no cache directory is left"
+    ]
+
+
+def test_after_the_loss_of_a_disk_all_replicas_are_told_anew_and_no_chunk_is_promised() -> None:
+    bench = Bench()
+    file = version(chunks=1)
+    bench.complete(file, chunks=1)
+    bench.meet(HIGHER, file)
+    bench.tell(ManifestLoaded(file.version_id, (digest(0),)))
+
+    assert bench.tell(ReplicasLost()) == [AnnounceReplicas()]
+
+    effects = bench.said(Query(file.version_id, 1, b"\x01"))
+    assert [holding.held for holding in told(Holding, effects)] == [b""]
+    bench.said(Peers(file.version_id, [HIGHER]))
+    effects = bench.tell(ManifestLoaded(file.version_id, ()))  # it was on that disk
+    assert told(Leave, effects) == [Leave(file.version_id)]
+    bench.tell(TrackerLost("away"))
+    assert bench.tell(ReplicasLost()) == []
 
 
 @pytest.mark.parametrize("chunks", [0, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -607,6 +607,45 @@ def test_a_lost_replica_makes_the_file_read_again() -> None:
     bench.say("b", Holding(FILE, query.query_id, b"\x01"))
 
     assert [lease.first for lease in bench.out()] == [1]
+
+
+def replica_counts(bench: Bench) -> dict[str, int]:
+    nodes: Any = bench.state.status(bench.now_s)["nodes"]
+    return {node["node"]: node["replicas"] for node in nodes}
+
+
+def test_what_a_node_does_not_tell_of_anew_it_no_longer_holds() -> None:
+    bench = Bench()
+    bench.connect("a", "b", "c")
+    third = b"t" * 32
+    bench.say("a", Replicas([FILE]), Replicas([OTHER]))
+    bench.join("b", chunks=4)
+    assert bench.leases() == []
+
+    bench.say("a", Replicas([], more=True), Replicas([third]))  # one that has come just now
+    bench.say("a", Replicas([OTHER], more=True))
+    assert bench.messages(Query, "b") == []
+    bench.say("a", Replicas([], more=False))
+
+    assert replica_counts(bench) == {"a": 2, "b": 0, "c": 0}
+    (query,) = bench.messages(Query, "b")
+    bench.say("b", Holding(FILE, query.query_id, b""))
+    assert bench.out() != []
+    bench.join("c", file=OTHER)
+    assert [peer.node for peers in bench.messages(Peers, "c") for peer in peers.peers] == ["a"]
+
+
+def test_who_fetches_anew_what_it_has_lost_stays_in_the_swarm() -> None:
+    bench = Bench()
+    bench.connect("a")
+    bench.say("a", Replicas([FILE]), Replicas([], more=True))
+    bench.join("a", chunks=4)
+
+    bench.say("a", Replicas([], more=False))
+
+    swarms: Any = bench.state.status(bench.now_s)["swarms"]
+    assert [swarm["members"] for swarm in swarms] == [1]
+    assert replica_counts(bench) == {"a": 0}
 
 
 def test_a_changed_source_is_revoked_everywhere() -> None:
