@@ -54,12 +54,16 @@ __all__ = ["CacheDir", "ChunkSource", "Partial", "User"]
 log = logging.getLogger(__name__)
 
 SOURCES_MAX = 64  # replicas kept open for peers; a daemon may have 1024 descriptors by default
+# So many copies that were in doubt are made durable and told of together: an fsync of the index for
+# each of them would take longer than digesting small files.
+RECOVERED_MAX = 1000
+RECOVERED_S = 1.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _go_on(size_bytes: int) -> None:
+def go_on(size_bytes: int) -> None:
     """After each piece that was digested: nothing."""
 
 
@@ -142,6 +146,7 @@ class CacheDir:
         self._sources_lock = threading.Lock()
         self._sources: OrderedDict[bytes, _Kept] = OrderedDict()
         self._damaged: dict[bytes, Damaged | None] = {}
+        self._damaged_lock = threading.Lock()
         self._last_used_s: dict[bytes, float] = {}
         self._last_used_lock = threading.Lock()
         with ExitStack() as stack:
@@ -360,6 +365,14 @@ class CacheDir:
     def make_durable(self, version_id: bytes) -> None:
         """Bring a replica onto the disk, so that it outlives a power cut. Slow.
 
+        Raises LocalError; then the copy is dropped.
+        """
+        self._sync_object(version_id)
+        self._index.sync()
+
+    def _sync_object(self, version_id: bytes) -> None:
+        """Bring object and manifest onto the disk, not yet what the index says of it.
+
         A copy whose fsync fails is dropped, since nobody knows what of it the disk has: fsync
         reports an error once and would then succeed. Raises LocalError in that case.
         """
@@ -386,7 +399,6 @@ class CacheDir:
         # Under the lock nobody is making a link, which would write back the trust of before.
         with self._objects_lock:
             self._index.mark_durable(version_id, inode)
-        self._index.sync()
 
     def list_objects(self) -> Iterator[None]:
         """Compare the index with what is on the disk, as the first thing after a start. Slow.
@@ -405,20 +417,30 @@ class CacheDir:
         yield from rebuild.slices()
         self._listed = True
 
-    def recover_undurable(self) -> Iterator[bytes]:
+    def recover_undurable(
+        self, after_piece: Callable[[int], None] = go_on
+    ) -> Iterator[list[bytes]]:
         """Digest the replicas that a power cut or a kill has left in doubt. Very slow.
 
-        Yields the version id of each one that is good; the others are taken out, see
-        ``take_damaged``. Until then ``lookup`` does not know them, but ``begin`` does. Raises
-        LocalError when the disk fails.
+        Yields the version ids of those that are good, some at a time; the others are taken out, see
+        ``take_damaged``. Until then ``lookup`` does not know them, but ``begin`` does.
+        ``after_piece`` as for ``verify``. Raises LocalError when the disk fails.
         """
+        good: list[bytes] = []
+        began_s = time.monotonic()
         for version_id in self._index.untrusted_ids(self._boot_id):
-            if self._recover(version_id):
-                self.make_durable(version_id)
-                yield version_id
+            if self._recover(version_id, after_piece):
+                self._sync_object(version_id)
+                good.append(version_id)
+            if len(good) >= RECOVERED_MAX or time.monotonic() > began_s + RECOVERED_S:
+                self._index.sync()
+                yield good
+                good, began_s = [], time.monotonic()
+        self._index.sync()
+        yield good
 
     def verify(
-        self, version_id: bytes, after_piece: Callable[[int], None] = _go_on
+        self, version_id: bytes, after_piece: Callable[[int], None] = go_on
     ) -> list[int] | None:
         """Digest a replica: the chunks that are not what they were. None when there is no replica.
 
@@ -449,12 +471,19 @@ class CacheDir:
                     self._index.mark_verified(version_id, time.time())
                 return bad
 
+    def stalest(self, before_s: float) -> tuple[float, bytes] | None:
+        """When the replica that waits longest for ``verify`` was last digested, and its version id.
+
+        None when all have been since ``before_s``.
+        """
+        return self._index.stalest(before_s)
+
     def take_damaged(self) -> dict[bytes, Damaged | None]:
         """The copies that were taken out since the last call, by version id.
 
         None for one of which nothing was of use any more.
         """
-        with self._objects_lock:
+        with self._damaged_lock:
             damaged, self._damaged = self._damaged, {}
         return damaged
 
@@ -720,7 +749,8 @@ class CacheDir:
             self._drop(replica)
         else:
             taken_back = dataclasses.replace(taken_back, users=tuple(users))
-        self._damaged[version_id] = taken_back
+        with self._damaged_lock:
+            self._damaged[version_id] = taken_back
 
     def _take_back(self, version_id: bytes) -> Damaged | None:
         """Turn an object into a partial file that ``begin`` will resume; None if there is none.
@@ -761,12 +791,12 @@ class CacheDir:
         stack.callback(os.close, fd)
         return fd
 
-    def _recover(self, version_id: bytes) -> bool:
+    def _recover(self, version_id: bytes, after_piece: Callable[[int], None]) -> bool:
         """Digest a replica in doubt; whether it is one that can be trusted now."""
         name = _object_name(version_id)
         with ExitStack() as stack, disk_errors(f"check {name}"):
             fd, stamp = self._open_quietly(stack, version_id)
-            bad = self._bad_chunks(version_id, fd, _go_on)
+            bad = self._bad_chunks(version_id, fd, after_piece)
             with self._objects_lock:
                 replica = self._index.find(version_id)
                 if replica is None or replica.trusted(self._boot_id):

@@ -290,14 +290,17 @@ class CacheIndex:
         query = "SELECT version_id FROM replica WHERE version_id BETWEEN ? AND ?"
         return {version_id for (version_id,) in self._rows(query, begin, end)}
 
-    def stalest(self, before_s: float) -> bytes | None:
-        """Of the durable replicas last verified before that time, the one that waits longest."""
+    def stalest(self, before_s: float) -> tuple[float, bytes] | None:
+        """Of the durable replicas the one that was verified longest ago: when, and its version id.
+
+        None when all have been verified since ``before_s``.
+        """
         rows = self._rows(
-            "SELECT version_id FROM replica WHERE verified_s < ? AND trust = 2"
+            "SELECT verified_s, version_id FROM replica WHERE verified_s < ? AND trust = 2"
             " ORDER BY verified_s LIMIT 1",
             before_s,
         )
-        return rows[0][0] if rows else None
+        return rows[0] if rows else None
 
     def insert(self, replica: Replica) -> None:
         """Add a row; it must not be there yet."""

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarmcache.cache_dir import CacheDir, ChunkSource, Partial, Removal, User
+from swarmcache.cache_dir import CacheDir, ChunkSource, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry
 from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.errors import CacheDirUnusable, DiskFailed, NoSpace
@@ -187,13 +187,50 @@ class Cache:
             except DiskFailed as error:
                 self._examine(directory, error)
 
-    def recover_undurable(self) -> Iterator[bytes]:
+    def recover_undurable(
+        self, after_piece: Callable[[int], None] = go_on
+    ) -> Iterator[list[bytes]]:
         """See ``CacheDir.recover_undurable``."""
         for directory in self._directories:
             try:
-                yield from directory.recover_undurable()
+                yield from directory.recover_undurable(after_piece)
             except DiskFailed as error:
                 self._examine(directory, error)
+
+    def stalest(self, before_s: float) -> bytes | None:
+        """The replica on all disks that was verified longest ago; None when none was before then.
+
+        Raises LocalError.
+        """
+        found = []
+        for directory in self._directories:
+            try:
+                found.append(directory.stalest(before_s))
+            except DiskFailed as error:
+                self._examine(directory, error)
+        return min((each for each in found if each is not None), default=(0.0, None))[1]
+
+    def verify(
+        self, version_id: bytes, after_piece: Callable[[int], None] = go_on
+    ) -> list[int] | None:
+        """See ``CacheDir.verify``."""
+        for directory in self._directories:
+            try:
+                bad = directory.verify(version_id, after_piece)
+            except DiskFailed as error:
+                self._examine(directory, error)
+            else:
+                if bad is not None:
+                    return bad
+        return None
+
+    def take_damaged(self) -> dict[bytes, Damaged | None]:
+        """See ``CacheDir.take_damaged``."""
+        return {
+            version_id: damaged
+            for directory in self._directories
+            for version_id, damaged in directory.take_damaged().items()
+        }
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
         """See ``CacheDir.open_source``."""

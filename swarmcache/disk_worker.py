@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from swarmcache.cache_dir import Damaged
 from swarmcache.disk import Cache, Partial, User
 from swarmcache.errors import DiskFailed, LocalError
+from swarmcache.machine_shell import MachineShell
 from swarmcache.peer_events import (
     ChunksRecovered,
     DiskMeasured,
@@ -21,20 +23,21 @@ from swarmcache.peer_events import (
     FilePublished,
     LoadManifest,
     ManifestLoaded,
+    PeerEffect,
     PeerEvent,
     PublishFailed,
-    ReplicaRecovered,
+    ReplicaDropped,
     ReplicasLost,
     ReserveSpace,
     SpaceRefused,
     SpaceReserved,
     WriteFailed,
 )
+from swarmcache.scrub import Scrubber, Stopped
 
 log = logging.getLogger(__name__)
 
 DISK_STATUS_S = 5.0
-_DONE = object()
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -48,19 +51,29 @@ class DiskWorker:
         cache: Cache,
         threads: ThreadPoolExecutor,
         spawn: Callable[[Coroutine[Any, Any, None]], Task],
-        handle: Callable[[PeerEvent], None],
+        shell: MachineShell[PeerEvent, PeerEffect],
         end_work: Callable[[bytes], Collection[Task]],
+        mend: Callable[[Damaged], None],
+        scrub_rate_bytes_per_s: int | None,
     ) -> None:
-        """``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
+        """``spawn`` runs a coroutine in the background; ``shell`` tells the machine.
 
         ``end_work`` is called when a partial file is let go of; it returns the tasks that hand out
-        the finished copy.
+        the finished copy. ``mend`` has a copy that was taken out completed again.
         """
         self._cache = cache
         self._threads = threads
         self._spawn = spawn
-        self._handle = handle
+        self._handle = shell.handle
         self._end_work = end_work
+        self._mend = mend
+        loop = asyncio.get_running_loop()
+        self._scrubber = Scrubber(
+            cache,
+            scrub_rate_bytes_per_s,
+            shell.handle_from_thread,
+            lambda: loop.call_soon_threadsafe(self._look_at_damaged),
+        )
         self._partials: dict[bytes, Partial] = {}
         self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
 
@@ -73,7 +86,11 @@ class DiskWorker:
 
         self._cache.on_lost = on_lost
         self._spawn(self._look_after_disk())
-        self._spawn(self._recover_undurable())
+        self._scrubber.start()
+
+    def stop(self) -> None:
+        """Look after nothing any more. Waits for a thread; call it before the cache is closed."""
+        self._scrubber.stop()
 
     def partial(self, version_id: bytes) -> Partial | None:
         """The file that is being filled, once there is room for it. Safe to call from a thread."""
@@ -204,6 +221,7 @@ class DiskWorker:
     async def _look_after_disk(self) -> None:
         """Now and then write down when copies were last used, and measure the disk."""
         while True:
+            self._look_at_damaged()
             try:
                 await self._in_thread(self._cache.look_after)
                 self._handle(DiskMeasured(self._cache.status()))
@@ -211,14 +229,20 @@ class DiskWorker:
                 log.error("the disk of the cache fails: %s", error)
             await asyncio.sleep(DISK_STATUS_S)
 
-    async def _recover_undurable(self) -> None:
-        """List what the index does not know of, digest what is in doubt, announce what is good."""
-        slices = self._cache.list_objects()
-        replicas = self._cache.recover_undurable()
+    # --- copies that are wrong ------------------------------------------------------------------
+
+    async def verify(self, version_id: bytes) -> list[int] | None:
+        """``Cache.verify``; what is wrong is fetched again from peers. Raises LocalError."""
         try:
-            while await self._in_thread(next, slices, _DONE) is not _DONE:
-                pass
-            while found := await self._in_thread(next, replicas, None):
-                self._handle(ReplicaRecovered(found))
-        except LocalError as error:
-            log.error("cannot look after copies in doubt: %s", error)
+            bad = await self._in_thread(self._cache.verify, version_id, self._scrubber.go_on)
+        except Stopped as error:
+            raise LocalError("the daemon is being stopped") from error
+        self._look_at_damaged()
+        return bad
+
+    def _look_at_damaged(self) -> None:
+        """Copies that were taken out are no longer announced, and shall be complete again."""
+        for version_id, damaged in self._cache.take_damaged().items():
+            self._handle(ReplicaDropped(version_id))
+            if damaged is not None:
+                self._mend(damaged)

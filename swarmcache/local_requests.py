@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from swarmcache.cache_dir import Damaged
 from swarmcache.chunks import choose_chunk_size
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
@@ -34,6 +35,7 @@ from swarmcache.peer_events import (
     AnswerCached,
     AnswerOriginal,
     AnswerStatus,
+    CopyWanted,
     FileWanted,
     PeerEvent,
     RequestGone,
@@ -154,6 +156,19 @@ class LocalRequests:
             work.from_peers_bytes = fetching.download.from_peers_bytes
             work.from_file_server_bytes = fetching.download.from_file_server_bytes
         return list(work.users.values())
+
+    def mend(self, damaged: Damaged) -> None:
+        """Fetch from peers what of a copy is wrong. Its users get their links back."""
+        version = damaged.version
+        file_server = self._examiner.file_server(version)
+        if file_server is None:
+            return  # whoever asks for the file next will know
+        work = self._work.setdefault(version.version_id, Work())
+        for user in damaged.users:
+            work.users.setdefault(user.uid, user)
+        name = damaged.users[0].name if damaged.users else ""
+        self._handle(CopyWanted(version, file_server, name, damaged.chunk_size_bytes))
+        self.end_work(version.version_id)  # in case that the machine does not want it
 
     def end_work(self, version_id: bytes) -> list[Task]:
         """Close what is held of a file version, unless it is wanted again already.

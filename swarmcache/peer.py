@@ -206,7 +206,13 @@ class Daemon:
             node_status=self._node_status,
         )
         self._disk = DiskWorker(
-            self._cache, self._disk_threads, self._spawn, self._shell.handle, self._local.end_work
+            self._cache,
+            self._disk_threads,
+            self._spawn,
+            self._shell,
+            self._local.end_work,
+            self._local.mend,
+            self._config.cache.scrub_rate_bytes_per_s,
         )
         stack.callback(self._stop_machine)
 
@@ -223,6 +229,7 @@ class Daemon:
         stack.callback(self._local.answer_everybody, "the daemon is being stopped")
         self._spawn(self._stay_with_tracker())
         self._disk.start()
+        stack.push_async_callback(asyncio.to_thread, self._disk.stop)
 
     async def _end_tasks(self) -> None:
         tasks = list(self._tasks)

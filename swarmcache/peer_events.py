@@ -133,10 +133,24 @@ class ReplicasLost:
 
 
 @dataclass(slots=True)
-class ReplicaRecovered:
-    """A copy that a crash had left in doubt was digested, and is good."""
+class CopyWanted:
+    """A cached copy was found to be wrong, in part at least, and shall be complete again.
 
-    version_id: bytes
+    Nobody waits for it, and there is no descriptor to read the source through: what is missing must
+    come from peers. Comes after ``ReplicaDropped``.
+    """
+
+    version: FileVersion
+    file_server: str
+    user: str
+    chunk_size_bytes: int
+
+
+@dataclass(slots=True)
+class ReplicasRecovered:
+    """Copies that were in doubt were digested, and are good."""
+
+    version_ids: list[bytes]
 
 
 @dataclass(slots=True)
@@ -303,7 +317,8 @@ PeerEvent: TypeAlias = (
     | WriteFailed
     | ReplicaDropped
     | ReplicasLost
-    | ReplicaRecovered
+    | CopyWanted
+    | ReplicasRecovered
     | ManifestLoaded
     | TrackerConnected
     | TrackerLost

@@ -74,6 +74,7 @@ from swarmcache.peer_events import (
     ChunkCorrupt,
     ChunkRead,
     ChunksRecovered,
+    CopyWanted,
     DialPeer,
     DiskMeasured,
     DistrustPeer,
@@ -97,8 +98,8 @@ from swarmcache.peer_events import (
     RangeReadFailed,
     ReadRange,
     ReplicaDropped,
-    ReplicaRecovered,
     ReplicasLost,
+    ReplicasRecovered,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -347,17 +348,7 @@ class PeerState:
                 reason = f"this node fetches {DOWNLOADS_MAX} files already"
                 effects.append(AnswerOriginal(event.request, version_id, reason))
                 return
-            fetching = Fetching(
-                event.version,
-                event.file_server,
-                event.user,
-                event.chunk_size_bytes,
-                event.can_read,
-                progress_at_s=now_s,
-            )
-            self._fetching[version_id] = fetching
-            self._drop_seed(version_id, now_s)
-            self._reserve(fetching, effects)
+            fetching = self._begin_fetching(event, event.can_read, now_s, effects)
         elif event.can_read and not fetching.can_read:
             fetching.can_read = True
             if fetching.joined:
@@ -366,6 +357,35 @@ class PeerState:
         self._requests[event.request] = version_id
         self._beat(now_s)
         self._arm(version_id, now_s)
+
+    def _want_copy(self, event: CopyWanted, now_s: float, effects: list[PeerEffect]) -> None:
+        """Where there is no room for one more download, the next client will want it."""
+        version_id = event.version.version_id
+        if version_id not in self._fetching and len(self._fetching) < DOWNLOADS_MAX:
+            self._begin_fetching(event, False, now_s, effects)
+            self._beat(now_s)
+            self._arm(version_id, now_s)
+
+    def _begin_fetching(
+        self,
+        event: FileWanted | CopyWanted,
+        can_read: bool,
+        now_s: float,
+        effects: list[PeerEffect],
+    ) -> Fetching:
+        version_id = event.version.version_id
+        fetching = Fetching(
+            event.version,
+            event.file_server,
+            event.user,
+            event.chunk_size_bytes,
+            can_read,
+            progress_at_s=now_s,
+        )
+        self._fetching[version_id] = fetching
+        self._drop_seed(version_id, now_s)
+        self._reserve(fetching, effects)
+        return fetching
 
     # --- what is under way ----------------------------------------------------------------------
 
@@ -424,7 +444,8 @@ class PeerState:
         | WriteFailed
         | ReplicaDropped
         | ReplicasLost
-        | ReplicaRecovered
+        | CopyWanted
+        | ReplicasRecovered
         | ManifestLoaded
         | DiskMeasured,
         now_s: float,
@@ -438,20 +459,28 @@ class PeerState:
             case SpaceRefused() | PublishFailed() | WriteFailed():
                 self._handle_disk_failed(event, now_s, effects)
             case ReplicaDropped():
-                self._drop_seed(event.version_id, now_s)
-                self._tell(Leave(event.version_id), effects)
+                self._handle_dropped(event.version_id, now_s, effects)
             case ReplicasLost():
                 # Those on other disks as well: they come back when a neighbour asks for them.
                 for version_id in list(self._seeds):
                     self._drop_seed(version_id, now_s)
                 if self.tracker_connected:
                     effects.append(AnnounceReplicas())
-            case ReplicaRecovered():
-                self._tell(Replicas([event.version_id]), effects)
+            case CopyWanted():
+                self._want_copy(event, now_s, effects)
+            case ReplicasRecovered():
+                self._tell(Replicas(event.version_ids), effects)
             case ManifestLoaded():
                 self._handle_manifest(event, now_s, effects)
             case DiskMeasured():
                 self._disk = event.disk
+
+    def _handle_dropped(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        self._drop_seed(version_id, now_s)
+        self._tell(Leave(version_id), effects)
+        fetching = self._fetching.get(version_id)
+        if fetching is not None and fetching.joined:
+            self._join(fetching, effects)  # it is wanted again already, and not to be left for that
 
     def _handle_disk_failed(
         self,
@@ -505,7 +534,7 @@ class PeerState:
         assert fetching.download is not None, "recovered chunks before there is room"
         fetching.download.recovered(event.digests)
         fetching.on_disk = True
-        if fetching.version.size_bytes and self.tracker_connected:
+        if self.tracker_connected and not fetching.download.complete:
             self._join(fetching, effects)
         for neighbour in self._neighbours.values():
             if neighbour.up and event.version_id in neighbour.versions:

@@ -11,16 +11,16 @@ still cached shows only once that page is gone.
 from __future__ import annotations
 
 import ctypes
-import errno
+import mmap
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import NoReturn
 
 from blake3 import blake3
 
-# BLAKE3 is at full speed from 128 KiB on, and what is dropped from the page cache along with what
-# was not there before is at most so much.
+# BLAKE3 is at full speed from 128 KiB on.
 PIECE_BYTES = 256 * 1024
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # linux/ioprio.h: the class is in the topmost 3 of 16 bits. No class: that of the nice value.
@@ -30,6 +30,17 @@ _WHO_THREAD = 1  # IOPRIO_WHO_PROCESS, which with id 0 is the calling thread
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _ioprio_set = _IOPRIO_SET.get(platform.machine())
 _libc = ctypes.CDLL(None, use_errno=True)
+# Not the module mmap: it does not tell where a mapping is that must not be written.
+_mmap = getattr(_libc, "mmap64", None) or _libc.mmap
+_mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),
+)
+_mmap.restype = ctypes.c_void_p
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 
 def open_quietly(name: str, dir_fd: int) -> int:
@@ -65,19 +76,46 @@ def digest_quietly(
 
 
 def _read_quietly(fd: int, piece: memoryview, offset_bytes: int) -> int:
-    """Fill the piece as far as the page cache goes, or else from the disk. Returns the bytes."""
-    try:
-        return os.preadv(fd, [piece], offset_bytes, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass  # not in the page cache
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return os.preadv(fd, [piece], offset_bytes)  # a file system in memory: nothing to give up
-    with _idle_priority():
+    """Fill the piece; returns the bytes, fewer than wanted only where the file ends."""
+    absent = _absent_pages(fd, offset_bytes, len(piece))
+    with _idle_priority() if absent else nullcontext():
         count = os.preadv(fd, [piece], offset_bytes)
-    os.posix_fadvise(fd, offset_bytes, count, os.POSIX_FADV_DONTNEED)
+    for begin, length in absent:
+        os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)
     return count
+
+
+def _absent_pages(fd: int, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+    """The parts (offset, length in bytes) of a range that are not in the page cache.
+
+    Not asked by a read with RWF_NOWAIT, for that makes the kernel begin to read what is not there.
+    """
+    begin = offset_bytes - offset_bytes % mmap.PAGESIZE
+    span = offset_bytes + length_bytes - begin
+    address = _mmap(None, span, mmap.PROT_READ, mmap.MAP_SHARED, fd, begin)
+    if address == _MAP_FAILED:
+        _raise_errno()
+    try:
+        pages = ctypes.create_string_buffer(-(-span // mmap.PAGESIZE))
+        if _mincore(address, span, pages) != 0:
+            _raise_errno()
+    finally:
+        _munmap(address, span)
+    runs: list[tuple[int, int]] = []
+    for page, state in enumerate(pages.raw):
+        at = begin + page * mmap.PAGESIZE
+        if state & 1:
+            continue
+        if runs and sum(runs[-1]) == at:
+            runs[-1] = (runs[-1][0], runs[-1][1] + mmap.PAGESIZE)
+        else:
+            runs.append((at, mmap.PAGESIZE))
+    return runs
+
+
+def _raise_errno() -> NoReturn:
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))
 
 
 @contextmanager

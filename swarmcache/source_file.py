@@ -115,14 +115,30 @@ class SourceExaminer:
         if not stat.S_ISREG(status.st_mode):
             raise SourceUnreadable("not a regular file")
         _check_name(path, status)
-        mount = self._mounts.find(path)
-        file_server = self._config.file_server_for_path(path)
-        local = file_server is None and mount.fs_type in LOCAL_FILE_SYSTEMS
-        if file_server is None:
-            file_server = f"{self._host}:{mount.source}" if local else mount.source
+        file_server, local = self._place(path)
         origin = self._boot_id if local else ""
         version = FileVersion(path, status.st_size, status.st_mtime_ns, origin)
         return SourceFile(version, file_server)
+
+    def file_server(self, version: FileVersion) -> str | None:
+        """The file server of a source that was examined earlier; None when it is not mounted now.
+
+        Does not look at the source.
+        """
+        try:
+            file_server, local = self._place(version.path)
+        except SourceUnreadable:
+            return None
+        return file_server if version.origin == (self._boot_id if local else "") else None
+
+    def _place(self, path: bytes) -> tuple[str, bool]:
+        """The file server of a real path, and whether only this machine sees it."""
+        mount = self._mounts.find(path)
+        file_server = self._config.file_server_for_path(path)
+        if file_server is not None:
+            return file_server, False
+        local = mount.fs_type in LOCAL_FILE_SYSTEMS
+        return (f"{self._host}:{mount.source}" if local else mount.source), local
 
 
 def same_version(fd: int, version: FileVersion) -> bool:

@@ -42,6 +42,7 @@ __all__ = [
     "open_cache",
     "os",
     "publish",
+    "recovered",
     "run_as",
     "write",
 ]
@@ -82,6 +83,11 @@ def fill(partial: Partial, data: bytes) -> Partial:
 
 def publish(cache: CacheDir, version: FileVersion, data: bytes, *users: User) -> dict[int, str]:
     return fill(cache.begin(version, CHUNK_BYTES), data).publish(users or [ME])
+
+
+def recovered(cache: CacheDir) -> list[bytes]:
+    """Digest all that is in doubt: the version ids of what is good."""
+    return [version_id for some in cache.recover_undurable() for version_id in some]
 
 
 def object_of(root: Path, version: FileVersion) -> Path:

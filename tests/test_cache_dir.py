@@ -47,6 +47,7 @@ from tests.disk_helpers import (
     object_of,
     open_cache,
     publish,
+    recovered,
     run_as,
     write,
 )
@@ -347,7 +348,7 @@ def test_a_kill_around_any_write_of_the_index_leaves_no_wrong_row(
     in_place = doing == "link" or method != "insert"
     assert found == (done or untouched)
 
-    assert list(cache.recover_undurable()) == ([version.version_id] if in_place - found else [])
+    assert recovered(cache) == ([version.version_id] if in_place - found else [])
     if not in_place:
         cache.begin(version, CHUNK_BYTES).discard()
         publish(cache, version, data)
@@ -370,7 +371,7 @@ def test_a_kill_before_the_file_is_in_place_leaves_the_partial_file(root: Path) 
     version, data = a_file(9000)
     cache = open_cache(root)
     assert cache.lookup(version, ME) is None
-    assert list(cache.recover_undurable()) == []
+    assert recovered(cache) == []
     partial = cache.begin(version, CHUNK_BYTES)
     assert [chunk for chunk, _ in partial.recover()] == [0, 1, 2]
     assert Path(partial.publish([ME])[ME.uid]).read_bytes() == data
@@ -403,7 +404,7 @@ def test_after_a_reboot_only_what_was_durable_is_handed_out_unseen(root: Path) -
     for version, _ in (good, rotten, unchanged):
         assert cache.open_source(version.version_id) is None
 
-    assert set(cache.recover_undurable()) == {good[0].version_id, unchanged[0].version_id}
+    assert set(recovered(cache)) == {good[0].version_id, unchanged[0].version_id}
     assert set(cache.replicas()) == {v.version_id for v, _ in (durable, good, unchanged)}
     path = cache.lookup(good[0], ME)
     assert path is not None

@@ -23,6 +23,7 @@ from tests.disk_helpers import (
     object_of,
     open_cache,
     publish,
+    recovered,
 )
 
 ANN, BEN = User(1001, "ann"), User(1002, "ben")
@@ -200,7 +201,7 @@ def test_a_link_of_a_file_in_doubt_is_removed_and_the_doubt_stays(
     assert cache.remove(version.version_id, ANN) is Removal.UNLINKED
     assert not os.path.exists(made[ANN.uid])
     assert cache.lookup(version, BEN) is None
-    assert list(cache.recover_undurable()) == [version.version_id]
+    assert recovered(cache) == [version.version_id]
     assert cache.lookup(version, BEN) == made[BEN.uid]
 
 
@@ -223,7 +224,7 @@ def test_a_kill_while_a_link_is_removed_costs_nobody_the_file(root: Path, last: 
     cache = open_cache(root)
     version, data = a_file(10)
     in_doubt = [] if last == "settle" else [version.version_id]
-    assert list(cache.recover_undurable()) == in_doubt
+    assert recovered(cache) == in_doubt
     path = cache.lookup(version, BEN)
     assert path is not None and Path(path).read_bytes() == data
     assert cache.remove(version.version_id, ANN) in (Removal.UNLINKED, Removal.ABSENT)

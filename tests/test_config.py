@@ -303,6 +303,7 @@ dir = ["/scratch/a", "b"]
 min_free = "5GiB"
 max_usage = "80%"
 min_age = "30m"
+scrub_rate = "20MB/s"
 [file_servers.default]
 slots_max = 3
 [file_servers."nfs01:/export"]
@@ -338,6 +339,7 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
         min_free=DiskLimit(5 * GIB),
         max_usage=DiskLimit(None, 80.0),
         min_age_s=1800.0,
+        scrub_rate_bytes_per_s=20_000_000,
     )
     assert config.transfer == config_module.TransferSettings(
         uploads_max=2,

@@ -27,6 +27,7 @@ from tests.disk_helpers import (
     object_of,
     open_cache,
     publish,
+    recovered,
     run_as,
 )
 
@@ -86,7 +87,7 @@ def test_whatever_becomes_of_the_index_every_file_is_served_again(
     list_objects(cache)
     assert cache.status().file_count == 4
     assert all(cache.lookup(version, ME) is None for version, _ in files), "not digested yet"
-    assert set(cache.recover_undurable()) == {version.version_id for version, _ in files}
+    assert set(recovered(cache)) == {version.version_id for version, _ in files}
 
     for version, data in files:
         for user in (ME, other):
@@ -181,7 +182,7 @@ def test_halves_are_removed_and_what_is_not_ours_is_left_alone(
 
     cache = open_cache(root)
     list_objects(cache)
-    assert set(cache.recover_undurable()) == {files[0][0].version_id}
+    assert set(recovered(cache)) == {files[0][0].version_id}
     left = {path for path in (root / ".swarmcache" / "objects").glob("*/*") if path.is_file()}
     assert left == {
         *(whole, whole.with_name(whole.name + ".manifest"), whole.parent / "notes"),
@@ -211,7 +212,7 @@ def test_rows_that_a_power_cut_took_away_come_back(root: Path) -> None:
 
     cache = open_cache(root)
     list_objects(cache)
-    assert list(cache.recover_undurable()) == [version.version_id]
+    assert recovered(cache) == [version.version_id]
     cache.close()
 
 
@@ -228,7 +229,7 @@ def test_a_kill_while_a_file_is_taken_back_loses_nothing(root: Path) -> None:
         killed(root, script)
         cache = open_cache(root)
         list_objects(cache)
-        list(cache.recover_undurable())
+        recovered(cache)
         if cache.lookup(version, ME) is None:
             partial = cache.begin(version, CHUNK_BYTES)
             assert len(dict(partial.recover())) == 5
@@ -267,7 +268,7 @@ def test_last_use_is_taken_from_the_file_and_digesting_is_no_use(root: Path) -> 
 
     cache = open_cache(root)
     list_objects(cache)
-    list(cache.recover_undurable())
+    recovered(cache)
     cache.close()
     connection = sqlite3.connect(index_of(root))
     assert connection.execute("SELECT last_used_s FROM replica").fetchall() == [(1e9,)]
@@ -285,7 +286,7 @@ def test_the_links_of_all_users_are_found_again(root: Path) -> None:
     index_of(root).unlink()
     cache = open_cache(root)
     list_objects(cache)
-    assert list(cache.recover_undurable()) == [version.version_id]
+    assert recovered(cache) == [version.version_id]
     path = cache.lookup(version, bob)
     assert path is not None
     assert run_as(bob.uid, "cat", path).stdout == data
@@ -317,6 +318,6 @@ def test_damage_found_later_is_an_answer_and_mended_by_a_restart(root: Path) -> 
     cache.close()
     cache = open_cache(root)
     list_objects(cache)
-    assert len(list(cache.recover_undurable())) == 300
+    assert len(recovered(cache)) == 300
     assert cache.lookup(a_file(0, b"/nfs/7", 7)[0], ME) is not None
     cache.close()

@@ -45,6 +45,7 @@ LAYERS = {
         "partial_store",
         "peer",
         "quiet_read",
+        "scrub",
         "serving",
         "source_file",
         "source_reader",

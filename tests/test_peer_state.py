@@ -49,6 +49,7 @@ from swarmcache.peer_events import (
     ChunkCorrupt,
     ChunkRead,
     ChunksRecovered,
+    CopyWanted,
     DialPeer,
     DistrustPeer,
     DropPartial,
@@ -71,8 +72,8 @@ from swarmcache.peer_events import (
     RangeReadFailed,
     ReadRange,
     ReplicaDropped,
-    ReplicaRecovered,
     ReplicasLost,
+    ReplicasRecovered,
     RequestGone,
     ReserveSpace,
     SpaceRefused,
@@ -846,9 +847,63 @@ def test_a_copy_in_doubt_is_announced_when_it_was_found_good() -> None:
     bench = Bench()
     file = version()
 
-    effects = bench.tell(ReplicaRecovered(file.version_id))
+    effects = bench.tell(ReplicasRecovered([file.version_id]))
 
     assert effects == [TellTracker(Replicas([file.version_id]))]
+
+
+def test_what_is_wrong_of_a_copy_is_fetched_from_peers_without_a_client() -> None:
+    bench = Bench()
+    file = version()
+    bench.tell(ReplicaDropped(file.version_id))
+    bench.tell(CopyWanted(file, "nfs", "ada", CHUNK_BYTES))
+    bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES))
+    recovered = {0: digest(0), 2: digest(2)}
+    bench.tell(ChunksRecovered(file.version_id, recovered))
+    bench.meet(HIGHER, file)
+    effects = bench.heard(HIGHER, have(file, 0, 1, 2))
+
+    assert told(Leave, bench.seen) == [Leave(file.version_id)]
+    assert [join.can_read for join in told(Join, bench.seen)] == [False]
+    assert [fetch.chunk for fetch in of(FetchChunk, effects)] == [1]
+    effects = bench.tell(ChunkArrived(file.version_id, 1, HIGHER.node))
+    assert of(PublishFile, effects) == [PublishFile(file.version_id)]
+    effects = bench.tell(FilePublished(file.version_id))
+    assert told(Replicas, effects) == [Replicas([file.version_id])]
+
+
+def test_what_nobody_has_of_a_copy_waits_on_the_disk_for_the_next_client() -> None:
+    bench = Bench()
+    file = version()
+    bench.tell(CopyWanted(file, "nfs", "ada", CHUNK_BYTES))
+    bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES))
+    bench.tell(ChunksRecovered(file.version_id, {0: digest(0)}))
+
+    effects = bench.wait_until(101.0 + ABANDON_S)
+    assert of(DropPartial, effects) == [DropPartial(file.version_id, keep=True)]
+
+
+def test_a_copy_that_is_found_whole_again_needs_no_swarm() -> None:
+    bench = Bench()
+    file = version()
+    bench.want(file)
+    bench.tell(SpaceReserved(file.version_id, CHUNK_BYTES))
+    whole = {chunk: digest(chunk) for chunk in range(3)}
+    effects = bench.tell(ChunksRecovered(file.version_id, whole))
+
+    assert effects == [PublishFile(file.version_id)]
+
+
+def test_a_copy_that_is_wanted_by_a_client_already_stays_wanted() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+
+    effects = bench.tell(ReplicaDropped(file.version_id))
+    effects += bench.tell(CopyWanted(file, "nfs", "ada", CHUNK_BYTES))
+
+    assert [type(tell.message) for tell in of(TellTracker, effects)] == [Leave, Join]
+    assert len(of(ReserveSpace, bench.seen)) == 1
 
 
 def test_a_dial_that_succeeds_after_the_last_swarm_has_gone_is_hung_up() -> None:
