@@ -319,31 +319,43 @@ class CacheDir:
         """The users who have a link to the replica."""
         return self._index.links(version_id)
 
+    def removal(
+        self, version_id: bytes, user: User | None = None, even_pinned: bool = False
+    ) -> Removal:
+        """What ``remove`` would do."""
+        links = self._index.links(version_id)
+        if (user is not None and user not in links) or self._index.find(version_id) is None:
+            return Removal.ABSENT
+        pinned_by = self._index.pinned_by(version_id)
+        if not even_pinned and (pinned_by if user is None else user.uid in pinned_by):
+            return Removal.PINNED
+        last = user is None or (links == [user] and set(pinned_by) <= {user.uid})
+        return Removal.GONE if last else Removal.UNLINKED
+
     def remove(
-        self, version_id: bytes, user: User | None = None, *, even_pinned: bool = False
+        self, version_id: bytes, user: User | None = None, even_pinned: bool = False
     ) -> Removal:
         """Take a replica and its pins away from one user, or (None) from everybody.
 
         The file goes when nobody has a link to it any more, and nobody else has pinned it.
         """
         with self._objects_lock:
+            removal = self.removal(version_id, user, even_pinned)
             replica = self._index.find(version_id)
-            links = self._index.links(version_id)
-            if replica is None or (user is not None and user not in links):
-                return Removal.ABSENT
-            pinned_by = self._index.pinned_by(version_id)
-            if not even_pinned and (pinned_by if user is None else user.uid in pinned_by):
-                return Removal.PINNED
+            if replica is None or removal in (Removal.ABSENT, Removal.PINNED):
+                return removal
             self._index.unpin(version_id, None if user is None else user.uid)
-            if user is None or (links == [user] and set(pinned_by) <= {user.uid}):
+            if user is None or removal is Removal.GONE:
                 self._drop(replica)
-                return Removal.GONE
-            self._unlink(replica, user)
-            return Removal.UNLINKED
+            else:
+                self._unlink(replica, user)
+            return removal
 
-    def pin(self, version_id: bytes, uid: int) -> None:
-        """Keep a file version until the same user unpins it."""
-        self._index.pin(version_id, uid)
+    def pin(self, version_id: bytes, uid: int) -> bool:
+        """Keep a file version until the same user unpins it; whether there is a replica of it."""
+        with self._objects_lock:  # as whoever removes it has
+            self._index.pin(version_id, uid)
+            return self._index.find(version_id) is not None
 
     def unpin(self, version_id: bytes, uid: int | None) -> None:
         """Take away the pin of one user, or (None) of everybody."""

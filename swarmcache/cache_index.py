@@ -38,7 +38,7 @@ _DAMAGE_MARK = ".damaged"
 PAGE_ROWS = 1000  # rows per query when listing everything, so that no reader holds back the log
 # Rows per page of a listing with links and pins, 6 us each: look-ups wait for one page, 2 ms.
 LISTED_ROWS = 256
-USERS_MAX = 64  # users named with one file of a listing
+USERS_MAX = 16  # users named with one file of a listing, whose paths have up to 4 kB each
 # SQLite's own default for its automatic checkpoint: 1000 pages of 4 KiB.
 LOG_SIZE_MAX_BYTES = 4 << 20
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

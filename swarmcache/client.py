@@ -21,7 +21,7 @@ import time
 from binascii import Error as Base64Error
 from binascii import a2b_base64
 
-from swarmcache.errors import BadMessage, DaemonUnavailable, SourceUnreadable
+from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
 from swarmcache.local_socket import (
     SILENCE_S_MAX,
     STATUS_BYTES_MAX,
@@ -262,7 +262,7 @@ class Client:
     def status(self) -> dict[str, Any]:
         """``node``, ``cluster`` (None where the tracker cannot be asked) and ``reason``.
 
-        Raises DaemonUnavailable, BadMessage.
+        Raises DaemonUnavailable, DaemonRefused, BadMessage.
         """
         connection, _ = self.send(b'{"op":"status"}\n')
         try:
@@ -270,7 +270,7 @@ class Client:
         finally:
             connection.close()
         if message.get("answer") != "status" or not isinstance(message.get("node"), dict):
-            raise BadMessage(f"the daemon refused: {message.get('reason', 'no reason given')}")
+            raise DaemonRefused(f"the daemon refused: {message.get('reason', 'no reason given')}")
         return message
 
     def send(self, line: bytes, fd: int | None = None) -> tuple[Connection, bool]:

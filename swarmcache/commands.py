@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarmcache.client import Client
+from swarmcache.cache_commands import cache_app
 from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
+from swarmcache.options import ConfigOption, SocketOption, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cache_app)
 
 
 class LogLevel(StrEnum):
@@ -49,8 +51,6 @@ class LogLevel(StrEnum):
     error = "error"
 
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The file with the settings.")]
-SocketOption = Annotated[Path | None, typer.Option("--socket", help="The daemon's local socket.")]
 TrackerOption = Annotated[
     str | None, typer.Option("--tracker", metavar="HOST:PORT", help="Where the tracker listens.")
 ]
@@ -133,7 +133,7 @@ def get(
     Exit code 0: every printed path is usable. 1: a FILE does not exist or may not be read; the
     others are printed all the same. 2: wrong usage. 3: with --strict, a path is not a cached one.
     """
-    client = _client(socket, config_file)
+    client = make_client(socket, config_file)
     raise typer.Exit(
         run_get(
             files,
@@ -153,7 +153,7 @@ def status(
     config_file: ConfigOption = None,
 ) -> None:
     """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers."""
-    answer = _client(socket, config_file).status()
+    answer = make_client(socket, config_file).status()
     if as_json:
         import json
 
@@ -241,12 +241,6 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(f"expected {error}", param_hint="--size") from error
     raise typer.Exit(run_demo(size_bytes))
-
-
-def _client(socket: Path | None, config_file: Path | None) -> Client:
-    return Client(
-        os.fsencode(socket) if socket else None, os.fsencode(config_file) if config_file else None
-    )
 
 
 def _settings(config_file: Path | None, options: dict[str, Any]) -> Config:

@@ -263,25 +263,37 @@ class Cache:
         """See ``CacheDir.linked``. Raises LocalError."""
         return [user for each in self._directories for user in each.linked(version_id)]
 
+    def removal(
+        self, version_id: bytes, user: User | None = None, even_pinned: bool = False
+    ) -> Removal:
+        """See ``CacheDir.removal``. Raises LocalError."""
+        for directory in self._directories:
+            removal = directory.removal(version_id, user, even_pinned)
+            if removal is not Removal.ABSENT:
+                return removal
+        return Removal.ABSENT
+
     def remove(
-        self, version_id: bytes, user: User | None = None, *, even_pinned: bool = False
+        self, version_id: bytes, user: User | None = None, even_pinned: bool = False
     ) -> Removal:
         """See ``CacheDir.remove``. Raises LocalError."""
         for directory in self._directories:
-            removal = directory.remove(version_id, user, even_pinned=even_pinned)
+            removal = directory.remove(version_id, user, even_pinned)
             if removal in (Removal.GONE, Removal.UNLINKED):
                 self.unpin(version_id, None if user is None else user.uid)
             if removal is not Removal.ABSENT:
                 return removal
         return Removal.ABSENT
 
-    def pin(self, version_id: bytes, uid: int) -> None:
-        """Keep a file version until the same user unpins it. Raises LocalError.
+    def pin(self, version_id: bytes, uid: int) -> bool:
+        """Keep a file version until the same user unpins it; False when it is not here.
 
-        Noted on every disk, so that it holds wherever the file is fetched to.
+        Noted on every disk, so that it holds wherever the file is fetched to. Raises LocalError.
         """
-        for directory in self._directories:
-            directory.pin(version_id, uid)
+        here = [directory.pin(version_id, uid) for directory in self._directories]
+        if not any(here):
+            self.unpin(version_id, uid)
+        return any(here)
 
     def unpin(self, version_id: bytes, uid: int | None) -> None:
         """Take away the pin of one user, or (None) of everybody. Raises LocalError."""

@@ -55,6 +55,10 @@ class DaemonUnavailable(RemoteError):
     """No daemon answers on the local socket."""
 
 
+class DaemonRefused(RemoteError):
+    """The daemon does not do what it was asked; the message says why."""
+
+
 class LocalError(SwarmcacheError):
     """This machine cannot do it."""
 

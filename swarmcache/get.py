@@ -48,11 +48,11 @@ def run_get(
     except KeyboardInterrupt:
         return 130  # as a shell does: 128 + SIGINT
     except BrokenPipeError:
-        _abandon_stdout()
+        abandon_stdout()
         return EXIT_UNUSABLE
     except OSError as error:
         say(f"cannot write the paths: {error.strerror}")
-        _abandon_stdout()
+        abandon_stdout()
         return EXIT_UNUSABLE
     finally:
         bar.clear()
@@ -83,7 +83,7 @@ def _tell(answer: Answer, end: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _abandon_stdout() -> None:
+def abandon_stdout() -> None:
     """Nobody reads it any more: keep Python from complaining about that when it ends."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())

@@ -1,12 +1,16 @@
 """What the CLI and the daemon say to one another over the local UNIX socket.
 
 One JSON object per line. The client sends requests; the daemon answers each with any number of
-``progress`` lines and exactly one final line. A ``get`` travels with one open descriptor
-(SCM_RIGHTS), sent together with the first byte of its line. Paths are base64 of the raw bytes,
-since a path need not be UTF-8.
+other lines (``progress``, ``working``, one per file) and exactly one final line. A ``get`` travels
+with one open descriptor (SCM_RIGHTS), sent together with the first byte of its line. Paths are
+base64 of the raw bytes, since a path need not be UTF-8.
 
-The client (``client.py``) speaks this with the standard library alone, so that a hit costs no
-imports; here are the types with which the daemon validates what it is sent.
+What ``ls``, ``rm``, ``pin``, ``unpin`` and ``verify`` are about is named by paths: absolute and
+without symbolic links, of sources or of local copies. A directory stands for all cached files below
+it. A client with more paths than fit into a line sends several requests.
+
+For ``get`` the client (``client.py``) speaks this with the standard library alone, so that a hit
+costs no imports; here are the types with which everybody else validates what they are sent.
 """
 
 from __future__ import annotations
@@ -20,6 +24,11 @@ from swarmcache.errors import BadMessage
 
 LINE_MAX_BYTES = 64 * 1024
 
+PATH_MAX_BYTES = 4096
+
+Path = Annotated[bytes, Meta(min_length=1, max_length=PATH_MAX_BYTES)]
+SomePaths = Annotated[list[Path], Meta(min_length=1)]
+
 
 class Request(Struct, tag_field="op", forbid_unknown_fields=True):
     """Base of what a client may ask."""
@@ -29,25 +38,63 @@ class Get(Request, tag="get"):
     """Cache the file whose descriptor comes along. ``path``: as the user named it, real path.
 
     ``progress``: send a ``Progress`` line every so often. ``wait_s``: answer with the original path
-    when the copy is not there in time.
+    when the copy is not there in time. ``hold``: keep the copy until this connection closes.
     """
 
-    path: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    path: Path
     progress: bool = False
     wait_s: Annotated[float, Meta(ge=0)] | None = None
+    hold: bool = False
 
 
 class StatusOf(Request, tag="status"):
     """The state of this node and, through the tracker, of the cluster."""
 
 
+class Ls(Request, tag="ls"):
+    """List these cached files, or all of them; answered by ``CachedFile`` lines and an ``End``."""
+
+    paths: list[Path] = []
+
+
+class Rm(Request, tag="rm"):
+    """Take these files out of the cache; answered by ``Outcome`` lines and an ``End``, as are all
+    requests below. ``force``: also those that are pinned."""
+
+    paths: SomePaths
+    force: bool = False
+
+
+class Pin(Request, tag="pin"):
+    """Keep these files until they are unpinned by the same user."""
+
+    paths: SomePaths
+
+
+class Unpin(Request, tag="unpin"):
+    """Take this user's pins away, or (``all_users``, for root) everybody's."""
+
+    paths: SomePaths
+    all_users: bool = False
+
+
+class Verify(Request, tag="verify"):
+    """Digest these files anew, or all of them."""
+
+    paths: list[Path] = []
+
+
 class Cached(Struct, tag_field="answer", tag="cached"):
-    """Final: the path of the verified copy. ``hit``: it was there before the request."""
+    """Final: the path of the verified copy. ``hit``: it was there before the request.
+
+    ``held``: it is kept until the connection closes, as was asked.
+    """
 
     path: bytes
     hit: bool
     from_peers_bytes: int = 0
     from_file_server_bytes: int = 0
+    held: bool = False
 
 
 class Original(Struct, tag_field="answer", tag="original"):
@@ -76,25 +123,87 @@ class NodeStatus(Struct, tag_field="answer", tag="status"):
     reason: str = ""
 
 
+class CachedFile(Struct, tag_field="answer", tag="file"):
+    """Not final: one cached file. ``path`` is that of the source.
+
+    ``copies``: where it lies, for the user who asks; for root, for the first users who have it.
+    ``age_s``: since it was cached, ``idle_s``: since it was last used. ``pinned_by``: user names.
+    ``verified``: false while it is in doubt after a crash, and not handed out. ``in_use`` and
+    ``replicas_elsewhere`` (how many other nodes hold it) are None where that cannot be told.
+    """
+
+    path: bytes
+    version_id: str
+    size_bytes: int
+    age_s: float
+    idle_s: float
+    copies: list[bytes]
+    pinned_by: list[str]
+    verified: bool
+    in_use: bool | None
+    replicas_elsewhere: int | None
+
+
+class Outcome(Struct, tag_field="answer", tag="outcome"):
+    """Not final: what became of one cached file, or of a path that stands for none.
+
+    ``done``: it is as the request wanted it. ``note`` is for people: why it is not done, or what
+    there is to know besides. ``size_bytes`` is None for a path that stands for no cached file.
+    """
+
+    path: bytes
+    done: bool
+    note: str = ""
+    size_bytes: int | None = None
+    rotten_chunks: list[int] | None = None
+
+
+class Working(Struct, tag_field="answer", tag="working"):
+    """Not final: the daemon is alive, and busy with this request."""
+
+
+class End(Struct, tag_field="answer", tag="end"):
+    """Final: that was all."""
+
+
 class Failed(Struct, tag_field="answer", tag="failed"):
-    """Final: the request itself was wrong."""
+    """Final: the request itself was wrong, or the daemon's disk failed in the middle of it."""
 
     reason: str
 
 
-Answer = Cached | Original | Progress | NodeStatus | Failed
+AboutCache = Ls | Rm | Pin | Unpin | Verify
+AnyRequest = Get | StatusOf | AboutCache
+Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | Working | End | Failed
 
-_requests = msgspec.json.Decoder(Get | StatusOf)
+AboutFile = CachedFile | Outcome
+
+_requests = msgspec.json.Decoder(AnyRequest)
+_answers = msgspec.json.Decoder(AboutFile | Working | End | Failed)
 _encoder = msgspec.json.Encoder()
 
 
-def decode_request(line: bytes) -> Get | StatusOf:
+def decode_request(line: bytes) -> AnyRequest:
     """Decode one line of a client. Raises BadMessage."""
     try:
-        request: Get | StatusOf = _requests.decode(line)
+        request: AnyRequest = _requests.decode(line)
         return request
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadMessage(f"not a request: {error}") from error
+
+
+def decode_cache_answer(line: bytes) -> AboutFile | Working | End | Failed:
+    """Decode one line of the daemon's answer to a request about the cache. Raises BadMessage."""
+    try:
+        answer: AboutFile | Working | End | Failed = _answers.decode(line)
+        return answer
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadMessage(f"not an answer: {error}") from error
+
+
+def encode_request(request: AboutCache) -> bytes:
+    """One request as a line."""
+    return _encoder.encode(request) + b"\n"
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -84,13 +84,16 @@ class LocalRequests:
         examiner: SourceExaminer,
         examine_threads: ThreadPoolExecutor,
         state: PeerState,
+        numbers: Iterator[int],
         *,
         chunk_size_bytes: int | None,
         spawn: Callable[[Coroutine[Any, Any, None]], Task],
         handle: Callable[[PeerEvent], None],
         node_status: Callable[[], dict[str, Any]],
     ) -> None:
-        """``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
+        """``numbers`` are those of the requests, which nobody else uses.
+
+        ``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
 
         ``chunk_size_bytes``: None to choose by the size of the file. ``node_status`` may raise
         LocalError.
@@ -99,6 +102,7 @@ class LocalRequests:
         self._examiner = examiner
         self._threads = examine_threads
         self._state = state
+        self._numbers = numbers
         self._chunk_size_bytes = chunk_size_bytes
         self._spawn = spawn
         self._handle = handle
@@ -106,13 +110,12 @@ class LocalRequests:
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, LocalRequest] = {}
         self._status_requests: dict[int, LocalConnection] = {}
-        self._request_count = 0
         self._work: dict[bytes, Work] = {}
 
     def take(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
         """Begin to answer a request; owns ``fd``."""
         if isinstance(request, StatusOf):
-            number = self._next_number()
+            number = next(self._numbers)
             self._status_requests[number] = connection
             self._handle(StatusWanted(number))
             return
@@ -135,10 +138,6 @@ class LocalRequests:
         for request in list(self._requests):
             self._answer_original(request, reason)
 
-    def _next_number(self) -> int:
-        self._request_count += 1
-        return self._request_count
-
     async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
         return await self._loop.run_in_executor(self._threads, function, *args)
 
@@ -147,6 +146,11 @@ class LocalRequests:
     def borrow_fd(self, version_id: bytes) -> int:
         """A descriptor of the source of a file that is being fetched; the caller closes it."""
         return os.dup(self._work[version_id].fds[0])
+
+    def users_of(self, version_id: bytes) -> Collection[int]:
+        """The uids of all who have asked for a file that is being fetched."""
+        work = self._work.get(version_id)
+        return work.users.keys() if work is not None else ()
 
     def begin_publishing(self, version_id: bytes) -> list[User]:
         """The file is complete: the users who have asked for it."""
@@ -229,7 +233,7 @@ class LocalRequests:
             os.close(fd)
             connection.send(Cached(os.fsencode(path), hit=True))
             return
-        number = self._next_number()
+        number = next(self._numbers)
         request = LocalRequest(connection, source, fd)
         self._requests[number] = request
         connection.on_closed[number] = lambda: self._client_gone(number)

@@ -23,9 +23,9 @@ from swarmcache.errors import BadMessage, LocalError
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
     Answer,
+    AnyRequest,
     Failed,
     Get,
-    StatusOf,
     decode_request,
     encode_answer,
 )
@@ -39,7 +39,7 @@ DESCRIPTORS_MAX = 4
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 
-Handler = Callable[["LocalConnection", Get | StatusOf, int | None], None]
+Handler = Callable[["LocalConnection", AnyRequest, int | None], None]
 
 
 class LocalConnection:
@@ -47,21 +47,28 @@ class LocalConnection:
 
     def __init__(self, server: LocalServer, sock: socket.socket, user: User) -> None:
         self.user = user
-        self.on_closed: dict[object, Callable[[], None]] = {}
+        self.on_closed: dict[object, Callable[[], object]] = {}
         self._server = server
         self._sock = sock
         self._received = b""
         self._descriptors: deque[int] = deque()
         self._unsent = b""
+        self._drained: asyncio.Event | None = None
         self._open = True
         server.loop.add_reader(sock.fileno(), self._readable)
 
-    def send(self, answer: Answer) -> None:
-        """Send one answer. Nothing happens when the client has gone."""
+    def send(self, *answers: Answer) -> None:
+        """Send answers, in one piece. Nothing happens when the client has gone."""
         if not self._open:
             return
-        self._unsent += encode_answer(answer)
+        self._unsent += b"".join(map(encode_answer, answers))
         self._flush()
+
+    async def drained(self) -> None:
+        """Wait until the client has taken what was sent, or has gone. For one task at a time."""
+        if self._open and self._unsent:
+            self._drained = asyncio.Event()
+            await self._drained.wait()
 
     def close(self) -> None:
         """End the connection and everything that hangs on it."""
@@ -74,6 +81,7 @@ class LocalConnection:
         while self._descriptors:
             os.close(self._descriptors.popleft())
         self._server.forget(self)
+        self._wake()
         for callback in list(self.on_closed.values()):
             callback()
 
@@ -93,6 +101,12 @@ class LocalConnection:
             self._server.loop.add_writer(self._sock.fileno(), self._flush)
         else:
             self._server.loop.remove_writer(self._sock.fileno())
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._drained is not None:
+            self._drained.set()
+            self._drained = None
 
     def _readable(self) -> None:
         try:
@@ -176,7 +190,7 @@ class LocalServer:
         sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
-        connection = LocalConnection(self, sock, User(uid, _user_name(uid)))
+        connection = LocalConnection(self, sock, User(uid, user_name(uid)))
         self._connections[connection] = None
         refusal = self._refusal(uid)
         if refusal:
@@ -197,7 +211,8 @@ class LocalServer:
         return ""
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """What a user is called on this machine, or the number where they have no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -7,6 +7,7 @@ the disk, reading from the file server, and the chunks themselves (``transfer.py
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -24,14 +25,16 @@ from aiohttp import web
 
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
+from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.link import Link, connect, serve
+from swarmcache.local_protocol import AboutCache, AnyRequest
 from swarmcache.local_requests import LocalRequests
-from swarmcache.local_server import LocalServer
+from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
     REPLICAS_MAX,
@@ -46,6 +49,7 @@ from swarmcache.partial import Partial
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
+    AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
     ChunkAbsent,
@@ -195,15 +199,26 @@ class Daemon:
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
         )
+        numbers = itertools.count(1)
         self._local = LocalRequests(
             self._cache,
             self._examiner,
             self._examine_threads,
             self._state,
+            numbers,
             chunk_size_bytes=self._config.transfer.chunk_size_bytes,
             spawn=self._spawn,
             handle=self._shell.handle,
             node_status=self._node_status,
+        )
+        self._about_cache = CacheRequests(
+            self._cache,
+            self._disk_threads,
+            self._state,
+            numbers,
+            spawn=self._spawn,
+            handle=self._shell.handle,
+            users_of=self._local.users_of,
         )
         self._disk = DiskWorker(
             self._cache,
@@ -224,7 +239,7 @@ class Daemon:
         await stack.enter_async_context(self._session)
         stack.push_async_callback(self._end_tasks)
         await web.SockSite(runner, self._listener, backlog=1024).start()
-        self._local_server = LocalServer(self._config.daemon.socket, self._local.take)
+        self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
         stack.callback(self._local_server.close)
         stack.callback(self._local.answer_everybody, "the daemon is being stopped")
         self._spawn(self._stay_with_tracker())
@@ -255,6 +270,14 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the daemon failed", exc_info=task.exception())
+
+    def _take_request(
+        self, connection: LocalConnection, request: AnyRequest, fd: int | None
+    ) -> None:
+        if isinstance(request, AboutCache):
+            self._about_cache.take(connection, request)
+        else:
+            self._local.take(connection, request, fd)
 
     def _node_status(self) -> dict[str, Any]:
         return {
@@ -417,6 +440,8 @@ class Daemon:
                 self._spawn(self._announce_replicas())
             case AnswerCached() | AnswerOriginal() | AnswerStatus():
                 self._local.carry_out(effect)
+            case AnswerHolders():
+                self._about_cache.carry_out(effect)
             case PublishFile():
                 users = self._local.begin_publishing(effect.version_id)
                 self._disk.publish(effect.version_id, users)

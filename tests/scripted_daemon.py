@@ -17,9 +17,9 @@ from pathlib import Path
 
 from swarmcache.local_protocol import (
     Answer,
+    AnyRequest,
     Cached,
     Get,
-    StatusOf,
     decode_request,
     encode_answer,
 )
@@ -31,7 +31,7 @@ HANG_UP = b""  # instead of an answer: close the connection
 class Asked:
     """One request. ``content``: what could be read through the descriptor that came along."""
 
-    request: Get | StatusOf
+    request: AnyRequest
     content: bytes
     connection: int
 

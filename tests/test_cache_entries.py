@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,6 @@ from tests.disk_helpers import (
 )
 
 ANN, BEN = User(1001, "ann"), User(1002, "ben")
-
-
-@pytest.fixture
-def cache(root: Path) -> Iterator[CacheDir]:
-    cache = open_cache(root)
-    yield cache
-    cache.close()
 
 
 def listed(cache: CacheDir, path: bytes = b"/", user: User | None = None) -> list[Entry]:
@@ -126,9 +118,9 @@ def test_of_many_users_only_some_are_named(tmp_path: Path) -> None:
     [[entry], []] = index.entries(b"/n")
 
     assert len(entry.links) == len(entry.pinned_by) == USERS_MAX
-    assert [[e.links for e in page] for page in index.entries(name="user64", uid=64)] == [
-        [(User(64, "user64"),)]
-    ]
+    assert [
+        [e.links for e in page] for page in index.entries(name=f"user{USERS_MAX}", uid=USERS_MAX)
+    ] == [[(User(USERS_MAX, f"user{USERS_MAX}"),)]]
     index.close()
 
 

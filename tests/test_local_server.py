@@ -13,7 +13,7 @@ import pytest
 
 from swarmcache import local_server
 from swarmcache.errors import LocalError
-from swarmcache.local_protocol import LINE_MAX_BYTES, Cached, Get, Progress, StatusOf
+from swarmcache.local_protocol import LINE_MAX_BYTES, AnyRequest, Cached, Get, Progress
 from swarmcache.local_server import DESCRIPTORS_MAX, LocalConnection, LocalServer
 
 GET = b'{"op": "get", "path": "L25mcy9m"}\n'
@@ -30,7 +30,7 @@ class Daemon:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.asked: list[tuple[Get | StatusOf, int]] = []
+        self.asked: list[tuple[AnyRequest, int]] = []
         self.connections: list[LocalConnection] = []
         self.closed = asyncio.Event()
         self.answer: Callable[[LocalConnection], None] = lambda connection: connection.send(
@@ -38,7 +38,7 @@ class Daemon:
         )
         self.server = LocalServer(path, self._handle)
 
-    def _handle(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
+    def _handle(self, connection: LocalConnection, request: AnyRequest, fd: int | None) -> None:
         inode = -1
         if fd is not None:
             inode = os.fstat(fd).st_ino

@@ -1,0 +1,219 @@
+"""The commands about this node's cache: ls, rm, pin, unpin, verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarmcache.cache_client import ask
+from swarmcache.client import real_path_of
+from swarmcache.get import say
+from swarmcache.listing import (
+    JsonArray,
+    file_fields,
+    heading,
+    outcome_fields,
+    printing,
+    row,
+)
+from swarmcache.local_protocol import (
+    PATH_MAX_BYTES,
+    AboutCache,
+    AboutFile,
+    CachedFile,
+    Ls,
+    Outcome,
+    Pin,
+    Rm,
+    Unpin,
+)
+from swarmcache.options import ConfigOption, SocketOption, make_client
+
+EXIT_NOT_ALL = 1
+
+PATH_HELP = (
+    "A file or a directory, by the path of the source or of the local copy. A directory stands for"
+    " all cached files below it, whether it is still there or not."
+)
+
+cache_app = typer.Typer()
+
+
+class SortBy(StrEnum):
+    """What the files of a listing are sorted by."""
+
+    used = "used"
+    age = "age"
+    size = "size"
+    path = "path"
+    none = "none"
+
+
+SORT_KEYS: dict[SortBy, Callable[[CachedFile], tuple[float, bytes]]] = {
+    SortBy.used: lambda file: (file.idle_s, file.path),
+    SortBy.age: lambda file: (file.age_s, file.path),
+    SortBy.size: lambda file: (-file.size_bytes, file.path),
+    SortBy.path: lambda file: (0, file.path),
+}
+
+SomePaths = Annotated[list[str], typer.Argument(metavar="PATH", show_default=False, help=PATH_HELP)]
+AnyPaths = Annotated[
+    list[str] | None, typer.Argument(metavar="PATH", show_default=False, help=PATH_HELP)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON array, an element per line, for programs.")
+]
+
+
+@cache_app.command()
+def ls(
+    paths: AnyPaths = None,
+    sort: Annotated[
+        SortBy,
+        typer.Option(
+            help="used: last used first; age: last cached first; size: largest first; path; none:"
+            " as they come, without waiting for all of them."
+        ),
+    ] = SortBy.used,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The other way round.")] = False,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """List the files in this node's cache: all, or those at PATH or below.
+
+    "age" is the time since a file was cached, "used" since it was last used, "replicas" the number
+    of other nodes that hold it ("-": the tracker cannot be asked), "state" whether a process has it
+    open just now. A copy "in doubt" is digested before it is handed out again. Root sees all files,
+    everybody else those that were cached for them.
+
+    Exit code 1: nothing is cached at a PATH.
+    """
+    request = Ls(_real_paths(paths or []))
+    complaints = _Complaints()
+    files = complaints.files(ask(make_client(socket, config_file), request))
+    if sort is not SortBy.none:
+        files = iter(sorted(files, key=SORT_KEYS[sort], reverse=reverse))
+    with printing(), ExitStack() as stack:
+        if as_json:
+            array = stack.enter_context(JsonArray())
+            for file in files:
+                array.add(file_fields(file))
+        else:
+            for number, file in enumerate(files):
+                if number == 0:
+                    print(heading())
+                print(row(file))
+    raise typer.Exit(complaints.exit_code)
+
+
+@cache_app.command()
+def rm(
+    paths: SomePaths,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Also what is pinned; the pin goes with it.")
+    ] = False,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Take files out of this node's cache. The sources are left alone.
+
+    A user's own copy goes; the file itself goes with the last user's. Root removes a file for
+    everybody, or, by the path of a user's copy, for that user. Whoever has a file open can go on
+    reading it. What is pinned stays, without --force, and what is being fetched stays in any case.
+
+    Exit code 0: none of it is cached any more. 1: something was not cached, or stays; it is named
+    on stderr, and the rest was removed.
+    """
+    _do(Rm(_real_paths(paths), force), socket, config_file, as_json=as_json)
+
+
+@cache_app.command()
+def pin(
+    paths: SomePaths,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Keep cached files until they are unpinned: they are not evicted.
+
+    A pin is a user's own, and holds for the file as it is: when the source changes, what is cached
+    then is another file. Files that are cached later below a pinned directory are not pinned.
+
+    Exit code 1: something was not cached; it is named on stderr, and the rest was pinned.
+    """
+    _do(Pin(_real_paths(paths)), socket, config_file, as_json=as_json)
+
+
+@cache_app.command()
+def unpin(
+    paths: SomePaths,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="Also the pins of others; for root.")
+    ] = False,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Take away your own pins. It is no error if there were none.
+
+    Exit code 1: something was not cached; it is named on stderr, and the rest was unpinned.
+    """
+    _do(Unpin(_real_paths(paths), all_users), socket, config_file, as_json=as_json)
+
+
+def _do(
+    request: AboutCache, socket: Path | None, config_file: Path | None, *, as_json: bool
+) -> None:
+    """Have something done, complain of what is not, and show what became of it as JSON."""
+    complaints = _Complaints()
+    with printing(), ExitStack() as stack:
+        array = stack.enter_context(JsonArray()) if as_json else None
+        for answer in ask(make_client(socket, config_file), request):
+            if isinstance(answer, Outcome):
+                complaints.note(answer)
+                if array is not None:
+                    array.add(outcome_fields(answer))
+    raise typer.Exit(complaints.exit_code)
+
+
+class _Complaints:
+    """Tells on stderr what there is to say of single files, and keeps the exit code."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def note(self, outcome: Outcome) -> None:
+        """Take notice of what became of a file."""
+        if not outcome.done:
+            self.exit_code = EXIT_NOT_ALL
+        if outcome.note:
+            say(f"{os.fsdecode(outcome.path)!r}: {outcome.note}")
+
+    def files(self, answers: Iterable[AboutFile]) -> Iterator[CachedFile]:
+        """The files among the answers; all others are noted."""
+        for answer in answers:
+            if isinstance(answer, CachedFile):
+                yield answer
+            else:
+                self.note(answer)
+
+
+def _real_paths(names: list[str]) -> list[bytes]:
+    """The absolute paths of what was named on the command line, as the daemon knows them."""
+    paths = []
+    for name in names:
+        path = real_path_of(os.fsencode(name))
+        if not name:
+            raise typer.BadParameter("is empty", param_hint="PATH")
+        if len(path) > PATH_MAX_BYTES:
+            raise typer.BadParameter(f"has more than {PATH_MAX_BYTES} bytes", param_hint="PATH")
+        paths.append(path)
+    return paths

@@ -1,0 +1,256 @@
+"""Answers what local clients ask about this node's cache: ls, rm, pin, unpin, verify.
+
+root and the daemon's own user see and change everything; anybody else what they have a link to.
+What a path stands for is looked up a page at a time, and no page before the client has taken the
+answers of the former one: a listing of a million files costs no more memory than one of a hundred,
+and neither look-ups nor downloads wait for it.
+
+Before a file goes, the tracker is told, so that no other node is sent here for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from swarmcache.disk import Cache, Entry, Removal, User
+from swarmcache.errors import LocalError
+from swarmcache.local_protocol import (
+    AboutCache,
+    CachedFile,
+    End,
+    Failed,
+    Ls,
+    Outcome,
+    Pin,
+    Rm,
+    Unpin,
+    Working,
+)
+from swarmcache.local_server import LocalConnection, user_name
+from swarmcache.messages import Holders
+from swarmcache.peer_events import (
+    AnswerHolders,
+    HoldersWanted,
+    PeerEvent,
+    ReplicaDropped,
+    ReplicasRecovered,
+    RequestGone,
+)
+from swarmcache.peer_state import PeerState
+
+# Each may hold a page of answers in memory, which is 2 MB with the longest possible names.
+REQUESTS_MAX = 32
+REQUESTS_PER_USER_MAX = 4
+# How often a client hears that its request is being worked on; it gives up after 30 s of silence.
+WORKING_S = 5.0
+FETCHED = "it is being fetched, and was left alone"
+
+Result = TypeVar("Result")
+
+
+class CacheRequests:
+    """The requests about the cache of one daemon."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        disk_threads: ThreadPoolExecutor,
+        state: PeerState,
+        numbers: Iterator[int],
+        *,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        handle: Callable[[PeerEvent], None],
+        users_of: Callable[[bytes], Collection[int]],
+    ) -> None:
+        """``numbers`` are those of requests to the machine, which nobody else uses.
+
+        ``spawn`` runs a coroutine in the background; ``handle`` tells the machine; ``users_of``
+        tells the uids of those who wait for a file that is being fetched.
+        """
+        self._cache = cache
+        self._threads = disk_threads
+        self._state = state
+        self._numbers = numbers
+        self._spawn = spawn
+        self._handle = handle
+        self._users_of = users_of
+        self._loop = asyncio.get_running_loop()
+        self._running: Counter[int] = Counter()  # by uid
+        self._busy: set[LocalConnection] = set()
+        self._questions: dict[int, asyncio.Future[list[Holders] | None]] = {}
+
+    def take(self, connection: LocalConnection, request: AboutCache) -> None:
+        """Begin to answer a request."""
+        uid = connection.user.uid
+        if connection in self._busy:
+            connection.send(Failed("one request at a time on a connection"))
+        elif self._running[uid] >= REQUESTS_PER_USER_MAX or self._running.total() >= REQUESTS_MAX:
+            connection.send(Failed("too many requests about the cache at once"))
+        elif isinstance(request, Unpin) and request.all_users and not _sees_all(connection.user):
+            connection.send(Failed("only root may take away the pins of other users"))
+        else:
+            self._running[uid] += 1
+            self._busy.add(connection)
+            task = self._spawn(self._serve(connection, request))
+            connection.on_closed[self] = task.cancel
+            task.add_done_callback(lambda _: self._ended(connection))
+
+    def carry_out(self, effect: AnswerHolders) -> None:
+        """Give the machine's answer to the listing that waits for it."""
+        future = self._questions.pop(effect.request)
+        if not future.done():
+            future.set_result(effect.holders)
+
+    def _ended(self, connection: LocalConnection) -> None:
+        self._running[connection.user.uid] -= 1
+        self._running += Counter()  # forgets who has none
+        self._busy.remove(connection)
+        connection.on_closed.pop(self, None)
+
+    async def _serve(self, connection: LocalConnection, request: AboutCache) -> None:
+        alive = self._spawn(_keep_alive(connection))
+        try:
+            for path in request.paths or [b"/"]:
+                found = await self._do_all(connection, request, path)
+                if request.paths:
+                    connection.send(*self._not_cached(path, connection.user, found=found))
+            connection.send(End())
+        except LocalError as error:
+            connection.send(Failed(str(error)))
+        except Exception as error:
+            connection.send(Failed(f"internal error: {error}"))
+            raise
+        finally:
+            alive.cancel()
+
+    async def _do_all(self, connection: LocalConnection, request: AboutCache, path: bytes) -> bool:
+        """Do what is asked with all that a path stands for; whether there was anything."""
+        user = connection.user
+        visible_to = None if _sees_all(user) else user
+        found = False
+        pages = self._cache.entries(path, visible_to)
+        while (page := await self._in_thread(next, pages, None)) is not None:
+            found = found or bool(page)
+            match request:
+                case Ls():
+                    connection.send(*await self._describe(page))
+                case Rm():
+                    for entry in page:
+                        for owner in self._owners(path, entry, visible_to):
+                            connection.send(await self._remove(entry, owner, force=request.force))
+                case Pin() | Unpin():
+                    connection.send(*await self._in_thread(self._pin, request, page, user))
+            await connection.drained()
+        return found
+
+    def _not_cached(self, path: bytes, user: User, *, found: bool) -> list[Outcome]:
+        """What a path stands for that is not in the cache, as far as this user may know."""
+        below = path.rstrip(b"/") + b"/"
+        fetched = [
+            Outcome(fetching.version.path, False, FETCHED)
+            for fetching in self._state.downloads()
+            if (fetching.version.path == path or fetching.version.path.startswith(below))
+            and (_sees_all(user) or user.uid in self._users_of(fetching.version.version_id))
+        ]
+        return fetched if found or fetched else [Outcome(path, False, "not cached")]
+
+    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
+        return await self._loop.run_in_executor(self._threads, function, *args)
+
+    # --- ls -------------------------------------------------------------------------------------
+
+    async def _describe(self, page: list[Entry]) -> list[CachedFile]:
+        version_ids = [entry.replica.version_id for entry in page]
+        holders, names = await asyncio.gather(
+            self._holders(version_ids), self._in_thread(_names_of_pins, page)
+        )
+        now_s = time.time()
+        return [
+            CachedFile(
+                path=entry.replica.path,
+                version_id=entry.replica.version_id.hex(),
+                size_bytes=entry.replica.stamp.size_bytes,
+                age_s=round(max(now_s - entry.replica.created_s, 0.0), 3),
+                idle_s=round(max(now_s - entry.replica.last_used_s, 0.0), 3),
+                copies=entry.copies,
+                pinned_by=[names[uid] for uid in entry.pinned_by],
+                verified=entry.trusted,
+                in_use=None,
+                replicas_elsewhere=None if holders is None else holders[number].count,
+            )
+            for number, entry in enumerate(page)
+        ]
+
+    async def _holders(self, version_ids: list[bytes]) -> list[Holders] | None:
+        """How many other nodes hold these file versions; None where the tracker cannot be asked."""
+        number = next(self._numbers)
+        future: asyncio.Future[list[Holders] | None] = self._loop.create_future()
+        self._questions[number] = future
+        self._handle(HoldersWanted(number, version_ids))
+        try:
+            return await future
+        finally:
+            if self._questions.pop(number, None) is not None:
+                self._handle(RequestGone(number))
+
+    # --- rm -------------------------------------------------------------------------------------
+
+    def _owners(self, path: bytes, entry: Entry, user: User | None) -> Iterable[User | None]:
+        """From whom to take a copy away: from the user whose copy was named, or everybody (None),
+        if the one who asks may do that."""
+        return entry.links if self._cache.owner_of(path) is not None else [user]
+
+    async def _remove(self, entry: Entry, owner: User | None, *, force: bool) -> Outcome:
+        version_id, path = entry.replica.version_id, entry.replica.path
+        expected = await self._in_thread(self._cache.removal, version_id, owner, force)
+        if self._state.fetching(version_id) is not None:
+            return Outcome(path, False, FETCHED)
+        if expected is Removal.GONE:
+            self._handle(ReplicaDropped(version_id))
+        removal = await self._in_thread(self._cache.remove, version_id, owner, force)
+        if expected is Removal.GONE and removal in (Removal.UNLINKED, Removal.PINNED):
+            self._handle(ReplicasRecovered([version_id]))  # somebody else came to want it just now
+        if removal is Removal.PINNED:
+            names = await self._in_thread(_names_of_pins, [entry])
+            who = owner.name if owner is not None else ", ".join(names.values())
+            return Outcome(path, False, f"pinned by {who}: unpin it first, or use --force")
+        return Outcome(path, True, "", entry.replica.stamp.size_bytes)
+
+    # --- pin, unpin -----------------------------------------------------------------------------
+
+    def _pin(self, request: Pin | Unpin, page: list[Entry], user: User) -> list[Outcome]:
+        """Runs in a thread."""
+        outcomes = []
+        for entry in page:
+            version_id, path = entry.replica.version_id, entry.replica.path
+            size_bytes = entry.replica.stamp.size_bytes
+            if isinstance(request, Unpin):
+                self._cache.unpin(version_id, None if request.all_users else user.uid)
+                outcomes.append(Outcome(path, True, "", size_bytes))
+            elif self._cache.pin(version_id, user.uid):
+                outcomes.append(Outcome(path, True, "", size_bytes))
+            else:
+                outcomes.append(Outcome(path, False, "not cached any more"))
+        return outcomes
+
+
+def _sees_all(user: User) -> bool:
+    return user.uid in (0, os.geteuid())
+
+
+def _names_of_pins(page: Iterable[Entry]) -> dict[int, str]:
+    """The names of all who have pinned one of these, by uid."""
+    return {uid: user_name(uid) for entry in page for uid in entry.pinned_by}
+
+
+async def _keep_alive(connection: LocalConnection) -> None:
+    """Let the client know that its request is not forgotten, until this is cancelled."""
+    while True:
+        await asyncio.sleep(WORKING_S)
+        connection.send(Working())
