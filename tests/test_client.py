@@ -16,7 +16,7 @@ import pytest
 from swarmcache import client as client_module
 from swarmcache import local_socket
 from swarmcache.client import REQUESTS_MAX, Answer, Client, Progress
-from swarmcache.errors import BadMessage, DaemonUnavailable
+from swarmcache.errors import DaemonRefused, DaemonUnavailable
 from swarmcache.local_protocol import (
     Answer as DaemonAnswer,
 )
@@ -742,6 +742,6 @@ def test_a_refused_status_is_an_error(run_dir: Path) -> None:
     with (
         ScriptedDaemon(run_dir, lambda _: [Failed("not now")]) as daemon,
         Client(bytes(daemon.path)) as client,
-        pytest.raises(BadMessage, match="not now"),
+        pytest.raises(DaemonRefused, match="not now"),
     ):
         client.status()
