@@ -488,7 +488,7 @@ class CacheDir:
 
         None when all have been since ``before_s``.
         """
-        return self._index.stalest(before_s)
+        return self._index.stalest(self._boot_id, before_s)
 
     def take_damaged(self) -> dict[bytes, Damaged | None]:
         """The copies that were taken out since the last call, by version id.

@@ -290,15 +290,15 @@ class CacheIndex:
         query = "SELECT version_id FROM replica WHERE version_id BETWEEN ? AND ?"
         return {version_id for (version_id,) in self._rows(query, begin, end)}
 
-    def stalest(self, before_s: float) -> tuple[float, bytes] | None:
-        """Of the durable replicas the one that was verified longest ago: when, and its version id.
+    def stalest(self, boot_id: bytes, before_s: float) -> tuple[float, bytes] | None:
+        """Of the trusted replicas the one that was verified longest ago: when, and its version id.
 
         None when all have been verified since ``before_s``.
         """
         rows = self._rows(
-            "SELECT verified_s, version_id FROM replica WHERE verified_s < ? AND trust = 2"
-            " ORDER BY verified_s LIMIT 1",
-            before_s,
+            "SELECT verified_s, version_id FROM replica WHERE verified_s < ?"
+            " AND (trust = 2 OR trust = 1 AND boot_id = ?) ORDER BY verified_s LIMIT 1",
+            *(before_s, boot_id),
         )
         return rows[0] if rows else None
 
