@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from swarmcache.disk_calls import Stamp, disk_errors, local_error
-from swarmcache.errors import CacheDirUnusable, DiskFailed
+from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -336,8 +336,9 @@ def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
             raise failure from error
         raise CacheDirUnusable(str(failure)) from error
     try:
-        check_ours(fd, path, forbidden=0o022)
-    except CacheDirUnusable:
+        with disk_errors(f"look at {path}"):
+            check_ours(fd, path, forbidden=0o022)
+    except LocalError:
         os.close(fd)
         raise
     return os.fsencode(path), fd
@@ -352,7 +353,10 @@ def _make_root(path: str) -> None:
 
 
 def check_ours(fd: int, path: str, *, forbidden: int) -> None:
-    """Raise CacheDirUnusable unless the directory is the daemon's and has no ``forbidden`` mode."""
+    """Raise CacheDirUnusable unless the directory is the daemon's and has no ``forbidden`` mode.
+
+    Raises OSError when the disk fails.
+    """
     status = os.fstat(fd)
     if status.st_uid != os.geteuid():
         raise CacheDirUnusable(
