@@ -3,8 +3,6 @@
 Space is reserved for the whole of a file before its first byte: set aside on the disk where the
 file system can do that, kept account of where it cannot.
 
-Who finds no room has some made, one after the other: what one has freed, no other may take.
-
 Invariant: what replicas and reservations take together never exceeds ``max_usage``, and if all
 reserved bytes were written now, the free space would not fall below ``min_free``.
 """
@@ -17,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
@@ -29,7 +27,7 @@ from swarmcache.disk_calls import (
     unlink_if_there,
     write_all,
 )
-from swarmcache.errors import DiskFailed, NoSpace
+from swarmcache.errors import DiskFailed, LocalError, NoSpace
 from swarmcache.partial import (
     JOURNAL_MAGIC,
     Partial,
@@ -44,18 +42,9 @@ from swarmcache.user_tree import User
 log = logging.getLogger(__name__)
 
 PARTIAL_AGE_MAX_S = 24 * 3600.0
-# Whoever wants to go on with a partial file has done so by then; see ABANDON_S of the machine.
-ABANDONED_S = 300.0
-# Kept from both limits: what the log of the index may grow by (see LOG_SIZE_MAX_BYTES) before it is
-# shortened, and the database by that.
+# What the index, its log (see LOG_SIZE_MAX_BYTES) and new directories may take from the disk
+# without being asked for one by one.
 UNCOUNTED_MAX_BYTES = 8 << 20
-# What a file takes besides its blocks and those of its manifest: a row in the index, two inodes
-# where they are made on demand (XFS), names in three directories.
-OVERHEAD_BYTES = 4096
-# After an eviction the file system may give the blocks back behind our back (XFS): time to do so.
-GIVE_BACK_S = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
-# A second time for what others on this machine have taken meanwhile; we do not race with them.
-EVICTIONS_MAX = 2
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _JOURNAL = ".chunks"
@@ -64,15 +53,13 @@ _NAME = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class SpaceLimits:
-    """``min_free`` and ``max_usage`` take the capacity of the disk in bytes.
+    """Both take the capacity of the disk in bytes.
 
     ``min_free`` returns the bytes that stay free, ``max_usage`` the bytes that the cache may take.
-    ``min_age_s``: what was used since is not given up.
     """
 
     min_free: Callable[[int], int]
     max_usage: Callable[[int], int]
-    min_age_s: float
 
 
 class PartialStore:
@@ -82,34 +69,28 @@ class PartialStore:
         self,
         directory_fd: int,
         limits: SpaceLimits,
-        replicas: Callable[[], tuple[int, int]],
-        make_room: Callable[[int, int], None],
+        replicas_bytes: Callable[[], int],
         install: Callable[[Partial, Sequence[User]], dict[int, str]],
         unlink_users: Callable[[bytes, int], list[User]],
     ) -> None:
-        """``directory_fd`` stays the caller's. ``replicas``: their number, and what all take.
+        """``directory_fd`` stays the caller's. ``replicas_bytes``: what all replicas take.
 
-        ``make_room`` evicts replicas of so many bytes, each its own and so many more; or it raises
-        NoSpace. ``install`` makes a
-        complete partial file a replica. ``unlink_users`` takes a file that was one (real path of
-        the source, inode) out of the users' directories; returns in whose it was. Counts what
-        earlier lives have left; removes what is too old to resume. Raises LocalError.
+        ``install`` makes a complete partial file a replica. ``unlink_users`` takes a file that was
+        one (real path of the source, inode) out of the users' directories; returns in whose it was.
+        Counts what earlier lives have left; removes what is too old to resume. Raises LocalError.
         """
         self._fd = directory_fd
         self._limits = limits
-        self._replicas = replicas
-        self._make_room = make_room
+        self._replicas_bytes = replicas_bytes
         self._install = install
         self._unlink_users = unlink_users
         # Also keeps two reservations from counting on the same free space.
         self._lock = threading.RLock()
-        # Taken before the other one, and held while replicas are evicted.
-        self._room_lock = threading.Lock()
-        self._claim: tuple[bytes, int] | None = None  # for whom that is, and how much
         self._abandoned = False
         self._open: dict[bytes, Partial] = {}
         self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
         self._unallocated: dict[bytes, int] = {}  # what of that the disk has not set aside, at most
+        self._half_removed: set[bytes] = set()  # the disk failed in the middle of it
         with disk_errors("look through the partial files"):
             self._account()
 
@@ -147,29 +128,9 @@ class PartialStore:
         sizes = (version.size_bytes, journal_size_bytes(version, layout))
         return sum(-(-size // block) * block for size in sizes)
 
-    def begin(
-        self, version: FileVersion, chunk_size_bytes: int, *, may_evict: bool = True
-    ) -> Partial:
-        """See ``CacheDir.begin``."""
+    def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
+        """See ``Cache.begin``."""
         layout = ChunkLayout(version.size_bytes, chunk_size_bytes)
-        try:
-            return self._begin(version, layout)
-        except NoSpace as error:
-            if not may_evict:
-                raise
-            refusal = error
-        wanted_bytes = self.stored_bytes(version, layout)
-        with self._room_lock:
-            self._claim = (version.version_id, wanted_bytes)
-            try:
-                self._find_room(version.version_id, wanted_bytes)
-                return self._begin(version, layout)
-            except NoSpace as reason:
-                raise NoSpace(f"{refusal}: {reason}") from reason
-            finally:
-                self._claim = None
-
-    def _begin(self, version: FileVersion, layout: ChunkLayout) -> Partial:
         version_id = version.version_id
         name = version_id.hex()
         with self._lock, disk_errors(f"begin {name}"), ExitStack() as stack:
@@ -196,6 +157,7 @@ class PartialStore:
             os.ftruncate(journal_fd, journal_end)
             partial = Partial(self, version, layout, file, journal_fd, journal_end, claims)
             self._open[version_id] = partial
+            self._half_removed.discard(version_id)
             stack.pop_all()
             return partial
 
@@ -230,33 +192,21 @@ class PartialStore:
         version_id = partial.version.version_id
         self._require_disk()
         paths = self._install(partial, users)
-        self._forget(version_id)
-        with disk_errors("remove a journal"):
-            unlink_if_there(version_id.hex() + _JOURNAL, self._fd)
+        try:
+            with disk_errors("remove a journal"):
+                self._remove(version_id)
+        except LocalError as error:
+            log.error("%s; tried again later", error)  # the replica is as good without that
+            self._forget(version_id)
         return paths
 
     def hide(self, partial: Partial) -> list[User]:
-        """Take a file that was a replica out of the users' directories. For ``Partial.recover``."""
-        return self._hide(partial.version.version_id.hex())
+        """Take a file that was a replica out of the users' directories. For ``Partial.recover``.
 
-    def relieve(self, partial: Partial) -> bool:
-        """Make room on a disk that is full in spite of our account. For ``Partial``.
-
-        Happens where the disk cannot set space aside and others have taken it. False when nothing
-        can be evicted, or the disk has room and a quota is full. Raises LocalError.
+        Raises LocalError.
         """
-        with self._room_lock:
-            with disk_errors("ask for free space"):
-                disk = os.fstatvfs(self._fd)
-                free_bytes = disk.f_bavail * disk.f_frsize
-                missing_bytes = self._unallocated_now(partial.version.version_id) - free_bytes
-            if missing_bytes > 0:
-                try:
-                    self._make_room(missing_bytes, 0)
-                except NoSpace as reason:
-                    log.warning("the disk of the cache is full: %s", reason)
-                    return False
-            return True
+        with disk_errors("take back a copy"):
+            return self._hide(partial.version.version_id.hex())
 
     def discard(self, partial: Partial) -> None:
         """Remove a partial file, release its space. For ``Partial.discard``.
@@ -328,27 +278,19 @@ class PartialStore:
         with self._lock, disk_errors("ask for free space"):
             return max(0, min(self._rooms_bytes()))
 
-    def _rooms_bytes(self, for_version: bytes = b"") -> tuple[int, int]:
+    def _rooms_bytes(self) -> tuple[int, int]:
         """What is left of ``max_usage``, and what is free above ``min_free``."""
         disk = os.fstatvfs(self._fd)
         capacity_bytes = disk.f_blocks * disk.f_frsize
-        count, taken_bytes = self._replicas()
-        taken_bytes += self.reserved_bytes() + UNCOUNTED_MAX_BYTES
-        taken_bytes += (count + len(self._reserved_bytes) + 1) * OVERHEAD_BYTES
+        allowed_bytes = self._limits.max_usage(capacity_bytes)
+        allowed_bytes -= self._replicas_bytes() + self.reserved_bytes()
         unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
         free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
-        claim = self._claim
-        if claim is not None and claim[0] != for_version:
-            taken_bytes += claim[1] + OVERHEAD_BYTES
-            free_bytes -= claim[1]
-        return (
-            self._limits.max_usage(capacity_bytes) - taken_bytes,
-            free_bytes - self._limits.min_free(capacity_bytes),
-        )
+        return allowed_bytes, free_bytes - self._limits.min_free(capacity_bytes)
 
     def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
         """Raise NoSpace when the limits do not allow this much more."""
-        allowed_bytes, free_bytes = self._rooms_bytes(version.version_id)
+        allowed_bytes, free_bytes = self._rooms_bytes()
         room_bytes = max(0, min(allowed_bytes, free_bytes))
         if wanted_bytes > room_bytes:
             limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"
@@ -356,49 +298,6 @@ class PartialStore:
                 f"{os.fsdecode(version.path)} needs {wanted_bytes} bytes, but {limit} leaves"
                 f" {room_bytes} on this node"
             )
-
-    def _find_room(self, version_id: bytes, wanted_bytes: int) -> None:
-        """Evict until the limits allow this much more. Raises NoSpace, which says why it cannot."""
-        missing_bytes, overhead_bytes = self._missing(version_id, wanted_bytes)
-        if missing_bytes <= 0:  # so it was the disk itself that refused
-            missing_bytes = wanted_bytes
-        for _ in range(EVICTIONS_MAX):
-            missing_bytes -= self._give_up_partials(missing_bytes, overhead_bytes)
-            if missing_bytes > 0:
-                self._make_room(missing_bytes, overhead_bytes)
-            for pause_s in GIVE_BACK_S:
-                time.sleep(pause_s)
-                missing_bytes, overhead_bytes = self._missing(version_id, wanted_bytes)
-                if missing_bytes <= 0:
-                    return
-
-    def _missing(self, version_id: bytes, wanted_bytes: int) -> tuple[int, int]:
-        """What the tighter limit lacks, and what it gets back for a file besides its blocks."""
-        with self._lock, disk_errors("ask for free space"):
-            allowed_bytes, free_bytes = self._rooms_bytes(version_id)
-        if allowed_bytes < free_bytes:
-            return wanted_bytes - allowed_bytes, OVERHEAD_BYTES
-        return wanted_bytes - free_bytes, 0
-
-    def _give_up_partials(self, wanted_bytes: int, overhead_bytes: int) -> int:
-        """Remove partial files that nobody has gone on with for long; returns bytes given back."""
-        freed_bytes = 0
-        newest_s = time.time() - max(self._limits.min_age_s, ABANDONED_S)
-        with self._lock, disk_errors("look through the partial files"):
-            closed = self._reserved_bytes.keys() - self._open.keys()
-            written_s = {version_id: self._written_s(version_id) for version_id in closed}
-            for version_id in sorted(closed, key=written_s.__getitem__):
-                if freed_bytes >= wanted_bytes or written_s[version_id] > newest_s:
-                    break
-                freed_bytes += self._reserved_bytes[version_id] + overhead_bytes
-                self._remove(version_id)
-        return freed_bytes
-
-    def _written_s(self, version_id: bytes) -> float:
-        names = (version_id.hex(), version_id.hex() + _JOURNAL)
-        with suppress(FileNotFoundError):
-            return max(self._stat(name).st_mtime for name in names)
-        return 0.0  # removed by somebody; only the account of it is left
 
     def _unallocated_now(self, version_id: bytes) -> int:
         most = self._unallocated[version_id]
@@ -414,12 +313,20 @@ class PartialStore:
         self._unallocated[version_id] = 0 if set_aside else version.size_bytes
         reserve(journal_fd, journal_size_bytes(version, layout), keep_size=True)
 
+    def tidy(self) -> None:
+        """Remove what could not be removed because the disk failed. Raises LocalError."""
+        with self._lock, disk_errors("remove a partial file"):
+            for version_id in self._half_removed - set(self._open):
+                self._remove(version_id)
+
     def _remove(self, version_id: bytes) -> None:
         with self._lock:
+            self._half_removed.add(version_id)
             self._hide(version_id.hex())
             for suffix in ("", _JOURNAL, ".manifest"):
                 unlink_if_there(version_id.hex() + suffix, self._fd)
             self._forget(version_id)
+            self._half_removed.discard(version_id)
 
     def _forget(self, version_id: bytes) -> None:
         with self._lock:
