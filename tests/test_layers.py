@@ -36,9 +36,7 @@ LAYERS = {
         "disk_calls",
         "disk_worker",
         "display",
-        "evictor",
         "get",
-        "in_use",
         "index_rebuild",
         "lease_journal",
         "link",
@@ -59,7 +57,6 @@ LAYERS = {
         "tracker",
         "transfer",
         "user_tree",
-        "uses",
     },
     "machines": {
         "auth",

@@ -1,0 +1,246 @@
+"""A disk that fails, at any single call: no crash, no wrong byte, no left-over, no lost space."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from blake3 import blake3
+
+from swarmcache.cache_dir import CacheDir, Partial, User
+from swarmcache.chunks import FileVersion
+from swarmcache.errors import LocalError
+from tests.cache_checks import assert_right, assert_sound
+from tests.disk_helpers import CHUNK_BYTES, ME, a_file, open_cache, write
+from tests.faulty_disk import FAULTS, CallCounter, Fault, FaultyDisk
+from tests.watched_disk import Watcher, watched
+
+SIZE_BYTES = 3 * CHUNK_BYTES + 1
+OTHER = User(os.geteuid(), "other")
+
+# Calls from the same place in the code are let fail twice at most, and where that leaves many, only
+# every third of them, another third for each fault. FAULTS=all takes all (some minutes).
+ALL_FAULTS = os.environ.get("FAULTS") == "all"
+SAME_PLACE_MAX = 2
+MANY = 40
+EVERY = 3
+
+Result = TypeVar("Result")
+
+
+OLD = a_file(SIZE_BYTES, b"/nfs/old", 1)  # cached and durable before the disk begins to fail
+BEGUN = a_file(SIZE_BYTES, b"/nfs/begun", 2)  # begun by an earlier life of the daemon
+NEW = a_file(SIZE_BYTES, b"/nfs/new", 3)
+NEWER = a_file(SIZE_BYTES, b"/nfs/new", 4)  # another version of the same source
+GIVEN_UP = a_file(SIZE_BYTES, b"/nfs/given up", 5)
+LEFT = a_file(SIZE_BYTES, b"/nfs/left", 6)
+ALL = [OLD, BEGUN, NEW, NEWER, GIVEN_UP, LEFT]
+
+
+class Life:
+    """What a daemon does with its disk in one life. A failure is an answer, and it goes on.
+
+    ``answered``: paths that were handed out, with their bytes; ``dropped``: what was given up by
+    rule.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.answered: dict[bytes, list[tuple[str, bytes]]] = {}
+        self.dropped: set[bytes] = set()
+        self.failures: list[LocalError] = []
+        self.cache: CacheDir | None = None
+
+    def attempt(self, function: Callable[..., Result], *arguments: object) -> Result | None:
+        try:
+            return function(*arguments)
+        except LocalError as error:
+            self.failures.append(error)
+            return None
+
+    def run(self) -> None:
+        """All but the end."""
+        cache = self.cache = self.attempt(open_cache, self.root)
+        if cache is None:
+            return
+        self.attempt(list, cache.list_objects())
+        self.attempt(list, cache.recover_undurable())
+        self.attempt(self.get, cache, OLD, [ME])
+        self.attempt(self.get, cache, OLD, [OTHER])
+        self.attempt(self.get, cache, BEGUN, [ME, OTHER])
+        self.attempt(self.get, cache, NEW, [ME, OTHER])
+        self.attempt(self.make_durable, cache, NEW)
+        self.attempt(self.get, cache, NEW, [OTHER])
+        self.attempt(self.get, cache, NEWER, [ME])
+        self.attempt(self.make_durable, cache, NEWER)
+        for end in (Partial.discard, Partial.close):
+            version, data = GIVEN_UP if end is Partial.discard else LEFT
+            partial = self.attempt(cache.begin, version, CHUNK_BYTES)
+            if partial is not None:
+                self.attempt(write, partial, data, 0)
+                self.attempt(end, partial)
+        self.attempt(cache.drop, NEW[0].version_id)
+        self.dropped.add(NEW[0].version_id)
+        self.attempt(cache.flush)
+        self.attempt(cache.status)
+
+    def end(self) -> None:
+        if self.cache is not None:
+            self.attempt(self.cache.close)
+
+    def get(self, cache: CacheDir, file: tuple[FileVersion, bytes], users: list[User]) -> None:
+        """As the daemon does for jobs of these users."""
+        version, data = file
+        paths = [self.attempt(cache.lookup, version, user) for user in users]
+        self.note(cache, file, *paths)
+        if None not in paths:
+            return
+        partial = cache.begin(version, CHUNK_BYTES)
+        try:
+            fetch(partial, data)
+            assert_right(cache, version.version_id, None, data)
+            published = partial.publish(users)
+        except LocalError:
+            self.attempt(partial.discard)
+            raise
+        self.note(cache, file, *published.values())
+        cache.manifest(version.version_id)
+
+    def make_durable(self, cache: CacheDir, file: tuple[FileVersion, bytes]) -> None:
+        try:
+            cache.make_durable(file[0].version_id)
+        except LocalError:
+            self.dropped.add(file[0].version_id)
+            raise
+
+    def note(self, cache: CacheDir, file: tuple[FileVersion, bytes], *paths: str | None) -> None:
+        version, data = file
+        for path in filter(None, paths):
+            assert_right_now(path, data)
+            self.answered.setdefault(version.version_id, []).append((path, data))
+            if file is NEWER:  # it has taken the place of
+                self.answered.pop(NEW[0].version_id, None)
+
+
+def assert_right_now(path: str, data: bytes) -> None:
+    assert Path(path).read_bytes() == data, f"wrong bytes in {path}"
+
+
+def fetch(partial: Partial, data: bytes) -> None:
+    """Some chunks come from peers, the others from the file server, in pieces."""
+    had = dict(partial.recover())
+    for chunk in range(partial.layout.chunk_count):
+        if chunk in had:
+            continue
+        if chunk % 2 == 0:
+            write(partial, data, chunk)
+            continue
+        begin = partial.layout.offset_bytes(chunk)
+        piece = data[begin : begin + partial.layout.length_bytes(chunk)]
+        half = len(piece) // 2
+        partial.write_piece(begin, piece[:half])
+        partial.write_piece(begin + half, piece[half:])
+        partial.commit_chunk(chunk, blake3(piece).digest())
+
+
+def prepare(root: Path) -> None:
+    """What earlier lives have left: one durable replica and half a file."""
+    cache = open_cache(root)
+    list(cache.list_objects())
+    partial = cache.begin(OLD[0], CHUNK_BYTES)
+    fetch(partial, OLD[1])
+    partial.publish([ME])
+    cache.make_durable(OLD[0].version_id)
+    partial = cache.begin(BEGUN[0], CHUNK_BYTES)
+    for chunk in range(2):
+        write(partial, BEGUN[1], chunk)
+    cache.close()
+
+
+def live(life: Life, watcher: Watcher) -> None:
+    """One life in which every call goes through the watcher, and what must be true then."""
+    with watched(watcher):
+        life.run()
+    if life.cache is not None:
+        life.cache.flush()  # as the daemon does every few seconds; the disk is well again
+        assert_sound(life.cache, life.root)
+    with watched(watcher):
+        life.end()
+    for files in life.answered.values():
+        for path, data in files:
+            if os.path.exists(path):
+                assert_right_now(path, data)
+
+
+def live_again(life: Life) -> None:
+    """The next life, on a disk that is well: everything is right, and everything can be had."""
+    root = life.root
+    cache = open_cache(root)
+    try:
+        list(cache.list_objects())
+        list(cache.recover_undurable())
+        for version, data in ALL:
+            path = cache.lookup(version, ME)
+            assert_right(cache, version.version_id, path, data)
+            if version.version_id in life.answered and version.version_id not in life.dropped:
+                assert path is not None, f"{version.path!r} was answered, and is lost"
+        assert_sound(cache, root)
+        for version, data in ALL:
+            if cache.lookup(version, ME) is None:
+                partial = cache.begin(version, CHUNK_BYTES)
+                fetch(partial, data)
+                paths = partial.publish([ME])
+                assert_right(cache, version.version_id, paths[ME.uid], data)
+        assert_sound(cache, root)
+    finally:
+        cache.close()
+
+
+def calls_of_a_life(root: Path) -> CallCounter:
+    prepare(root)
+    life = Life(root)
+    counter = CallCounter()
+    live(life, counter)
+    assert life.failures == []
+    live_again(life)
+    shutil.rmtree(root)
+    return counter
+
+
+def failure_of(root: Path, number: int, fault: Fault) -> str | None:
+    """What went wrong when the n-th call failed like that; None when all is as it should be."""
+    prepare(root)
+    life = Life(root)
+    open_before = len(os.listdir("/proc/self/fd"))
+    try:
+        live(life, FaultyDisk(number, fault))
+        assert len(os.listdir("/proc/self/fd")) == open_before, "a descriptor was left open"
+        live_again(life)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(root)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_call_that_fails_costs_only_what_it_was_for(root: Path, fault: Fault) -> None:
+    calls = calls_of_a_life(root).calls
+    chosen = [number for number, call in enumerate(calls) if fault.can_hit(call)]
+    if not ALL_FAULTS:
+        chosen = [n for n in chosen if calls[:n].count(calls[n]) < SAME_PLACE_MAX]
+    if not ALL_FAULTS and len(chosen) > MANY:
+        chosen = chosen[FAULTS.index(fault) % EVERY :: EVERY]
+
+    failures = {number: failure_of(root, number, fault) for number in chosen}
+
+    print(f"{fault}: {len(chosen)} of {len(calls)} calls")
+    assert {f"{n} ({calls[n].name})": why for n, why in failures.items() if why} == {}
