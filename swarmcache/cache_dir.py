@@ -218,9 +218,9 @@ class CacheDir:
         try:
             there = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DiskFailed(f"{self.path} is no longer there: was its disk unmounted?") from error
+            raise DiskFailed(f"{self.path} is no longer there (is its disk mounted?)") from error
         if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
-            raise DiskFailed(f"{self.path} is another directory now: was its disk unmounted?")
+            raise DiskFailed(f"{self.path} is another directory now (is its disk mounted?)")
         if os.fstat(self._lock_fd).st_nlink == 0:
             raise DiskFailed(f"somebody has removed {self.path}/.swarmcache")
 
@@ -399,6 +399,7 @@ class CacheDir:
         """
         name = _object_name(version_id)
         with ExitStack() as stack, disk_errors(f"sync {name}"):
+            self._check_mounted()
             try:
                 fds = [
                     self._open_object(stack, name, _READ),
@@ -893,6 +894,7 @@ class CacheDir:
         """Make a complete partial file a replica; returns the path per uid of a user."""
         version_id = partial.version.version_id
         with self._objects_lock, disk_errors(f"publish {version_id.hex()}"):
+            self._check_mounted()
             self.drop(version_id)  # one in doubt, which nobody waits for any more
             replica = self._new_replica(partial)
             self._index.insert(replica)

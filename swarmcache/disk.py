@@ -29,7 +29,7 @@ from pathlib import Path
 from swarmcache.cache_dir import CacheDir, ChunkSource, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry
 from swarmcache.chunks import FileVersion, Manifest
-from swarmcache.errors import CacheDirUnusable, DiskFailed, NoSpace
+from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.messages import DiskStatus
 
 __all__ = [
@@ -117,9 +117,11 @@ class Cache:
 
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
-        with ExitStack() as stack:
-            for directory in self._all:
-                stack.callback(directory.close)
+        for directory in self._all:
+            try:
+                directory.close()
+            except LocalError as error:  # the next start does without what could not be noted
+                log.error("while closing %s: %s", directory.path, error)
 
     # --- replicas -----------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ The image is sparse, so a disk takes no more than what is written to it. Needs r
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ import pytest
 # mkfs refuses to make an XFS smaller than 300 MiB since xfsprogs 5.19.
 XFS_MIN_MIB = 300
 # -m 0: nothing is kept back for root, so that the free space is what the daemon can fill.
+FS_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32): ext4 and XFS
+NO_LOG_FLUSH = struct.pack("I", 2)
 MKFS = {
     "ext3": ("mkfs.ext3", "-q", "-F", "-m", "0"),
     "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0"),
@@ -34,6 +38,14 @@ class LoopDisk:
     """A mounted disk. Everybody may use ``path``, its top directory."""
 
     path: Path
+    image: Path
+    mount_options: tuple[str, ...] = ()
+
+    def mount(self) -> None:
+        """Mount it, or mount it again after it was lost, when nobody uses it any more."""
+        options = ",".join(["loop", *self.mount_options])
+        _run("mount", "-o", options, str(self.image), str(self.path))
+        self.path.chmod(0o755)
 
     @property
     def capacity_bytes(self) -> int:
@@ -53,6 +65,22 @@ class LoopDisk:
         """Take the disk away as if it had been pulled out, whoever uses it."""
         _run("umount", "--lazy", str(self.path))
 
+    def shut_down(self) -> None:
+        """What a file system does when its device has died: from now on everything is EIO."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, FS_IOC_SHUTDOWN, NO_LOG_FLUSH)
+        finally:
+            os.close(fd)
+
+    def make_read_only(self) -> None:
+        """What ext4 does to a disk in which it finds damage, if mounted with errors=remount-ro.
+
+        Unlike a remount this happens also while files are open for writing.
+        """
+        device = _device_at(self.path)
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("damaged by a test")
+
 
 @contextmanager
 def loop_disk(above: Path, kind: str, size_mib: int, *mount_options: str) -> Iterator[LoopDisk]:
@@ -68,15 +96,24 @@ def loop_disk(above: Path, kind: str, size_mib: int, *mount_options: str) -> Ite
         file.truncate(size_mib << 20)
     try:
         _run(*MKFS[kind], str(image))
-        _run("mount", "-o", ",".join(["loop", *mount_options]), str(image), str(path))
-        path.chmod(0o755)
-        yield LoopDisk(path)
+        disk = LoopDisk(path, image, mount_options)
+        disk.mount()
+        yield disk
     finally:
         # Whatever a failed test has left open must not keep the disk; twice if mounted twice.
-        while os.path.ismount(path):
+        while _device_at(path) is not None:
             _run("umount", "--lazy", str(path))
         image.unlink()
         path.rmdir()
+
+
+def _device_at(path: Path) -> str | None:
+    """The name of the device that is mounted there. Not by stat, which a dead disk refuses."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        device, place = line.split()[:2]
+        if place == os.fspath(path):
+            return os.path.basename(device)
+    return None
 
 
 def missing() -> list[str]:
