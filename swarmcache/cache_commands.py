@@ -21,6 +21,7 @@ from swarmcache.listing import (
     outcome_fields,
     printing,
     row,
+    shown_path,
 )
 from swarmcache.local_protocol import (
     PATH_MAX_BYTES,
@@ -32,6 +33,7 @@ from swarmcache.local_protocol import (
     Pin,
     Rm,
     Unpin,
+    Verify,
 )
 from swarmcache.options import ConfigOption, SocketOption, make_client
 
@@ -169,10 +171,40 @@ def unpin(
     _do(Unpin(_real_paths(paths), all_users), socket, config_file, as_json=as_json)
 
 
-def _do(
-    request: AboutCache, socket: Path | None, config_file: Path | None, *, as_json: bool
+@cache_app.command()
+def verify(
+    paths: AnyPaths = None,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
 ) -> None:
-    """Have something done, complain of what is not, and show what became of it as JSON."""
+    """Digest cached files anew: all, or those at PATH or below.
+
+    Prints a line per file. A copy with rotten chunks is taken out of the cache, and what is wrong
+    of it is fetched again from other nodes; a job that has it open keeps what it has. Files are
+    digested one at a time, and the disk's other users go first.
+
+    Exit code 1: chunks were rotten, or nothing is cached at a PATH.
+    """
+    request = Verify(_real_paths(paths or []))
+
+    def show(outcome: Outcome) -> None:
+        if outcome.rotten_chunks is not None:
+            result = "rotten" if outcome.rotten_chunks else "ok"
+            print(f"{shown_path(outcome.path)}: {result}", flush=True)
+
+    _do(request, socket, config_file, as_json=as_json, show=show)
+
+
+def _do(
+    request: AboutCache,
+    socket: Path | None,
+    config_file: Path | None,
+    *,
+    as_json: bool,
+    show: Callable[[Outcome], None] = lambda outcome: None,
+) -> None:
+    """Have something done, complain of what is not, and show what became of it."""
     complaints = _Complaints()
     with printing(), ExitStack() as stack:
         array = stack.enter_context(JsonArray()) if as_json else None
@@ -181,6 +213,8 @@ def _do(
                 complaints.note(answer)
                 if array is not None:
                     array.add(outcome_fields(answer))
+                else:
+                    show(answer)
     raise typer.Exit(complaints.exit_code)
 
 

@@ -14,10 +14,11 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from swarmcache.chunks import ChunkLayout
 from swarmcache.disk import Cache, Entry, Removal, User
 from swarmcache.errors import LocalError
 from swarmcache.local_protocol import (
@@ -30,6 +31,7 @@ from swarmcache.local_protocol import (
     Pin,
     Rm,
     Unpin,
+    Verify,
     Working,
 )
 from swarmcache.local_server import LocalConnection, user_name
@@ -67,11 +69,13 @@ class CacheRequests:
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         handle: Callable[[PeerEvent], None],
         users_of: Callable[[bytes], Collection[int]],
+        verify: Callable[[bytes], Awaitable[list[int] | None]],
     ) -> None:
         """``numbers`` are those of requests to the machine, which nobody else uses.
 
         ``spawn`` runs a coroutine in the background; ``handle`` tells the machine; ``users_of``
-        tells the uids of those who wait for a file that is being fetched.
+        tells the uids of those who wait for a file that is being fetched. ``verify``: see
+        ``DiskWorker``.
         """
         self._cache = cache
         self._threads = disk_threads
@@ -80,6 +84,8 @@ class CacheRequests:
         self._spawn = spawn
         self._handle = handle
         self._users_of = users_of
+        self._verify_now = verify
+        self._verifying = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._running: Counter[int] = Counter()  # by uid
         self._busy: set[LocalConnection] = set()
@@ -146,6 +152,9 @@ class CacheRequests:
                             connection.send(await self._remove(entry, owner, force=request.force))
                 case Pin() | Unpin():
                     connection.send(*await self._in_thread(self._pin, request, page, user))
+                case Verify():
+                    for entry in page:
+                        connection.send(await self._verify(entry))
             await connection.drained()
         return found
 
@@ -221,6 +230,23 @@ class CacheRequests:
             who = owner.name if owner is not None else ", ".join(names.values())
             return Outcome(path, False, f"pinned by {who}: unpin it first, or use --force")
         return Outcome(path, True, "", entry.replica.stamp.size_bytes)
+
+    # --- verify ---------------------------------------------------------------------------------
+
+    async def _verify(self, entry: Entry) -> Outcome:
+        """Digest one file. One at a time for all clients: it keeps a disk thread busy for long."""
+        path, stamp = entry.replica.path, entry.replica.stamp
+        if not entry.trusted:
+            return Outcome(path, False, "in doubt after a crash, and digested before it is used")
+        async with self._verifying:
+            rotten = await self._verify_now(entry.replica.version_id)
+        if rotten is None:
+            return Outcome(path, False, "not cached any more")
+        if not rotten:
+            return Outcome(path, True, "", stamp.size_bytes, 0)
+        count = ChunkLayout(stamp.size_bytes, entry.replica.chunk_size_bytes).chunk_count
+        note = f"{len(rotten)} of {count} chunks were rotten: taken out, to be fetched again"
+        return Outcome(path, False, note, stamp.size_bytes, len(rotten))
 
     # --- pin, unpin -----------------------------------------------------------------------------
 

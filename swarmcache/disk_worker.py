@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -232,11 +233,24 @@ class DiskWorker:
     # --- copies that are wrong ------------------------------------------------------------------
 
     async def verify(self, version_id: bytes) -> list[int] | None:
-        """``Cache.verify``; what is wrong is fetched again from peers. Raises LocalError."""
+        """``Cache.verify``; what is wrong is fetched again from peers. Raises LocalError.
+
+        When this is cancelled, the thread leaves off as well.
+        """
+        cancelled = threading.Event()
+
+        def after_piece(size_bytes: int) -> None:
+            self._scrubber.go_on(size_bytes)
+            if cancelled.is_set():
+                raise Stopped
+
         try:
-            bad = await self._in_thread(self._cache.verify, version_id, self._scrubber.go_on)
+            bad = await self._in_thread(self._cache.verify, version_id, after_piece)
         except Stopped as error:
             raise LocalError("the daemon is being stopped") from error
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
         self._look_at_damaged()
         return bad
 

@@ -148,14 +148,15 @@ class Outcome(Struct, tag_field="answer", tag="outcome"):
     """Not final: what became of one cached file, or of a path that stands for none.
 
     ``done``: it is as the request wanted it. ``note`` is for people: why it is not done, or what
-    there is to know besides. ``size_bytes`` is None for a path that stands for no cached file.
+    there is to know besides. ``size_bytes`` is None for a path that stands for no cached file,
+    ``rotten_chunks`` (how many) for one that was not digested.
     """
 
     path: bytes
     done: bool
     note: str = ""
     size_bytes: int | None = None
-    rotten_chunks: list[int] | None = None
+    rotten_chunks: int | None = None
 
 
 class Working(Struct, tag_field="answer", tag="working"):

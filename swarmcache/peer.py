@@ -211,15 +211,6 @@ class Daemon:
             handle=self._shell.handle,
             node_status=self._node_status,
         )
-        self._about_cache = CacheRequests(
-            self._cache,
-            self._disk_threads,
-            self._state,
-            numbers,
-            spawn=self._spawn,
-            handle=self._shell.handle,
-            users_of=self._local.users_of,
-        )
         self._disk = DiskWorker(
             self._cache,
             self._disk_threads,
@@ -228,6 +219,16 @@ class Daemon:
             self._local.end_work,
             self._local.mend,
             self._config.cache.scrub_rate_bytes_per_s,
+        )
+        self._about_cache = CacheRequests(
+            self._cache,
+            self._disk_threads,
+            self._state,
+            numbers,
+            spawn=self._spawn,
+            handle=self._shell.handle,
+            users_of=self._local.users_of,
+            verify=self._disk.verify,
         )
         stack.callback(self._stop_machine)
 

@@ -1,4 +1,4 @@
-"""ls, rm, pin and unpin as people use them: real daemons, real processes, real exit codes."""
+"""ls, rm, pin, unpin and verify as people use them: real daemons, processes and exit codes."""
 
 from __future__ import annotations
 
@@ -306,6 +306,58 @@ def test_pins_outlive_a_restart(local: LocalDaemons, sources: Path) -> None:
     assert again.run("rm", file).returncode == 1
 
 
+# --- verify --------------------------------------------------------------------------------------
+
+
+def test_verify_digests_files_and_says_so(node: LocalNode, sources: Path) -> None:
+    files = write(sources, "a", "b\n", size_bytes=1000)
+    node.get(*files)
+
+    done = node.run("verify")
+    (single,) = json.loads(node.run("verify", "--json", files[0]).stdout)
+    missing = node.run("verify", files[0], sources / "nothing")
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().splitlines() == [f"{sources}/a: ok", f"{sources}/b\\n: ok"]
+    assert single == {
+        "path": str(files[0]),
+        "done": True,
+        "note": "",
+        "size_bytes": 1000,
+        "rotten_chunks": 0,
+    }
+    assert missing.returncode == 1
+    assert missing.stdout.decode() == f"{files[0]}: ok\n"
+    assert missing.stderr.decode() == f"swarmcache: '{sources}/nothing': not cached\n"
+
+
+def test_a_rotten_copy_is_found_and_completed_from_other_nodes(
+    local: LocalDaemons, sources: Path
+) -> None:
+    local.start_tracker()
+    first, second = local.start_daemon("a"), local.start_daemon("b")
+    (file,) = write(sources, "file", size_bytes=3 * 1024 * 1024)
+    (copy,) = first.get(file)
+    second.get(file)
+    os.chmod(copy, 0o600)
+    with open(copy, "r+b") as rotten:
+        rotten.seek(1_000_000)
+        byte = rotten.read(1)
+        rotten.seek(1_000_000)
+        rotten.write(bytes([byte[0] ^ 1]))
+    file.rename(sources / "moved")  # nobody can read it from the file server any more
+
+    done = first.run("verify", file)
+
+    assert (done.returncode, done.stdout.decode()) == (1, f"{file}: rotten\n")
+    assert b"1 of 12 chunks were rotten" in done.stderr
+    wait_until(
+        lambda: first.run("ls", file).returncode == 0, PATIENCE_S, "the copy to be complete again"
+    )
+    assert first.run("verify", file).returncode == 0
+    assert Path(os.fsdecode(copy)).read_bytes() == (sources / "moved").read_bytes()
+
+
 # --- several users -------------------------------------------------------------------------------
 
 
@@ -401,7 +453,7 @@ def test_wrong_usage_exits_2_and_asks_nobody(arguments: list[str], tmp_path: Pat
 
 
 def test_every_command_has_help_that_tells_its_exit_codes() -> None:
-    for command in ("ls", "rm", "pin", "unpin"):
+    for command in ("ls", "rm", "pin", "unpin", "verify"):
         done = subprocess.run([*COMMAND, command, "--help"], capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout.startswith(f"Usage: swarmcache {command}".encode())
@@ -488,7 +540,7 @@ def test_a_result_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_without_a_daemon_there_is_one_line_on_stderr(tmp_path: Path) -> None:
-    for command in (["ls"], ["rm", "x"], ["pin", "x"], ["unpin", "x"]):
+    for command in (["ls"], ["rm", "x"], ["pin", "x"], ["unpin", "x"], ["verify"]):
         done = subprocess.run(
             [*COMMAND, command[0], f"--socket={tmp_path}/daemon.sock", *command[1:]],
             capture_output=True,

@@ -1,0 +1,65 @@
+"""The daemon's disk work: what happens to it when nobody waits for it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from swarmcache.disk import Cache
+from swarmcache.disk_worker import DiskWorker
+from swarmcache.machine_shell import MachineShell
+from swarmcache.messages import NodeAddress
+from swarmcache.peer_events import PeerEffect, PeerEvent, TimePassed
+from swarmcache.peer_state import PeerState
+from tests.disk_helpers import open_cache
+
+DEADLINE_S = 20.0
+
+
+class EndlessFile(Cache):
+    """Has one file, which is digested for ever."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__([open_cache(root)])
+        self.pieces = threading.Event()
+        self.ended = threading.Event()
+
+    def verify(
+        self, version_id: bytes, after_piece: Callable[[int], None] = lambda size_bytes: None
+    ) -> list[int] | None:
+        try:
+            while True:
+                self.pieces.set()
+                after_piece(1)
+        finally:
+            self.ended.set()
+
+
+async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
+    cache = EndlessFile(root)
+    threads = ThreadPoolExecutor(1)
+
+    def spawn(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(coroutine)
+
+    shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
+        PeerState(NodeAddress("m:1", 2), Random(1)), lambda effect: None, TimePassed()
+    )
+    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None)
+    task = asyncio.create_task(worker.verify(b"v" * 32))
+    assert await asyncio.to_thread(cache.pieces.wait, DEADLINE_S)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await asyncio.to_thread(cache.ended.wait, DEADLINE_S)
+    threads.shutdown()
+    cache.close()
