@@ -27,7 +27,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,12 +43,15 @@ from swarmcache.disk_calls import (
     write_all,
 )
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
+from swarmcache.evictor import Evictor
+from swarmcache.in_use import UseCheck
 from swarmcache.index_rebuild import MANIFEST, IndexRebuild
 from swarmcache.messages import DiskStatus
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
 from swarmcache.partial_store import PartialStore, SpaceLimits
 from swarmcache.quiet_read import digest_quietly, open_quietly
 from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
+from swarmcache.uses import Uses
 
 __all__ = ["CacheDir", "ChunkSource", "Partial", "User"]
 
@@ -130,13 +134,15 @@ class CacheDir:
         *,
         min_free: Callable[[int], int],
         max_usage: Callable[[int], int],
+        min_age_s: float = 0.0,
         make: bool = True,
     ) -> None:
         """Open the cache directory without reading what is in it.
 
         ``min_free`` and ``max_usage`` take the capacity of the disk and return the space that
-        stays free, and the space that the cache may take, all in bytes. ``make``: whether a
-        directory that is not there is made, or taken for one whose disk is not mounted.
+        stays free, and the space that the cache may take, all in bytes. ``min_age_s``: a replica
+        used within this time is not evicted. ``make``: whether a directory that is not there is
+        made, or taken for one whose disk is not mounted.
         Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
         fails.
         """
@@ -147,8 +153,7 @@ class CacheDir:
         self._sources: OrderedDict[bytes, _Kept] = OrderedDict()
         self._damaged: dict[bytes, Damaged | None] = {}
         self._damaged_lock = threading.Lock()
-        self._last_used_s: dict[bytes, float] = {}
-        self._last_used_lock = threading.Lock()
+        self._uses = Uses()
         # Where the disk failed in the middle of it, for ``flush`` to finish.
         self._half_dropped: dict[bytes, Replica] = {}
         self._half_linked: set[str] = set()
@@ -168,9 +173,15 @@ class CacheDir:
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
             self._listed = self._index.complete or self._begin_empty(own)
-            limits = SpaceLimits(min_free, max_usage)
+            self._use_check = UseCheck(self._partial_fd)
+            self._evictor = Evictor(self._index, self._uses, self, min_age_s)
             self._partials = PartialStore(
-                self._partial_fd, limits, self._replicas_bytes, self._install, self._tree.unlink_all
+                self._partial_fd,
+                SpaceLimits(min_free, max_usage, min_age_s),
+                self._replicas_taken,
+                self._evictor.make_room,
+                self._install,
+                self._tree.unlink_all,
             )
             self._abandoned = False
             self._resources = stack.pop_all()
@@ -243,6 +254,8 @@ class CacheDir:
         found = self._index.find_for(version_id, user)
         if found is None:
             return None
+        if not self._uses.note_used(version_id, time.time()):
+            return None  # it is being evicted
         replica, linked = found
         path = self._tree.path(user, version.path)
         if not (linked and replica.trusted(self._boot_id) and self._untouched(path, replica)):
@@ -256,8 +269,6 @@ class CacheDir:
                 _, failed = self._link(checked, [user])
             if failed:
                 raise failed[user.uid]
-        with self._last_used_lock:
-            self._last_used_s[version_id] = time.time()
         return os.fsdecode(path)
 
     def user_path(self, version: FileVersion, user: User) -> str:
@@ -312,8 +323,7 @@ class CacheDir:
     def _current(self, entry: Entry, root: bytes) -> Entry:
         """An entry with what the index does not know, or not yet."""
         replica = entry.replica
-        with self._last_used_lock:
-            last_used_s = self._last_used_s.get(replica.version_id, 0.0)
+        last_used_s = self._uses.used_s(replica.version_id)
         if last_used_s > replica.last_used_s:
             replica = dataclasses.replace(replica, last_used_s=last_used_s)
         trusted = replica.trusted(self._boot_id)
@@ -357,6 +367,7 @@ class CacheDir:
 
     def pin(self, version_id: bytes, uid: int) -> bool:
         """Keep a file version until the same user unpins it; whether there is a replica of it."""
+        self._uses.note_used(version_id, time.time())  # who is about to evict it thinks again
         with self._objects_lock:  # as whoever removes it has
             self._index.pin(version_id, uid)
             return self._index.find(version_id) is not None
@@ -377,10 +388,7 @@ class CacheDir:
                 self._drop(replica)
             self._clear_scratch()
         self._partials.tidy()
-        with self._last_used_lock:
-            noted, self._last_used_s = self._last_used_s, {}
-        if noted:
-            self._index.touch(noted)
+        self._uses.flush(self._index.touch)
         self._index.shorten_log()
 
     def make_durable(self, version_id: bytes) -> None:
@@ -402,9 +410,9 @@ class CacheDir:
             self._check_mounted()
             try:
                 fds = [
-                    self._open_object(stack, name, _READ),
-                    self._open_object(stack, name + MANIFEST, _READ),
-                    self._open_object(stack, name[:2], _DIRECTORY),
+                    self._open_object(stack, name),
+                    self._open_object(stack, name + MANIFEST),
+                    self._open_object(stack, name[:2]),
                 ]
             except FileNotFoundError:
                 return  # dropped meanwhile
@@ -498,7 +506,7 @@ class CacheDir:
 
         None when all have been since ``before_s``.
         """
-        return self._index.stalest(before_s)
+        return self._index.stalest(self._boot_id, before_s)
 
     def take_damaged(self) -> dict[bytes, Damaged | None]:
         """The copies that were taken out since the last call, by version id.
@@ -534,18 +542,20 @@ class CacheDir:
 
     # --- the whole ----------------------------------------------------------------------------
 
-    def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
+    def begin(
+        self, version: FileVersion, chunk_size_bytes: int, *, may_evict: bool = True
+    ) -> Partial:
         """Reserve the space for a file and open it, or resume what there is of it.
 
         A complete copy that is not known to be right is resumed as well: its chunks become claims
-        for ``Partial.recover``. Only one at a time for a version. Raises NoSpace within the limits
-        set, and LocalError.
+        for ``Partial.recover``. Only one at a time for a version. ``may_evict``: whether others are
+        given up where there is no room. Raises NoSpace within the limits set, and LocalError.
         """
         self.check_alive()
         taken_back = self._take_back(version.version_id)
         if taken_back is not None:
             chunk_size_bytes = taken_back.chunk_size_bytes
-        return self._partials.begin(version, chunk_size_bytes)
+        return self._partials.begin(version, chunk_size_bytes, may_evict=may_evict)
 
     def knows(self, version_id: bytes) -> bool:
         """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""
@@ -587,12 +597,12 @@ class CacheDir:
             )
         return empty
 
-    def _replicas_bytes(self) -> int:
-        """What all replicas take of the disk; all that is in use as long as that is unknown."""
+    def _replicas_taken(self) -> tuple[int, int]:
+        """How many replicas there are, and what all take; until that is known, what is in use."""
         if self._listed:
-            return self._index.totals()[1]
+            return self._index.totals()
         disk = os.fstatvfs(self._root_fd)
-        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        return 0, (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
     def _open_directory(self, stack: ExitStack, name: str, above_fd: int) -> int:
         with suppress(FileExistsError):  # from an earlier start
@@ -731,18 +741,20 @@ class CacheDir:
 
         After a failure of the disk ``flush`` repeats it.
         """
-        version_id = replica.version_id
-        name = _object_name(version_id)
-        self._half_dropped[version_id] = replica
+        self._half_dropped[replica.version_id] = replica
         with suppress(NoSpace):  # to remove a file needs no room, and gives some
-            self._index.doubt(version_id)
+            self._index.doubt(replica.version_id)
+        self._remove_files(replica)
+        self._let_go(replica.version_id)
+        self._index.delete(replica.version_id)
+        del self._half_dropped[replica.version_id]
+
+    def _remove_files(self, replica: Replica) -> None:
+        name = _object_name(replica.version_id)
         self._unlink_users(replica)
         with disk_errors(f"remove {name}"):
             unlink_if_there(name, self._objects_fd)
             unlink_if_there(name + MANIFEST, self._objects_fd)
-        self._let_go(version_id)
-        self._index.delete(version_id)
-        del self._half_dropped[version_id]
 
     def _unlink_users(self, replica: Replica) -> list[User]:
         """Take a copy out of all users' directories; returns in whose it was."""
@@ -822,8 +834,8 @@ class CacheDir:
         decoded = decode_manifest(data)
         return decoded if decoded and decoded[0].version_id == version_id else None
 
-    def _open_object(self, stack: ExitStack, name: str, flags: int) -> int:
-        fd = os.open(name, flags, dir_fd=self._objects_fd)
+    def _open_object(self, stack: ExitStack, name: str) -> int:
+        fd = open_quietly(name, self._objects_fd)
         stack.callback(os.close, fd)
         return fd
 
@@ -837,6 +849,8 @@ class CacheDir:
                 replica = self._index.find(version_id)
                 if replica is None or replica.trusted(self._boot_id):
                     return False  # dropped or published anew meanwhile
+                if stamp is None and self._stamp(version_id) is not None:
+                    return False  # it is just being evicted
                 if bad or self._stamp(version_id) != stamp:
                     shown = os.fsdecode(replica.path)
                     log.warning("the copy of %s did not survive: taken out", shown)
@@ -871,13 +885,55 @@ class CacheDir:
             if _digest(fd, manifest.layout, chunk, after_piece) != digest
         ]
 
+    # --- eviction -----------------------------------------------------------------------------
+
+    def hold(self, version_id: bytes) -> None:
+        """Keep a file version, whether it is here already or not, until ``release``."""
+        self._uses.hold(version_id)
+
+    def release(self, version_id: bytes) -> None:
+        """End one ``hold``."""
+        self._uses.release(version_id)
+
+    def tell_before_evicting(self, tell: Callable[[Sequence[bytes]], Future[None]]) -> None:
+        """See ``Cache.tell_before_evicting``."""
+        self._evictor.tell = tell
+
+    def real_use_s(self, version_id: bytes) -> float:
+        """When some process last read the file, as far as the mount keeps such times; else 0."""
+        with disk_errors("look at a replica"):
+            try:
+                return os.stat(_object_name(version_id), dir_fd=self._objects_fd).st_atime
+            except FileNotFoundError:
+                return 0.0
+
+    @contextmanager
+    def unused(self, version_ids: Sequence[bytes]) -> Iterator[set[bytes]]:
+        """See ``UseCheck.unused``."""
+        names = {_object_name(version_id): version_id for version_id in version_ids}
+        for version_id in version_ids:
+            self._let_go(version_id)  # unless a peer is being served
+        with (
+            disk_errors("find out which files are in use"),
+            self._use_check.unused(list(names), self._objects_fd) as unused,
+        ):
+            yield {names[name] for name in unused}
+
+    def remove_files(self, version_id: bytes) -> Replica | None:
+        """Remove all of a replica but its row, which is returned; None when there is none."""
+        with self._objects_lock:
+            replica = self._index.find(version_id)
+            if replica is not None:
+                self._remove_files(replica)
+            return replica
+
     def _open_replica(self, replica: Replica) -> ChunkSource | None:
         version_id = replica.version_id
         with self._sources_lock, disk_errors("open a replica"):
             kept = self._sources.get(version_id)
             if kept is None:
                 try:
-                    fd = os.open(_object_name(version_id), _READ, dir_fd=self._objects_fd)
+                    fd = open_quietly(_object_name(version_id), self._objects_fd)
                 except FileNotFoundError:
                     return None
                 layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)

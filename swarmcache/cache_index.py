@@ -19,7 +19,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -277,6 +277,50 @@ class CacheIndex:
         [(file_count, stored_bytes)] = self._rows("SELECT file_count, stored_bytes FROM total")
         return file_count, stored_bytes
 
+    def kept(self, newest_s: float) -> tuple[int, int, int, int]:
+        """Bytes of replicas used after ``newest_s``, of pinned ones, of all others; how many those.
+
+        Slow; on a connection of its own: with a million replicas look-ups would wait for 0.1 s.
+        """
+        with _sqlite_errors(self._path), closing(_connect(self._path)) as connection:
+            [sums] = connection.execute(
+                "SELECT (SELECT total(stored_bytes) FROM replica"
+                " WHERE last_used_s > ? AND version_id NOT IN (SELECT version_id FROM pin)),"
+                " (SELECT total(stored_bytes) FROM replica"
+                " WHERE version_id IN (SELECT version_id FROM pin)),"
+                " total(stored_bytes), count(*) FROM replica"
+                " WHERE last_used_s <= ? AND version_id NOT IN (SELECT version_id FROM pin)",
+                (newest_s, newest_s),
+            ).fetchall()
+        young_bytes, pinned_bytes, others_bytes, others_count = map(int, sums)
+        return young_bytes, pinned_bytes, others_bytes, others_count
+
+    def eviction_pages(self, newest_s: float) -> Iterator[list[tuple[float, bytes, int]]]:
+        """Replicas that are not pinned and were last used by ``newest_s``, the oldest ones first.
+
+        Each as time of last use, version id and bytes of the disk; a page at a time, none empty.
+        """
+        query = (
+            "SELECT last_used_s, version_id, stored_bytes FROM replica"
+            " WHERE (last_used_s, version_id) > (?, ?) AND last_used_s <= ?"
+            " AND version_id NOT IN (SELECT version_id FROM pin)"
+            " ORDER BY last_used_s, version_id LIMIT ?"
+        )
+        after: tuple[float, bytes] = (-1.0, b"")
+        while page := self._rows(query, *after, newest_s, PAGE_ROWS):
+            yield [(last_used_s, version_id, size) for last_used_s, version_id, size in page]
+            after = page[-1][:2]
+
+    def wanted(self, version_ids: Sequence[bytes], newest_s: float) -> set[bytes]:
+        """Those of a few replicas that are pinned, or were used after ``newest_s``."""
+        marks = ", ".join("?" * len(version_ids))
+        rows = self._rows(
+            f"SELECT version_id FROM replica WHERE version_id IN ({marks})"  # noqa: S608 (marks)
+            " AND (last_used_s > ? OR version_id IN (SELECT version_id FROM pin))",
+            *(*version_ids, newest_s),
+        )
+        return {version_id for (version_id,) in rows}
+
     def trusted_ids(self, boot_id: bytes) -> Iterator[bytes]:
         """Version ids of all replicas that may be handed out, read a page at a time."""
         yield from self._ids("trust = 2")
@@ -293,15 +337,15 @@ class CacheIndex:
         query = "SELECT version_id FROM replica WHERE version_id BETWEEN ? AND ?"
         return {version_id for (version_id,) in self._rows(query, begin, end)}
 
-    def stalest(self, before_s: float) -> tuple[float, bytes] | None:
-        """Of the durable replicas the one that was verified longest ago: when, and its version id.
+    def stalest(self, boot_id: bytes, before_s: float) -> tuple[float, bytes] | None:
+        """Of the trusted replicas the one that was verified longest ago: when, and its version id.
 
         None when all have been verified since ``before_s``.
         """
         rows = self._rows(
-            "SELECT verified_s, version_id FROM replica WHERE verified_s < ? AND trust = 2"
-            " ORDER BY verified_s LIMIT 1",
-            before_s,
+            "SELECT verified_s, version_id FROM replica WHERE verified_s < ?"
+            " AND (trust = 2 OR trust = 1 AND boot_id = ?) ORDER BY verified_s LIMIT 1",
+            *(before_s, boot_id),
         )
         return rows[0] if rows else None
 
@@ -421,6 +465,14 @@ class CacheIndex:
     def delete(self, version_id: bytes) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM replica WHERE version_id = ?", (version_id,))
+
+    def delete_all(self, replicas: Iterable[Replica]) -> None:
+        """Delete the rows of a few replicas, unless others have taken their places."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "DELETE FROM replica WHERE version_id = ? AND inode = ? AND created_s = ?",
+                [(each.version_id, each.stamp.inode, each.created_s) for each in replicas],
+            )
 
     def sync(self) -> None:
         """Bring all rows onto the disk. Slow: it fsyncs."""

@@ -22,6 +22,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ class Cache:
         *,
         min_free: Callable[[int], int],
         max_usage: Callable[[int], int],
+        min_age_s: float = 0.0,
     ) -> Cache:
         """Open the cache directories; the limits are per disk, see ``CacheDir``.
 
@@ -101,7 +103,11 @@ class Cache:
             for root in roots:
                 try:
                     directory = CacheDir(
-                        root, min_free=min_free, max_usage=max_usage, make=not several
+                        root,
+                        min_free=min_free,
+                        max_usage=max_usage,
+                        min_age_s=min_age_s,
+                        make=not several,
                     )
                 except DiskFailed as error:
                     lost[os.fspath(root)] = str(error)
@@ -307,19 +313,41 @@ class Cache:
     def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
         """Reserve the space for a file and open it, or resume what there is of it.
 
-        Only one at a time for a version. Raises NoSpace when no directory has room within its
-        limits, DiskFailed when none is left, LocalError.
+        Nothing is evicted as long as there is room on another disk. Only one at a time for a
+        version. Raises NoSpace when no directory has room within its limits, DiskFailed when none
+        is left, LocalError.
         """
         self._examine_suspects()
+        places = self._places(version)
         no_space: NoSpace | None = None
-        for directory in self._places(version):
-            try:
-                return directory.begin(version, chunk_size_bytes)
-            except NoSpace as error:
-                no_space = no_space or error
-            except DiskFailed as error:
-                self._examine(directory, error)
+        for may_evict in (False, True):
+            no_space = None
+            for directory in places:
+                try:
+                    return directory.begin(version, chunk_size_bytes, may_evict=may_evict)
+                except NoSpace as error:
+                    no_space = no_space or error
+                except DiskFailed as error:
+                    self._examine(directory, error)
         raise no_space or self._nothing_left()
+
+    def hold(self, version_id: bytes) -> None:
+        """Keep a file version, whether it is here already or not, until ``release``."""
+        for directory in self._all:
+            directory.hold(version_id)
+
+    def release(self, version_id: bytes) -> None:
+        """End one ``hold``."""
+        for directory in self._all:
+            directory.release(version_id)
+
+    def tell_before_evicting(self, tell: Callable[[Sequence[bytes]], Future[None]]) -> None:
+        """``tell`` is called in a worker thread with the replicas that are to be evicted.
+
+        The future that it returns is done when that can go on.
+        """
+        for directory in self._all:
+            directory.tell_before_evicting(tell)
 
     def look_after(self) -> None:
         """Write down when copies were last used, and find out whether all disks still work.

@@ -44,10 +44,15 @@ _STATFS_BYTES = 256  # struct statfs has 120 on 64-bit Linux; its first member i
 _TMPFS_MAGIC = 0x01021994  # linux/magic.h
 
 
+def is_full(error: OSError) -> bool:
+    """Whether the disk or a quota is full."""
+    return error.errno in _NO_SPACE
+
+
 def local_error(error: OSError, doing: str) -> LocalError:
     """The ``LocalError`` for a failed system call; ``doing`` completes "could not ..."."""
     text = f"could not {doing}: {error.strerror or error}"
-    if error.errno in _NO_SPACE:
+    if is_full(error):
         return NoSpace(text)
     return DiskFailed(text) if error.errno in _DISK_FAILED else LocalError(text)
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from swarmcache.cache_dir import Damaged
@@ -68,7 +68,7 @@ class DiskWorker:
         self._handle = shell.handle
         self._end_work = end_work
         self._mend = mend
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._scrubber = Scrubber(
             cache,
             scrub_rate_bytes_per_s,
@@ -80,12 +80,12 @@ class DiskWorker:
 
     def start(self) -> None:
         """Begin to look after the disks."""
-        loop = asyncio.get_running_loop()
 
         def on_lost(reason: str, partials: list[Partial]) -> None:
-            loop.call_soon_threadsafe(self._lost, reason, partials)
+            self._loop.call_soon_threadsafe(self._lost, reason, partials)
 
         self._cache.on_lost = on_lost
+        self._cache.tell_before_evicting(self._tell_evicted)
         self._spawn(self._look_after_disk())
         self._scrubber.start()
 
@@ -138,7 +138,7 @@ class DiskWorker:
         self._tail[version_id] = self._spawn(in_turn())
 
     async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        return await self._loop.run_in_executor(self._threads, function, *args)
 
     # --- one file version -----------------------------------------------------------------------
 
@@ -208,6 +208,18 @@ class DiskWorker:
         except LocalError as error:
             log.error("cannot read a manifest: %s", error)
         self._handle(ManifestLoaded(version_id, digests))
+
+    def _tell_evicted(self, version_ids: Sequence[bytes]) -> Future[None]:
+        """Have the tracker told in the event loop; runs in a thread."""
+        told: Future[None] = Future()
+
+        def tell() -> None:
+            for version_id in version_ids:
+                self._handle(ReplicaDropped(version_id))
+            told.set_result(None)
+
+        self._loop.call_soon_threadsafe(tell)
+        return told
 
     # --- the whole ------------------------------------------------------------------------------
 

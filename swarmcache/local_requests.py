@@ -236,6 +236,7 @@ class LocalRequests:
         number = next(self._numbers)
         request = LocalRequest(connection, source, fd)
         self._requests[number] = request
+        self._cache.hold(source.version.version_id)  # not evicted before it is handed out
         connection.on_closed[number] = lambda: self._client_gone(number)
         if get.wait_s is not None:
             reason = f"not here within {get.wait_s:g} s"
@@ -292,6 +293,7 @@ class LocalRequests:
             for timer in request.timers:
                 timer.cancel()
             os.close(request.fd)
+            self._cache.release(request.source.version.version_id)
         return request
 
     def _answer_original(self, number: int, reason: str, *, retry: bool = False) -> None:

@@ -24,7 +24,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, FileVersion, Manifest
-from swarmcache.disk_calls import SharedFile, disk_errors, write_all
+from swarmcache.disk_calls import SharedFile, disk_errors, is_full, write_all
 from swarmcache.errors import LocalError
 from swarmcache.user_tree import User
 
@@ -127,6 +127,8 @@ class PartialOwner(Protocol):
     def install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]: ...
 
     def hide(self, partial: Partial) -> list[User]: ...
+
+    def relieve(self, partial: Partial) -> bool: ...
 
     def discard(self, partial: Partial) -> None: ...
 
@@ -234,7 +236,7 @@ class Partial:
                 return
             # At an offset of our own, so that a record cut short by a full disk is overwritten.
             with disk_errors("write the journal of a partial file"):
-                write_all(self._journal_fd, encode_record(chunk, digest), self._journal_end)
+                self._put(self._journal_fd, encode_record(chunk, digest), self._journal_end)
             self._journal_end += _RECORD.size
             self._digests[chunk] = digest
 
@@ -298,10 +300,19 @@ class Partial:
             return False
         try:
             with disk_errors("write a chunk"):
-                write_all(self.file.fd, data, offset_bytes)
+                self._put(self.file.fd, data, offset_bytes)
         finally:
             self._end_use()
         return True
+
+    def _put(self, fd: int, data: bytes | memoryview, offset_bytes: int) -> None:
+        """Write; once more if the disk is full, where it could not set the space aside."""
+        try:
+            write_all(fd, data, offset_bytes)
+        except OSError as error:
+            if not (is_full(error) and self._owner.relieve(self)):
+                raise
+            write_all(fd, data, offset_bytes)
 
     def _begin_use(self, chunk: int) -> bool:
         """Keep the file open for work on a chunk; False when the chunk is had already."""

@@ -3,6 +3,8 @@
 Space is reserved for the whole of a file before its first byte: set aside on the disk where the
 file system can do that, kept account of where it cannot.
 
+Who finds no room has some made, one after the other: what one has freed, no other may take.
+
 Invariant: what replicas and reservations take together never exceeds ``max_usage``, and if all
 reserved bytes were written now, the free space would not fall below ``min_free``.
 """
@@ -15,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
@@ -42,9 +44,18 @@ from swarmcache.user_tree import User
 log = logging.getLogger(__name__)
 
 PARTIAL_AGE_MAX_S = 24 * 3600.0
-# What the index, its log (see LOG_SIZE_MAX_BYTES) and new directories may take from the disk
-# without being asked for one by one.
+# Whoever wants to go on with a partial file has done so by then; see ABANDON_S of the machine.
+ABANDONED_S = 300.0
+# Kept from both limits: what the log of the index may grow by (see LOG_SIZE_MAX_BYTES) before it is
+# shortened, and the database by that.
 UNCOUNTED_MAX_BYTES = 8 << 20
+# What a file takes besides its blocks and those of its manifest: a row in the index, two inodes
+# where they are made on demand (XFS), names in three directories.
+OVERHEAD_BYTES = 4096
+# After an eviction the file system may give the blocks back behind our back (XFS): time to do so.
+GIVE_BACK_S = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
+# A second time for what others on this machine have taken meanwhile; we do not race with them.
+EVICTIONS_MAX = 2
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _JOURNAL = ".chunks"
@@ -53,13 +64,15 @@ _NAME = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class SpaceLimits:
-    """Both take the capacity of the disk in bytes.
+    """``min_free`` and ``max_usage`` take the capacity of the disk in bytes.
 
     ``min_free`` returns the bytes that stay free, ``max_usage`` the bytes that the cache may take.
+    ``min_age_s``: what was used since is not given up.
     """
 
     min_free: Callable[[int], int]
     max_usage: Callable[[int], int]
+    min_age_s: float
 
 
 class PartialStore:
@@ -69,23 +82,30 @@ class PartialStore:
         self,
         directory_fd: int,
         limits: SpaceLimits,
-        replicas_bytes: Callable[[], int],
+        replicas: Callable[[], tuple[int, int]],
+        make_room: Callable[[int, int], None],
         install: Callable[[Partial, Sequence[User]], dict[int, str]],
         unlink_users: Callable[[bytes, int], list[User]],
     ) -> None:
-        """``directory_fd`` stays the caller's. ``replicas_bytes``: what all replicas take.
+        """``directory_fd`` stays the caller's. ``replicas``: their number, and what all take.
 
-        ``install`` makes a complete partial file a replica. ``unlink_users`` takes a file that was
-        one (real path of the source, inode) out of the users' directories; returns in whose it was.
-        Counts what earlier lives have left; removes what is too old to resume. Raises LocalError.
+        ``make_room`` evicts replicas of so many bytes, each its own and so many more; or it raises
+        NoSpace. ``install`` makes a
+        complete partial file a replica. ``unlink_users`` takes a file that was one (real path of
+        the source, inode) out of the users' directories; returns in whose it was. Counts what
+        earlier lives have left; removes what is too old to resume. Raises LocalError.
         """
         self._fd = directory_fd
         self._limits = limits
-        self._replicas_bytes = replicas_bytes
+        self._replicas = replicas
+        self._make_room = make_room
         self._install = install
         self._unlink_users = unlink_users
         # Also keeps two reservations from counting on the same free space.
         self._lock = threading.RLock()
+        # Taken before the other one, and held while replicas are evicted.
+        self._room_lock = threading.Lock()
+        self._claim: tuple[bytes, int] | None = None  # for whom that is, and how much
         self._abandoned = False
         self._open: dict[bytes, Partial] = {}
         self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
@@ -128,9 +148,29 @@ class PartialStore:
         sizes = (version.size_bytes, journal_size_bytes(version, layout))
         return sum(-(-size // block) * block for size in sizes)
 
-    def begin(self, version: FileVersion, chunk_size_bytes: int) -> Partial:
-        """See ``Cache.begin``."""
+    def begin(
+        self, version: FileVersion, chunk_size_bytes: int, *, may_evict: bool = True
+    ) -> Partial:
+        """See ``CacheDir.begin``."""
         layout = ChunkLayout(version.size_bytes, chunk_size_bytes)
+        try:
+            return self._begin(version, layout)
+        except NoSpace as error:
+            if not may_evict:
+                raise
+            refusal = error
+        wanted_bytes = self.stored_bytes(version, layout)
+        with self._room_lock:
+            self._claim = (version.version_id, wanted_bytes)
+            try:
+                self._find_room(version.version_id, wanted_bytes)
+                return self._begin(version, layout)
+            except NoSpace as reason:
+                raise NoSpace(f"{refusal}: {reason}") from reason
+            finally:
+                self._claim = None
+
+    def _begin(self, version: FileVersion, layout: ChunkLayout) -> Partial:
         version_id = version.version_id
         name = version_id.hex()
         with self._lock, disk_errors(f"begin {name}"), ExitStack() as stack:
@@ -208,6 +248,25 @@ class PartialStore:
         with disk_errors("take back a copy"):
             return self._hide(partial.version.version_id.hex())
 
+    def relieve(self, partial: Partial) -> bool:
+        """Make room on a disk that is full in spite of our account. For ``Partial``.
+
+        Happens where the disk cannot set space aside and others have taken it. False when nothing
+        can be evicted, or the disk has room and a quota is full. Raises LocalError.
+        """
+        with self._room_lock:
+            with disk_errors("ask for free space"):
+                disk = os.fstatvfs(self._fd)
+                free_bytes = disk.f_bavail * disk.f_frsize
+                missing_bytes = self._unallocated_now(partial.version.version_id) - free_bytes
+            if missing_bytes > 0:
+                try:
+                    self._make_room(missing_bytes, 0)
+                except NoSpace as reason:
+                    log.warning("the disk of the cache is full: %s", reason)
+                    return False
+            return True
+
     def discard(self, partial: Partial) -> None:
         """Remove a partial file, release its space. For ``Partial.discard``.
 
@@ -278,19 +337,27 @@ class PartialStore:
         with self._lock, disk_errors("ask for free space"):
             return max(0, min(self._rooms_bytes()))
 
-    def _rooms_bytes(self) -> tuple[int, int]:
+    def _rooms_bytes(self, for_version: bytes = b"") -> tuple[int, int]:
         """What is left of ``max_usage``, and what is free above ``min_free``."""
         disk = os.fstatvfs(self._fd)
         capacity_bytes = disk.f_blocks * disk.f_frsize
-        allowed_bytes = self._limits.max_usage(capacity_bytes)
-        allowed_bytes -= self._replicas_bytes() + self.reserved_bytes()
+        count, taken_bytes = self._replicas()
+        taken_bytes += self.reserved_bytes() + UNCOUNTED_MAX_BYTES
+        taken_bytes += (count + len(self._reserved_bytes) + 1) * OVERHEAD_BYTES
         unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
         free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
-        return allowed_bytes, free_bytes - self._limits.min_free(capacity_bytes)
+        claim = self._claim
+        if claim is not None and claim[0] != for_version:
+            taken_bytes += claim[1] + OVERHEAD_BYTES
+            free_bytes -= claim[1]
+        return (
+            self._limits.max_usage(capacity_bytes) - taken_bytes,
+            free_bytes - self._limits.min_free(capacity_bytes),
+        )
 
     def _check_room(self, version: FileVersion, wanted_bytes: int) -> None:
         """Raise NoSpace when the limits do not allow this much more."""
-        allowed_bytes, free_bytes = self._rooms_bytes()
+        allowed_bytes, free_bytes = self._rooms_bytes(version.version_id)
         room_bytes = max(0, min(allowed_bytes, free_bytes))
         if wanted_bytes > room_bytes:
             limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"
@@ -298,6 +365,49 @@ class PartialStore:
                 f"{os.fsdecode(version.path)} needs {wanted_bytes} bytes, but {limit} leaves"
                 f" {room_bytes} on this node"
             )
+
+    def _find_room(self, version_id: bytes, wanted_bytes: int) -> None:
+        """Evict until the limits allow this much more. Raises NoSpace, which says why it cannot."""
+        missing_bytes, overhead_bytes = self._missing(version_id, wanted_bytes)
+        if missing_bytes <= 0:  # so it was the disk itself that refused
+            missing_bytes = wanted_bytes
+        for _ in range(EVICTIONS_MAX):
+            missing_bytes -= self._give_up_partials(missing_bytes, overhead_bytes)
+            if missing_bytes > 0:
+                self._make_room(missing_bytes, overhead_bytes)
+            for pause_s in GIVE_BACK_S:
+                time.sleep(pause_s)
+                missing_bytes, overhead_bytes = self._missing(version_id, wanted_bytes)
+                if missing_bytes <= 0:
+                    return
+
+    def _missing(self, version_id: bytes, wanted_bytes: int) -> tuple[int, int]:
+        """What the tighter limit lacks, and what it gets back for a file besides its blocks."""
+        with self._lock, disk_errors("ask for free space"):
+            allowed_bytes, free_bytes = self._rooms_bytes(version_id)
+        if allowed_bytes < free_bytes:
+            return wanted_bytes - allowed_bytes, OVERHEAD_BYTES
+        return wanted_bytes - free_bytes, 0
+
+    def _give_up_partials(self, wanted_bytes: int, overhead_bytes: int) -> int:
+        """Remove partial files that nobody has gone on with for long; returns bytes given back."""
+        freed_bytes = 0
+        newest_s = time.time() - max(self._limits.min_age_s, ABANDONED_S)
+        with self._lock, disk_errors("look through the partial files"):
+            closed = self._reserved_bytes.keys() - self._open.keys()
+            written_s = {version_id: self._written_s(version_id) for version_id in closed}
+            for version_id in sorted(closed, key=written_s.__getitem__):
+                if freed_bytes >= wanted_bytes or written_s[version_id] > newest_s:
+                    break
+                freed_bytes += self._reserved_bytes[version_id] + overhead_bytes
+                self._remove(version_id)
+        return freed_bytes
+
+    def _written_s(self, version_id: bytes) -> float:
+        names = (version_id.hex(), version_id.hex() + _JOURNAL)
+        with suppress(FileNotFoundError):
+            return max(self._stat(name).st_mtime for name in names)
+        return 0.0  # removed by somebody; only the account of it is left
 
     def _unallocated_now(self, version_id: bytes) -> int:
         most = self._unallocated[version_id]

@@ -540,6 +540,7 @@ def open_cache(config: Config) -> Cache:
         cache.dirs,
         min_free=cache.min_free.resolve_bytes,
         max_usage=cache.max_usage.resolve_bytes,
+        min_age_s=cache.min_age_s,
     )
 
 

@@ -11,6 +11,7 @@ still cached shows only once that page is gone.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -22,7 +23,8 @@ from blake3 import blake3
 
 # BLAKE3 is at full speed from 128 KiB on.
 PIECE_BYTES = 256 * 1024
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: who opens a file that is being evicted would otherwise wait for that.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 # linux/ioprio.h: the class is in the topmost 3 of 16 bits. No class: that of the nice value.
 _CLASS_NONE, _CLASS_IDLE = 0 << 13, 3 << 13
 _WHO_THREAD = 1  # IOPRIO_WHO_PROCESS, which with id 0 is the calling thread
@@ -44,9 +46,14 @@ _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 
 def open_quietly(name: str, dir_fd: int) -> int:
-    """Open a file for reading that does not count as use. Raises OSError."""
+    """Open a file for reading that does not count as use. Raises OSError.
+
+    A file that is just being evicted is as good as gone: FileNotFoundError.
+    """
     try:
         return os.open(name, _READ | os.O_NOATIME, dir_fd=dir_fd)
+    except BlockingIOError as error:
+        raise FileNotFoundError(errno.ENOENT, "it is just being evicted") from error
     except PermissionError:  # somebody has made it theirs; whether we may read it shows here
         return os.open(name, _READ, dir_fd=dir_fd)
 

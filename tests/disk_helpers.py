@@ -57,8 +57,10 @@ def open_cache(
     root: Path,
     min_free: Callable[[int], int] = lambda capacity_bytes: 0,
     max_usage: Callable[[int], int] = lambda capacity_bytes: capacity_bytes,
+    min_age_s: float = 3600.0,
 ) -> CacheDir:
-    return CacheDir(root, min_free=min_free, max_usage=max_usage)
+    """A cache directory; within its limits, and where nothing is evicted during a test."""
+    return CacheDir(root, min_free=min_free, max_usage=max_usage, min_age_s=min_age_s)
 
 
 def a_file(

@@ -33,7 +33,7 @@ from swarmcache.partial import (
     encode_manifest,
     encode_record,
 )
-from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
+from swarmcache.partial_store import OVERHEAD_BYTES, UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
     CHUNK_BYTES,
     ME,
@@ -695,7 +695,9 @@ def test_a_path_that_cannot_be_below_the_cache_is_refused(cache: CacheDir, path:
 
 def test_the_limits_hold_for_concurrent_reservations(root: Path) -> None:
     size_bytes = 100 * 4096
-    cache = open_cache(root, max_usage=lambda capacity_bytes: 10 * (size_bytes + 2 * 4096))
+    each_bytes = size_bytes + 4096 + OVERHEAD_BYTES  # the journal
+    limit_bytes = 10 * each_bytes + UNCOUNTED_MAX_BYTES
+    cache = open_cache(root, max_usage=lambda _: limit_bytes)
     versions = [FileVersion(b"/nfs/%d" % i, size_bytes, i) for i in range(40)]
 
     def begin(version: FileVersion) -> Partial | None:

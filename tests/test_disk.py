@@ -17,6 +17,7 @@ from swarmcache.cache_dir import CacheDir
 from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache, Partial
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
     CHUNK_BYTES,
     ME,
@@ -32,7 +33,7 @@ MIB = 1 << 20
 
 def limited(root: Path, name: str, room_bytes: int = 64 * MIB) -> CacheDir:
     """A cache directory with room of its own, as if it were on a disk of its own."""
-    return open_cache(root / name, max_usage=lambda capacity_bytes: room_bytes)
+    return open_cache(root / name, max_usage=lambda _: room_bytes + UNCOUNTED_MAX_BYTES)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from swarmcache.cache_dir import CacheDir
 from swarmcache.cache_index import SCHEMA_VERSION
 from swarmcache.errors import LocalError, NoSpace
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
     CHUNK_BYTES,
     ME,
@@ -250,7 +251,7 @@ def test_until_everything_is_listed_all_that_the_disk_has_in_use_counts_as_ours(
     publish(cache, *a_file(5000))
     cache.close()
     index_of(root).unlink()
-    cache = open_cache(root, max_usage=lambda _: 1 << 20)
+    cache = open_cache(root, max_usage=lambda _: UNCOUNTED_MAX_BYTES + (1 << 20))
     with pytest.raises(NoSpace, match="max_usage"):
         cache.begin(a_file(5000, b"/nfs/new")[0], CHUNK_BYTES)
     list_objects(cache)

@@ -36,7 +36,9 @@ LAYERS = {
         "disk_calls",
         "disk_worker",
         "display",
+        "evictor",
         "get",
+        "in_use",
         "index_rebuild",
         "lease_journal",
         "link",
@@ -57,6 +59,7 @@ LAYERS = {
         "tracker",
         "transfer",
         "user_tree",
+        "uses",
     },
     "machines": {
         "auth",

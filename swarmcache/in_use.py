@@ -1,0 +1,170 @@
+"""Whether any process has a file open or mapped, asked so that the answer stays true.
+
+A write lease (``F_SETLEASE``) is granted on a file that nobody else has open, however they got at
+it: by another hard link, by a descriptor that was passed on, by a mapping whose descriptor is
+closed. Who opens the file while the lease is held waits until it is given back, and then finds
+either the file or what he has opened of it, whole. So a file can be unlinked under a lease without
+a race.
+
+Some file systems offer no leases, and kernels before 5.3 refuse them on files with several names
+in use, as all files of the cache are. There we look through /proc instead: for what this process
+may see (all of it as root), and only as it was a moment ago.
+
+The kernel tells the holder of a lease by a signal that somebody waits. By default that is SIGIO,
+which would end this process; we have it send SIGURG, which is ignored unless somebody asks for it.
+It is not needed: leases are held for a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from swarmcache.disk_calls import is_full, unlink_if_there
+
+log = logging.getLogger(__name__)
+
+FILES_MAX = 64  # asked about at once: so many descriptors are open meanwhile
+# O_NONBLOCK: not even a lease of somebody else's keeps us waiting. O_NOATIME: asking is no use.
+_ASK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
+_NOT_OFFERED = (
+    *(errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS),
+)
+_GONE = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM)
+
+FileId = tuple[int, int]  # device and inode
+
+
+class UseCheck:
+    """Finds out which files of one file system are in use."""
+
+    def __init__(self, scratch_fd: int) -> None:
+        """``scratch_fd``: of a directory in which files can be made, to try out leases."""
+        self._scratch_fd = scratch_fd
+        self._leases: bool | None = None  # not tried yet
+
+    def offers_leases(self) -> bool:
+        """Whether the answer of ``unused`` is free of races. Raises OSError."""
+        if self._leases is None:
+            try:
+                self._leases = _try_lease(self._scratch_fd)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                return False  # not even a scratch file fits: this time without
+            if not self._leases:
+                log.info("no leases here: which files are in use is looked up in /proc")
+        return self._leases
+
+    @contextmanager
+    def unused(self, names: Sequence[str], directory_fd: int) -> Iterator[set[str]]:
+        """Those of the files that no process has open or mapped, at most ``FILES_MAX`` names.
+
+        With leases nobody can open one of them until the block is left, this process included: it
+        must hold no descriptor of them either. A file that is not there is not in use. Raises
+        OSError.
+        """
+        assert len(names) <= FILES_MAX, "too many files at once"
+        with ExitStack() as stack:
+            if self.offers_leases():
+                yield {name for name in names if _leased(stack, name, directory_fd)}
+            else:
+                yield _unseen(names, directory_fd)
+
+
+def _leased(stack: ExitStack, name: str, directory_fd: int) -> bool:
+    """Whether nobody else has the file open; ``stack`` keeps it so."""
+    try:
+        fd = os.open(name, _ASK, dir_fd=directory_fd)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    stack.callback(os.close, fd)  # which gives the lease back
+    return _take_lease(fd)
+
+
+def _take_lease(fd: int) -> bool:
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _try_lease(directory_fd: int) -> bool:
+    """Whether a lease is granted on a file that has two names in use."""
+    name = f"lease-{secrets.token_hex(8)}"
+    with ExitStack() as stack:
+        fd = os.open(name, _ASK | os.O_CREAT | os.O_EXCL, 0o400, dir_fd=directory_fd)
+        stack.callback(os.close, fd)
+        stack.callback(unlink_if_there, name, directory_fd)
+        try:
+            os.link(name, name + ".link", src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            stack.callback(unlink_if_there, name + ".link", directory_fd)
+            os.stat(name + ".link", dir_fd=directory_fd)
+            return _take_lease(fd)
+        except OSError as error:
+            if error.errno in _NOT_OFFERED:
+                return False
+            raise
+
+
+def _unseen(names: Sequence[str], directory_fd: int) -> set[str]:
+    files: dict[str, FileId] = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+            files[name] = (status.st_dev, status.st_ino)
+    opened, mapped = _files_in_use()
+    # Mappings are compared by inode alone, since some file systems (btrfs) name another device
+    # there than in ``stat``: better a file too many is spared.
+    in_use = {name for name, file in files.items() if file in opened or file[1] in mapped}
+    return set(names) - in_use
+
+
+def _files_in_use() -> tuple[set[FileId], set[int]]:
+    """The regular files that processes have open, and the inodes that they have mapped."""
+    opened: set[FileId] = set()
+    mapped: set[int] = set()
+    for process in os.listdir("/proc"):
+        if process.isdigit():
+            with _gone_or_hidden():
+                opened.update(_open_in(f"/proc/{process}/fd"))
+            with _gone_or_hidden():
+                mapped.update(_mapped_in(Path(f"/proc/{process}/maps")))
+    return opened, mapped
+
+
+def _open_in(directory: str) -> Iterator[FileId]:
+    for name in os.listdir(directory):
+        with _gone_or_hidden():
+            status = os.stat(f"{directory}/{name}")
+            if stat.S_ISREG(status.st_mode):
+                yield status.st_dev, status.st_ino
+
+
+def _mapped_in(maps: Path) -> Iterator[int]:
+    for line in maps.read_bytes().splitlines():
+        inode = int(line.split(maxsplit=5)[4])  # address, rights, offset, device, inode, path
+        if inode:
+            yield inode
+
+
+@contextmanager
+def _gone_or_hidden() -> Iterator[None]:
+    """What has ended meanwhile uses nothing; what we may not look at, we cannot know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise

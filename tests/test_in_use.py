@@ -1,0 +1,170 @@
+"""Whether files are in use, asked of real processes that use them in every way there is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from swarmcache.in_use import UseCheck
+from tests.box import wait_until
+from tests.disk_helpers import needs_root
+
+NAME, OTHER_NAME = "object", "users link"
+
+
+@pytest.fixture
+def directory(root: Path) -> Iterator[Path]:
+    """With one file that has two names."""
+    root.mkdir()
+    (root / NAME).write_bytes(b"content" * 1000)
+    os.link(root / NAME, root / OTHER_NAME)
+    yield root
+
+
+@pytest.fixture(params=["lease", "proc"])
+def check(request: pytest.FixtureRequest, directory: Path) -> Iterator[Callable[[], bool]]:
+    """Whether the file is unused, asked in either way."""
+    with opened(directory) as fd:
+        use_check = UseCheck(fd)
+        if request.param == "proc":
+            use_check._leases = False
+        assert use_check.offers_leases() == (request.param == "lease")
+
+        def unused() -> bool:
+            with use_check.unused([NAME], fd) as found:
+                return found == {NAME}
+
+        yield unused
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+@contextmanager
+def process(path: Path, script: str = "", uid: int | None = None) -> Iterator[None]:
+    """Another process, once it has opened ``path`` or run a Python script with it, and waits."""
+    command: list[str | Path] = ["sh", "-c", 'exec 3<"$1" && echo && exec cat', "sh", path]
+    if script:
+        program = textwrap.dedent(script) + "\nprint(flush=True)\nsys.stdin.read()\n"
+        command = [sys.executable, "-c", program, path]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=uid
+    ) as popen:
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        assert popen.stdout.readline() == b"\n"
+        yield
+        popen.stdin.close()
+        assert popen.wait() == 0
+
+
+MAPPED = """
+    import mmap, os, sys
+    with open(sys.argv[1], "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    # Python keeps a descriptor of its own for the mapping, which would hide what is tested.
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [NAME, OTHER_NAME])
+@pytest.mark.parametrize("script", ["", MAPPED], ids=["open", "mapped"])
+def test_a_file_that_another_process_has_open_or_mapped_is_in_use(
+    check: Callable[[], bool], directory: Path, name: str, script: str
+) -> None:
+    assert check()
+    with process(directory / name, script):
+        assert not check()
+    assert check()
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_file_that_another_user_has_open_is_in_use(
+    check: Callable[[], bool], directory: Path
+) -> None:
+    directory.chmod(0o755)
+    with process(directory / OTHER_NAME, uid=6001):
+        assert not check()
+    assert check()
+
+
+def test_a_descriptor_of_ones_own_counts_as_well(
+    check: Callable[[], bool], directory: Path
+) -> None:
+    with (directory / OTHER_NAME).open("rb"):
+        assert not check()
+    assert check()
+
+
+def test_a_file_that_is_not_there_is_not_in_use(check: Callable[[], bool], directory: Path) -> None:
+    (directory / NAME).unlink()
+    assert check()
+
+
+@pytest.mark.slow
+def test_who_opens_a_file_while_it_is_taken_away_waits_and_harms_nobody(directory: Path) -> None:
+    """The opener reads all of it, or finds nothing; this process is not ended by the signal."""
+    with ExitStack() as stack:
+        fd = stack.enter_context(opened(directory))
+        use_check = UseCheck(fd)
+        with use_check.unused([NAME], fd) as unused:
+            assert unused == {NAME}
+            reader = subprocess.Popen(
+                ["cat", directory / OTHER_NAME], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            # The kernel has sent its signal when the opener waits in the open.
+            wait_until_in_open(reader.pid)
+            with pytest.raises(BlockingIOError):
+                os.open(NAME, os.O_RDONLY | os.O_NONBLOCK, dir_fd=fd)
+            os.unlink(NAME, dir_fd=fd)
+            os.unlink(OTHER_NAME, dir_fd=fd)
+        output, errors = reader.communicate(timeout=20)
+
+    assert (output, errors) == (b"content" * 1000, b"")
+
+
+def wait_until_in_open(pid: int) -> None:
+    """Until the process sleeps in ``open``, waiting for a lease to be given back."""
+    wchan = Path(f"/proc/{pid}/wchan")  # the function in the kernel in which it sleeps
+    wait_until(lambda: "break_lease" in wchan.read_text(), 20.0, "the opener waits for the lease")
+
+
+def test_leases_that_the_kernel_refuses_are_not_counted_on(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.fcntl
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(errno.EINVAL, "leases are off")
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with opened(directory) as fd:
+        use_check = UseCheck(fd)
+        assert not use_check.offers_leases()
+        with use_check.unused([NAME], fd) as unused:
+            assert unused == {NAME}
+        with (directory / OTHER_NAME).open("rb"), use_check.unused([NAME], fd) as unused:
+            assert unused == set()
+    assert sorted(os.listdir(directory)) == [NAME, OTHER_NAME]
