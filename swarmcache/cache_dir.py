@@ -953,7 +953,7 @@ class CacheDir:
             self._check_mounted()
             self.drop(version_id)  # one in doubt, which nobody waits for any more
             replica = self._new_replica(partial)
-            self._index.insert(replica)
+            self._partials.hand_over(version_id, lambda: self._index.insert(replica))
             try:
                 self._move_into_objects(partial)
                 paths, failed = self._link(replica, self._with_former(replica, users))

@@ -231,7 +231,12 @@ class PartialStore:
         """Make a complete partial file a replica. For ``Partial.publish``."""
         version_id = partial.version.version_id
         self._require_disk()
-        paths = self._install(partial, users)
+        reserved_bytes = self._reserved_bytes[version_id]
+        try:
+            paths = self._install(partial, users)
+        except BaseException:
+            self._reserved_bytes[version_id] = reserved_bytes  # until it is discarded
+            raise
         try:
             with disk_errors("remove a journal"):
                 self._remove(version_id)
@@ -239,6 +244,13 @@ class PartialStore:
             log.error("%s; tried again later", error)  # the replica is as good without that
             self._forget(version_id)
         return paths
+
+    def hand_over(self, version_id: bytes, insert: Callable[[], None]) -> None:
+        """``insert`` counts a file as a replica; it never counts twice, or an eviction would make
+        room for it a second time. For ``CacheDir``."""
+        with self._lock:
+            insert()
+            self._reserved_bytes.pop(version_id, None)
 
     def hide(self, partial: Partial) -> list[User]:
         """Take a file that was a replica out of the users' directories. For ``Partial.recover``.
