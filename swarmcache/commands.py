@@ -170,6 +170,29 @@ def status(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    socket: SocketOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Say what is wrong with this installation, and the mend. Works without a daemon, too.
+
+    Looks at the settings, the secret, daemon and tracker, and, as root or the daemon's user, into
+    the cache directories. Exit code 0: nothing is wrong. 1: something is.
+    """
+    from swarmcache.doctor import examine
+
+    report = examine(socket, config_file)
+    if as_json:
+        import json
+
+        print(json.dumps(report.as_dict(), sort_keys=True))
+    else:
+        print("\n".join(report.lines()))
+    raise typer.Exit(EXIT_FAILED if report.findings else 0)
+
+
+@app.command()
 def daemon(
     listen: ListenOption = None,
     advertise: Annotated[

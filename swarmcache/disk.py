@@ -96,7 +96,7 @@ class Cache:
         """
         several = len(roots) > 1
         if several:
-            _check_places(roots)
+            check_places(roots)
         opened: list[CacheDir] = []
         lost: dict[str, str] = {}
         with ExitStack() as stack:
@@ -482,7 +482,7 @@ class Cache:
         return DiskFailed(f"no cache directory is left: {'; '.join(self._lost.values())}")
 
 
-def _check_places(roots: Sequence[Path]) -> None:
+def check_places(roots: Sequence[Path]) -> None:
     """Refuse cache directories whose room would count twice, or that could hide that a disk is not
     mounted. Raises CacheDirUnusable."""
     devices: dict[int, Path] = {}

@@ -27,7 +27,7 @@ from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_ACL_NAME = "system.posix_acl_access"
+ACL_NAME = "system.posix_acl_access"
 _ACL_VERSION = 2  # linux/posix_acl_xattr.h; tags and permissions are those of linux/posix_acl.h
 _ACL_ANY_ID = 0xFFFFFFFF
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
@@ -261,13 +261,13 @@ class UserTree:
             )
         if wanted is None:
             if present is not None:
-                os.removexattr(fd, _ACL_NAME)
+                os.removexattr(fd, ACL_NAME)
             os.fchmod(fd, mode)
             return
         try:
             # The sticky bit comes first: the user must not get in while it is missing.
             os.fchmod(fd, 0o1700)
-            os.setxattr(fd, _ACL_NAME, wanted)
+            os.setxattr(fd, ACL_NAME, wanted)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -289,25 +289,28 @@ def _hard_link(source: tuple[str, int], target: tuple[str | bytes, int]) -> None
 
 def _read_acl(fd: int) -> bytes | None:
     try:
-        return os.getxattr(fd, _ACL_NAME)
+        return os.getxattr(fd, ACL_NAME)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
         raise
 
 
-def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
+def open_cache_root(
+    root: str, *, make: bool = True, daemon_uid: int | None = None
+) -> tuple[bytes, int]:
     """Open the cache directory: its path without symlinks, a descriptor.
 
     With ``make`` it is made if need be; otherwise one that is not there is taken for one whose
-    disk is not mounted. Raises CacheDirUnusable when somebody else could have prepared or could
-    change it, DiskFailed when its disk cannot be used; the message says what to do.
+    disk is not mounted. ``daemon_uid``: whose it must be, by default this process' user. Raises
+    CacheDirUnusable when somebody else could have prepared or could change it, DiskFailed when its
+    disk cannot be used; the message says what to do.
     """
     absolute = os.path.abspath(root)
     above, name = os.path.split(absolute)
     if not name:
         raise CacheDirUnusable("/ cannot be the cache directory: name another one in cache.dir")
-    daemon_uid = os.geteuid()
+    daemon_uid = os.geteuid() if daemon_uid is None else daemon_uid
     try:
         if make:
             os.makedirs(above, exist_ok=True)
@@ -337,7 +340,7 @@ def open_cache_root(root: str, *, make: bool = True) -> tuple[bytes, int]:
         raise CacheDirUnusable(str(failure)) from error
     try:
         with disk_errors(f"look at {path}"):
-            check_ours(fd, path, forbidden=0o022)
+            check_ours(fd, path, forbidden=0o022, daemon_uid=daemon_uid)
     except LocalError:
         os.close(fd)
         raise
@@ -352,15 +355,16 @@ def _make_root(path: str) -> None:
         pass  # ours from an earlier start, or else refused by who opens it
 
 
-def check_ours(fd: int, path: str, *, forbidden: int) -> None:
+def check_ours(fd: int, path: str, *, forbidden: int, daemon_uid: int | None = None) -> None:
     """Raise CacheDirUnusable unless the directory is the daemon's and has no ``forbidden`` mode.
 
     Raises OSError when the disk fails.
     """
     status = os.fstat(fd)
-    if status.st_uid != os.geteuid():
+    daemon_uid = os.geteuid() if daemon_uid is None else daemon_uid
+    if status.st_uid != daemon_uid:
         raise CacheDirUnusable(
-            f"{path} belongs to uid {status.st_uid}, not to the daemon (uid {os.geteuid()}):"
+            f"{path} belongs to uid {status.st_uid}, not to the daemon (uid {daemon_uid}):"
             " remove it, or name another directory in cache.dir"
         )
     if status.st_mode & forbidden:

@@ -36,6 +36,7 @@ LAYERS = {
         "disk_calls",
         "disk_worker",
         "display",
+        "doctor",
         "evictor",
         "get",
         "in_use",

@@ -1,0 +1,281 @@
+"""``swarmcache doctor``: what it finds, what it says to do, and that it harms nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarmcache.doctor import LISTED_MAX, Report, examine
+from tests.disk_helpers import (
+    ME,
+    a_file,
+    change_index,
+    needs_root,
+    object_of,
+    open_cache,
+    publish,
+)
+from tests.local_daemons import LocalDaemons
+from tests.loop_disks import missing
+
+needs_disk = pytest.mark.skipif(bool(missing()), reason="mounting is not possible here")
+
+
+@pytest.fixture
+def settings(root: Path) -> Path:
+    """A settings file with this cache directory. No daemon and no tracker run."""
+    file = root.parent / "config.toml"
+    file.write_text(
+        f'[cluster]\ntracker = "127.0.0.1:1"\n[cache]\ndir = "{root}"\nmin_free = 0\n'
+        f'[daemon]\nsocket = "{root.parent}/run/daemon.sock"\n'
+    )
+    return file
+
+
+@pytest.fixture
+def filled(root: Path) -> Iterator[Path]:
+    """A cache directory with three files, whose daemon has ended."""
+    cache = open_cache(root)
+    for number in range(3):
+        publish(cache, *a_file(9000, b"/nfs/corpus/%d" % number, number))
+    cache.close()
+    yield root
+
+
+def about(report: Report, where: Path) -> list[str]:
+    """What is wrong somewhere below a directory, with the mends."""
+    return [
+        f"{each.what}: {each.do}" for each in report.findings if each.where.startswith(str(where))
+    ]
+
+
+def notes(report: Report) -> str:
+    return "\n".join(f"{note.what} in {note.where}" for note in report.notes)
+
+
+def test_a_sound_cache_directory_has_nothing_wrong(settings: Path, filled: Path) -> None:
+    before = sorted(filled.rglob("*"))
+    report = examine(None, settings)
+
+    assert about(report, filled) == []
+    assert str(settings) in notes(report)
+    assert "the cache takes 48.0 KiB" in notes(report)
+    assert sorted(filled.rglob("*")) == before
+
+
+def test_without_a_daemon_the_tracker_is_tried(settings: Path) -> None:
+    report = examine(None, settings)
+
+    told = [(each.what, each.do) for each in report.findings]
+    assert "no daemon answers" in told[0][0]
+    assert told[0][1] == "start it: swarmcache daemon"
+    assert "the tracker does not answer" in told[1][0]
+    assert len(told) == 2
+    assert "will be made when the daemon is started" in notes(report)
+
+
+def test_wrong_settings_are_named(settings: Path) -> None:
+    settings.write_text("[cache]\nmin_fre = 1\n")
+    [finding] = examine(None, settings).findings
+    assert "did you mean cache.min_free?" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "mend"),
+    [
+        (lambda secret: secret.chmod(0o644), "open to others (mode 644)", "chmod 600"),
+        (lambda secret: secret.write_text("short"), "the secret has 5 bytes", "head -c 32"),
+        (lambda secret: secret.unlink(), "cannot be found", "correct cluster.secret_file"),
+    ],
+)
+def test_a_secret_that_is_none_is_found(
+    settings: Path, tmp_path: Path, spoil: Callable[[Path], None], what: str, mend: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("0123456789abcdef")
+    settings.write_text(settings.read_text() + f'[cluster]\nsecret_file = "{secret}"\n')
+    text = settings.read_text().replace('[cluster]\ntracker = "127.0.0.1:1"\n', "")
+    settings.write_text(text)
+    assert about(examine(None, settings), secret) == []
+
+    spoil(secret)
+
+    [told] = about(examine(None, settings), secret)
+    assert what in told
+    assert mend in told
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mend"),
+    [
+        (lambda root: root.chmod(0o777), "run chmod 0755 on it"),
+        (lambda root: (root / ".swarmcache").chmod(0o755), "run chmod 0700 on it"),
+        (lambda root: shutil.move(root, f"{root}2") and root.symlink_to(f"{root}2"), "remove it"),
+        (lambda root: root.parent.chmod(0o777), "run chmod o-w on it"),
+    ],
+)
+def test_a_cache_directory_that_the_daemon_would_refuse_is_found(
+    settings: Path, filled: Path, spoil: Callable[[Path], None], mend: str
+) -> None:
+    spoil(filled)
+    [told] = about(examine(None, settings), filled)
+    assert mend in told
+
+
+@needs_root
+def test_a_cache_directory_of_another_user_is_found(settings: Path, filled: Path) -> None:
+    os.chown(filled, 6001, 6001)
+    [told] = about(examine(None, settings), filled)
+    assert "belongs to uid 6001, not to the daemon (uid 0)" in told
+
+
+def test_one_of_several_disks_that_is_not_mounted_is_found(settings: Path, filled: Path) -> None:
+    away = filled.parent / "mount point" / "cache"
+    settings.write_text(settings.read_text().replace(f'"{filled}"', f'["{filled}", "{away}"]'))
+    report = examine(None, settings)
+    [told] = about(report, away)
+    assert "is its disk mounted?" in told
+    assert about(report, filled) == []
+    assert not away.exists()
+
+
+def test_files_of_users_are_counted_some_are_named_and_none_is_touched(
+    settings: Path, filled: Path
+) -> None:
+    place = filled / "me" / "nfs" / "corpus"
+    for number in range(LISTED_MAX + 5):
+        (place / f"note\n\x1b[2J{number}").write_text("mine")
+    (place / "link").symlink_to("/etc/passwd")
+    (filled / "me" / "elsewhere").symlink_to("/")
+    report = examine(None, settings)
+
+    assert about(report, filled) == []
+    assert "15 files that users put there (60.0 KiB); they are left alone" in notes(report)
+    assert "and 5 more" in notes(report)
+    assert "\x1b" not in "\n".join(report.lines())
+    assert "passwd" not in notes(report)
+    assert len(list(place.iterdir())) == 3 + LISTED_MAX + 5 + 1
+
+
+def test_what_is_left_over_is_found(settings: Path, filled: Path) -> None:
+    versions = [a_file(9000, b"/nfs/corpus/%d" % number, number)[0] for number in range(3)]
+    objects = [object_of(filled, version) for version in versions]
+    objects[0].unlink()  # its link and its row stay
+    change_index(
+        filled, f"DELETE FROM replica WHERE version_id = x'{versions[1].version_id.hex()}'"
+    )
+    partial = filled / ".swarmcache" / "partial"
+    (partial / ("ab" * 32)).write_bytes(bytes(5000))
+    for suffix in ("", ".chunks"):
+        (partial / ("cd" * 32 + suffix)).write_bytes(bytes(5000))  # somebody may resume it
+
+    told = "\n".join(about(examine(None, settings), filled))
+
+    assert "1 partial files (8.0 KiB) that nobody can resume: restart the daemon" in told
+    assert "1 copies that the index does not list: restart the daemon" in told
+    assert "1 rows of the index without their copies: restart the daemon" in told
+    assert "1 read-only files of the daemon's user that are no copies of anything" in told
+    assert told.count("\n") == 3
+    report = examine(None, settings)
+    places = " ".join(each.where for each in report.findings)
+    for place in (objects[0], objects[1], partial / ("ab" * 32), filled / "me/nfs/corpus/0"):
+        assert str(place) in places
+
+    cache = open_cache(filled)  # and what it says to do helps
+    for _ in cache.list_objects():
+        pass
+    cache.close()
+    assert about(examine(None, settings), filled / ".swarmcache") == []
+
+
+def test_an_index_that_cannot_be_read_is_found(settings: Path, filled: Path) -> None:
+    (filled / ".swarmcache" / "index.sqlite").write_bytes(b"garbage " * 1000)
+    [told] = about(examine(None, settings), filled)
+    assert "the cache index cannot be read" in told
+    assert "makes the index again from the files" in told
+
+
+def test_a_disk_that_is_too_full_for_any_copy_is_found(settings: Path, filled: Path) -> None:
+    settings.write_text(settings.read_text().replace("min_free = 0", 'min_free = "100%"'))
+    [told] = about(examine(None, settings), filled)
+    assert "other files leave the cache no room" in told
+    assert "lower cache.min_free" in told
+
+
+@pytest.mark.box
+@needs_disk
+def test_a_file_system_without_acls_is_found(settings: Path, root: Path) -> None:
+    root.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", root], check=True)
+    try:
+        root.chmod(0o711)
+        [told] = about(examine(None, settings), root)
+    finally:
+        subprocess.run(["umount", root], check=True)
+    assert "has no POSIX ACLs, so only root can be served: mount it with ACLs" in told
+
+
+# --- with a daemon --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_beside_a_daemon_that_works_nothing_is_wrong(root: Path) -> None:
+    root.mkdir()
+    with LocalDaemons(root) as local:
+        tracker = local.start_tracker()
+        node = local.start_daemon()
+        file = root / "file"
+        file.write_bytes(bytes(100_000))
+        node.get(file)
+
+        done = node.run("doctor", "--config=/dev/null", "--json")
+        report: dict[str, Any] = json.loads(done.stdout)
+        assert (report["wrong"], done.returncode) == ([], 0)
+        assert any(note["where"] == str(node.cache_dir) for note in report["notes"])
+        assert b"nothing is wrong" in node.run("doctor", "--config=/dev/null").stdout
+        assert node.get(file)
+
+        tracker.end()
+        done = node.run("doctor", "--config=/dev/null")
+        assert done.returncode == 1
+        assert b"the daemon has no tracker" in done.stdout
+        node.kill()
+        done = node.run("doctor", "--config=/dev/null")
+        assert b"no daemon answers" in done.stdout
+        assert b"wrong: 2 in all" in done.stdout
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_user_without_rights_is_told_what_could_not_be_looked_into(root: Path) -> None:
+    root.mkdir()
+    with LocalDaemons(root) as local:
+        node = local.start_daemon()
+        done = node.run("doctor", "--config=/dev/null", "--json", uid=6001)
+        report = json.loads(done.stdout)
+        assert "run this as root" in str(report["notes"])
+        assert [each["where"] for each in report["wrong"]] == ["127.0.0.1:7380"]  # only the tracker
+
+
+def test_reading_the_index_beside_its_daemon_changes_nothing(settings: Path, root: Path) -> None:
+    cache = open_cache(root)
+    publish(cache, *a_file(9000))
+    connection = sqlite3.connect(root / ".swarmcache" / "index.sqlite")
+    [(before,)] = connection.execute("PRAGMA data_version")
+
+    assert about(examine(None, settings), root) == []
+
+    [(after,)] = connection.execute("PRAGMA data_version")
+    connection.close()
+    assert before == after
+    assert cache.lookup(a_file(9000)[0], ME) is not None
+    cache.close()
