@@ -617,7 +617,12 @@ class CacheDir:
         return fd
 
     def _lock_directory(self, stack: ExitStack, own_fd: int, own: str) -> int:
-        fd = os.open("lock", _MAKE, 0o600, dir_fd=own_fd)
+        try:
+            fd = os.open("lock", _MAKE, 0o600, dir_fd=own_fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise CacheDirUnusable(f"{own}/lock is no file: remove it") from error
+            raise
         stack.callback(os.close, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -105,6 +105,20 @@ def test_the_least_recently_used_file_makes_room_and_leaves_nothing(
     assert cache.status().used_bytes == 3 * (SIZE_BYTES + 4096)
 
 
+def test_what_users_put_beside_a_copy_stays_when_it_is_evicted(
+    three: tuple[CacheDir, list[FileVersion]],
+) -> None:
+    cache, versions = three
+    place = Path(cache.user_path(versions[0], ME)).parent
+    (place / "notes").write_text("mine")
+    (place / "link").symlink_to("/etc")
+
+    begin(cache, 3)
+
+    assert here(cache, versions) == [False, False, False]
+    assert sorted(os.listdir(place)) == ["link", "notes"]
+
+
 def test_a_lookup_keeps_a_file(three: tuple[CacheDir, list[FileVersion]]) -> None:
     cache, versions = three
     assert cache.lookup(versions[0], ME)

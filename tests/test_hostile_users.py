@@ -1,0 +1,246 @@
+"""Where the copies are, with users who mean harm: real uids, a real daemon as root."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache.errors import CacheDirUnusable
+from swarmcache.user_tree import User
+from tests.disk_helpers import ME, a_file, needs_root, open_cache, publish, run_as
+from tests.local_daemons import LocalDaemons, LocalNode
+
+ANN, BEN, EVE = 6001, 6002, 6003
+
+# What a user may try to do to a path that was handed out to them; each prints nothing and ends with
+# something else than 0. In Python, since the shell's tools ask first and do not try.
+ATTACKS = {
+    "write": "open(path, 'r+b')",
+    "truncate": "os.truncate(path, 0)",
+    "remove": "os.unlink(path)",
+    "rename": "os.rename(path, path + '2')",
+    "replace": "open(path + '3', 'w').close(); os.rename(path + '3', path)",
+    "chmod": "os.chmod(path, 0o666)",
+    "chown": "os.chown(path, os.getuid(), -1)",
+    "times": "os.utime(path, (0, 0))",
+    "attribute": "os.setxattr(path, 'user.x', b'x')",
+    "move the directory": "os.rename(os.path.dirname(path), os.path.dirname(path) + '4')",
+    "open the directory to others": "os.chmod(os.path.dirname(path), 0o777)",
+}
+
+
+def attack(uid: int, path: bytes | Path, doing: str) -> bool:
+    """Whether a user gets away with it."""
+    # The user need not be able to read this Python, so it changes its uid when it runs.
+    program = (
+        "import os, sys\nos.setgroups([]); os.setgid({0}); os.setuid({0})\npath = sys.argv[1]\n"
+    )
+    command = [sys.executable, "-c", program.format(uid) + doing, os.fsdecode(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "Error: [Errno" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
+@pytest.fixture
+def node(root: Path) -> Iterator[LocalNode]:
+    root.mkdir()
+    root.chmod(0o755)
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        yield local.start_daemon()
+
+
+@pytest.fixture
+def file(root: Path, node: LocalNode) -> Path:
+    """A source that Ann's and Ben's group may read, and others not."""
+    source = root / "sources" / "of the group" / "secret"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"what only the group may read" * 1000)
+    for uid in (ANN, BEN):
+        link = root / "sources" / str(uid)
+        link.mkdir(mode=0o700)
+        os.chown(link, uid, uid)
+    source.chmod(0o640)
+    return source
+
+
+def allow(source: Path, uid: int) -> None:
+    """The test's users are in no group of others, so the source is given to one after the other."""
+    os.chown(source, uid, 0)
+
+
+@pytest.mark.slow
+@needs_root
+def test_two_users_share_one_inode_and_each_reaches_it_through_his_own_directory_only(
+    node: LocalNode, file: Path
+) -> None:
+    allow(file, ANN)
+    [of_ann] = node.get(file, uid=ANN)
+    allow(file, BEN)
+    [of_ben] = node.get(file, uid=BEN)
+
+    objects = [p for p in (node.cache_dir / ".swarmcache/objects").rglob("*") if p.is_file()]
+    [copy] = [path for path in objects if path.suffix != ".manifest"]
+    inodes = {os.stat(path).st_ino for path in (of_ann, of_ben, copy)}
+    assert (len(inodes), os.stat(copy).st_nlink) == (1, 3)
+    assert of_ann == os.fsencode(node.cache_dir) + b"/6001" + os.fsencode(file)
+    assert of_ben == os.fsencode(node.cache_dir) + b"/6002" + os.fsencode(file)
+    for uid, own, other in ((ANN, of_ann, of_ben), (BEN, of_ben, of_ann)):
+        assert run_as(uid, "cat", Path(os.fsdecode(own))).stdout == file.read_bytes()
+        way = Path(os.fsdecode(other))
+        while way != node.cache_dir:
+            assert run_as(uid, "cat", way).returncode != 0
+            assert run_as(uid, "ls", way).returncode != 0
+            way = way.parent
+    for uid in (ANN, BEN, EVE):
+        assert run_as(uid, "ls", node.cache_dir).returncode != 0, "who else is there"
+        assert run_as(uid, "ls", node.cache_dir / ".swarmcache").returncode != 0
+        assert run_as(uid, "cat", copy).returncode != 0
+        assert run_as(uid, "ls", Path(f"/proc/{node.process.pid}/fd")).returncode != 0
+
+
+@pytest.mark.slow
+@needs_root
+def test_who_may_not_read_the_source_gets_nothing_of_its_copy(node: LocalNode, file: Path) -> None:
+    allow(file, ANN)
+    node.get(file, uid=ANN)
+    for uid in (EVE, BEN):
+        done = node.run("get", file, uid=uid)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert not (node.cache_dir / str(uid)).exists()
+    allow(file, EVE)  # and now Ann may no longer read it
+    done = node.run("get", file, uid=ANN)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+@pytest.mark.slow
+@needs_root
+def test_nothing_that_a_user_does_to_a_copy_changes_it(node: LocalNode, file: Path) -> None:
+    allow(file, ANN)
+    [path] = node.get(file, uid=ANN)
+    before = os.stat(path)
+
+    assert {name: attack(ANN, path, doing) for name, doing in ATTACKS.items()} == dict.fromkeys(
+        ATTACKS, False
+    )
+
+    after = os.stat(path)
+    assert [after[i] for i in (stat.ST_MODE, stat.ST_INO, stat.ST_SIZE, stat.ST_MTIME)] == [
+        before[i] for i in (stat.ST_MODE, stat.ST_INO, stat.ST_SIZE, stat.ST_MTIME)
+    ]
+    assert node.get(file, uid=ANN) == [path]
+
+
+@pytest.mark.slow
+@needs_root
+def test_what_users_put_beside_the_copies_survives_and_is_never_followed(
+    node: LocalNode, file: Path, root: Path
+) -> None:
+    victim = root / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("keep me")
+    allow(file, ANN)
+    [path] = node.get(file, uid=ANN)
+    place = Path(os.fsdecode(path)).parent
+    for doing in (
+        "open(path + '/notes', 'w').write('mine')",
+        f"os.symlink({str(victim)!r}, path + '/link')",
+        "os.mkdir(path + '/own'); open(path + '/own/file', 'w').close()",
+        "os.mkfifo(path + '/fifo')",
+    ):
+        assert attack(ANN, place, doing), doing
+
+    assert node.run("verify", file).returncode == 0
+    assert node.run("doctor", "--config=/dev/null").returncode == 0
+    assert node.run("rm", file).returncode == 0
+
+    assert sorted(os.listdir(place)) == ["fifo", "link", "notes", "own"]
+    assert os.listdir(victim) == ["precious"]
+    assert node.get(file, uid=ANN) == [path]
+    assert run_as(ANN, "rm", "-r", place / "own", place / "link", place / "notes").returncode == 0
+
+
+# --- every place where something may be in the way ------------------------------------------------
+
+PATH = b"/nfs/corpus/deep/train.hdf"
+LEVELS = ["me", "me/nfs", "me/nfs/corpus", "me/nfs/corpus/deep", "me/nfs/corpus/deep/train.hdf"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_link_in_the_way_is_refused_at_every_level_and_not_followed(
+    root: Path, level: str, cached: bool
+) -> None:
+    version, data = a_file(9000, PATH)
+    cache = open_cache(root)
+    if cached:
+        publish(cache, version, data, User(ME.uid, "other"))
+    elsewhere = root.parent / "elsewhere"
+    elsewhere.mkdir()
+    (root / level).parent.mkdir(parents=True, exist_ok=True)
+    for below in (root / "me").rglob("*"):
+        below.chmod(0o1700)
+    (root / level).symlink_to(elsewhere)
+
+    if not cached:
+        assert publish(cache, version, data) == {}
+    with pytest.raises(CacheDirUnusable, match=f"{level} is not a .* of swarmcache: move it away"):
+        cache.lookup(version, ME)
+    cache.drop(version.version_id)
+    assert os.listdir(elsewhere) == []
+    assert (root / level).is_symlink()
+    cache.close()
+
+
+@pytest.mark.parametrize("level", LEVELS[:-1])
+def test_a_link_that_takes_the_place_of_a_directory_is_not_followed_when_the_copy_goes(
+    root: Path, level: str
+) -> None:
+    version, data = a_file(9000, PATH)
+    cache = open_cache(root)
+    publish(cache, version, data)
+    moved = root.parent / "moved"
+    (root / level).rename(moved)
+    (root / level).symlink_to(moved)
+    before = sorted(moved.rglob("*"))
+
+    cache.drop(version.version_id)
+
+    assert sorted(moved.rglob("*")) == before
+    assert cache.lookup(version, ME) is None
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    "name", [".swarmcache", ".swarmcache/objects", ".swarmcache/partial", ".swarmcache/lock"]
+)
+def test_a_link_in_the_place_of_what_is_the_daemons_is_refused(root: Path, name: str) -> None:
+    open_cache(root).close()
+    elsewhere = root.parent / "elsewhere"
+    (root / name).rename(elsewhere)
+    (root / name).symlink_to(elsewhere)
+    with pytest.raises(CacheDirUnusable, match="remove it"):
+        open_cache(root)
+
+
+@needs_root
+@pytest.mark.parametrize("planted", ["link", "directory"])
+def test_a_way_to_the_cache_directory_that_somebody_else_could_turn_is_refused(
+    root: Path, planted: str
+) -> None:
+    root.parent.chmod(0o1777)  # as /var/tmp: anybody may put something there, none take it away
+    if planted == "link":
+        (root.parent / "target").mkdir()
+        os.symlink(root.parent / "target", root.parent / "way")
+        os.lchown(root.parent / "way", EVE, EVE)
+    else:
+        (root.parent / "way").mkdir()
+        os.chown(root.parent / "way", EVE, EVE)
+    with pytest.raises(CacheDirUnusable, match=r"uid 6003.*name another directory in cache\.dir"):
+        open_cache(root.parent / "way" / "cache")
