@@ -26,7 +26,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from swarmcache.disk_calls import (
 )
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
-from swarmcache.in_use import UseCheck
+from swarmcache.in_use import FileId, UseCheck
 from swarmcache.index_rebuild import MANIFEST, IndexRebuild
 from swarmcache.messages import DiskStatus
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
@@ -323,11 +323,26 @@ class CacheDir:
     def _current(self, entry: Entry, root: bytes) -> Entry:
         """An entry with what the index does not know, or not yet."""
         replica = entry.replica
-        last_used_s = self._uses.used_s(replica.version_id)
+        read_s = min(self.real_use_s(replica.version_id), time.time())
+        last_used_s = max(self._uses.used_s(replica.version_id), read_s)
         if last_used_s > replica.last_used_s:
             replica = dataclasses.replace(replica, last_used_s=last_used_s)
         trusted = replica.trusted(self._boot_id)
         return dataclasses.replace(entry, replica=replica, root=root, trusted=trusted)
+
+    def files(self, version_ids: Iterable[bytes]) -> dict[bytes, FileId]:
+        """Device and inode of each replica that is here."""
+        found = {}
+        with disk_errors("look at replicas"):
+            for version_id in version_ids:
+                with suppress(FileNotFoundError):
+                    status = os.stat(_object_name(version_id), dir_fd=self._objects_fd)
+                    found[version_id] = (status.st_dev, status.st_ino)
+        return found
+
+    def held(self, version_id: bytes) -> bool:
+        """Whether a client holds the replica."""
+        return self._uses.held(version_id)
 
     def linked(self, version_id: bytes) -> list[User]:
         """The users who have a link to the replica."""

@@ -51,6 +51,7 @@ REQUESTS_MAX = 32
 REQUESTS_PER_USER_MAX = 4
 # How often a client hears that its request is being worked on; it gives up after 30 s of silence.
 WORKING_S = 5.0
+IN_USE = "it is in use: whoever has it open keeps it until it is closed"
 FETCHED = "it is being fetched, and was left alone"
 
 Result = TypeVar("Result")
@@ -176,8 +177,8 @@ class CacheRequests:
 
     async def _describe(self, page: list[Entry]) -> list[CachedFile]:
         version_ids = [entry.replica.version_id for entry in page]
-        holders, names = await asyncio.gather(
-            self._holders(version_ids), self._in_thread(_names_of_pins, page)
+        holders, (in_use, names) = await asyncio.gather(
+            self._holders(version_ids), self._in_thread(self._ask_around, page)
         )
         now_s = time.time()
         return [
@@ -190,11 +191,19 @@ class CacheRequests:
                 copies=entry.copies,
                 pinned_by=[names[uid] for uid in entry.pinned_by],
                 verified=entry.trusted,
-                in_use=None,
+                in_use=entry.replica.version_id in in_use,
                 replicas_elsewhere=None if holders is None else holders[number].count,
             )
             for number, entry in enumerate(page)
         ]
+
+    def _ask_around(self, page: list[Entry]) -> tuple[set[bytes], dict[int, str]]:
+        """Which of these files are in use, and what those are called who have pinned them.
+
+        Runs in a thread.
+        """
+        in_use = self._cache.in_use([entry.replica.version_id for entry in page])
+        return in_use, _names_of_pins(page)
 
     async def _holders(self, version_ids: list[bytes]) -> list[Holders] | None:
         """How many other nodes hold these file versions; None where the tracker cannot be asked."""
@@ -218,18 +227,20 @@ class CacheRequests:
     async def _remove(self, entry: Entry, owner: User | None, *, force: bool) -> Outcome:
         version_id, path = entry.replica.version_id, entry.replica.path
         expected = await self._in_thread(self._cache.removal, version_id, owner, force)
+        goes = expected is Removal.GONE
+        in_use = await self._in_thread(self._cache.in_use, [version_id]) if goes else set[bytes]()
         if self._state.fetching(version_id) is not None:
             return Outcome(path, False, FETCHED)
-        if expected is Removal.GONE:
+        if goes:
             self._handle(ReplicaDropped(version_id))
         removal = await self._in_thread(self._cache.remove, version_id, owner, force)
-        if expected is Removal.GONE and removal in (Removal.UNLINKED, Removal.PINNED):
+        if goes and removal in (Removal.UNLINKED, Removal.PINNED):
             self._handle(ReplicasRecovered([version_id]))  # somebody else came to want it just now
         if removal is Removal.PINNED:
             names = await self._in_thread(_names_of_pins, [entry])
             who = owner.name if owner is not None else ", ".join(names.values())
             return Outcome(path, False, f"pinned by {who}: unpin it first, or use --force")
-        return Outcome(path, True, "", entry.replica.stamp.size_bytes)
+        return Outcome(path, True, IN_USE if in_use else "", entry.replica.stamp.size_bytes)
 
     # --- verify ---------------------------------------------------------------------------------
 

@@ -30,7 +30,9 @@ from pathlib import Path
 from swarmcache.cache_dir import CacheDir, ChunkSource, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry
 from swarmcache.chunks import FileVersion, Manifest
+from swarmcache.disk_calls import disk_errors
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
+from swarmcache.in_use import FileId, OpenFiles
 from swarmcache.messages import DiskStatus
 
 __all__ = [
@@ -67,6 +69,7 @@ class Cache:
 
     def __init__(self, directories: Sequence[CacheDir], lost: dict[str, str] | None = None) -> None:
         """Takes over the directories. ``lost``: why others cannot be used, by path."""
+        self._open_files = OpenFiles()
         self._all = tuple(directories)
         self._directories = self._all  # those in use; replaced as a whole, so reading needs no lock
         self._lost = dict(lost or {})
@@ -266,6 +269,23 @@ class Cache:
         """See ``CacheDir.owner_of``."""
         names = (directory.owner_of(path) for directory in self._directories)
         return next((name for name in names if name is not None), None)
+
+    def in_use(self, version_ids: Sequence[bytes]) -> set[bytes]:
+        """Those that a process has open or that a client holds, for people to see.
+
+        Nobody is kept waiting for the answer, which is up to a second old: see ``OpenFiles``.
+        Raises LocalError.
+        """
+        files: dict[bytes, FileId] = {}
+        for directory in self._directories:
+            try:
+                files |= directory.files(version_ids)
+            except DiskFailed as error:
+                self._examine(directory, error)
+        with disk_errors("find out which files are in use"):
+            opened = self._open_files.among(files.values())
+        held = self._all[0].held  # every directory knows of all
+        return {each for each, file in files.items() if file in opened or held(each)}
 
     def linked(self, version_id: bytes) -> list[User]:
         """See ``CacheDir.linked``. Raises LocalError."""

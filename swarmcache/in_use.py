@@ -10,6 +10,10 @@ Some file systems offer no leases, and kernels before 5.3 refuse them on files w
 in use, as all files of the cache are. There we look through /proc instead: for what this process
 may see (all of it as root), and only as it was a moment ago.
 
+A lease keeps whoever opens the file waiting, and one who does not want to wait gets an error. That
+is nothing for files that a job may open any moment only because somebody looks at a listing; for
+those who are only curious there is ``OpenFiles``, which looks through /proc as well.
+
 The kernel tells the holder of a lease by a signal that somebody waits. By default that is SIGIO,
 which would end this process; we have it send SIGURG, which is ignored unless somebody asks for it.
 It is not needed: leases are held for a few milliseconds.
@@ -20,11 +24,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import secrets
 import signal
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +39,7 @@ from swarmcache.disk_calls import is_full, unlink_if_there
 
 log = logging.getLogger(__name__)
 
+SEEN_MAX_S = 1.0
 FILES_MAX = 64  # asked about at once: so many descriptors are open meanwhile
 # O_NONBLOCK: not even a lease of somebody else's keeps us waiting. O_NOATIME: asking is no use.
 _ASK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
@@ -78,6 +86,28 @@ class UseCheck:
                 yield {name for name in names if _leased(stack, name, directory_fd)}
             else:
                 yield _unseen(names, directory_fd)
+
+
+class OpenFiles:
+    """Which files processes have open or mapped, for people to see. Thread-safe.
+
+    What is told is up to ``SEEN_MAX_S`` old, so that a listing of a million files looks through
+    /proc once in a while only. This process itself does not count.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: tuple[set[FileId], set[int]] = (set(), set())
+        self._seen_s = -math.inf
+
+    def among(self, files: Iterable[FileId]) -> set[FileId]:
+        """Those of the files that are in use, as far as this process may see. Raises OSError."""
+        with self._lock:
+            if time.monotonic() > self._seen_s + SEEN_MAX_S:
+                self._seen = _files_in_use(but=os.getpid())
+                self._seen_s = time.monotonic()
+            opened, mapped = self._seen
+        return {file for file in files if file in opened or file[1] in mapped}
 
 
 def _leased(stack: ExitStack, name: str, directory_fd: int) -> bool:
@@ -132,12 +162,12 @@ def _unseen(names: Sequence[str], directory_fd: int) -> set[str]:
     return set(names) - in_use
 
 
-def _files_in_use() -> tuple[set[FileId], set[int]]:
-    """The regular files that processes have open, and the inodes that they have mapped."""
+def _files_in_use(but: int | None = None) -> tuple[set[FileId], set[int]]:
+    """The regular files that processes (``but`` one) have open, and the inodes that they map."""
     opened: set[FileId] = set()
     mapped: set[int] = set()
     for process in os.listdir("/proc"):
-        if process.isdigit():
+        if process.isdigit() and process != str(but):
             with _gone_or_hidden():
                 opened.update(_open_in(f"/proc/{process}/fd"))
             with _gone_or_hidden():

@@ -60,7 +60,7 @@ def heading() -> str:
 
 
 def row(file: CachedFile) -> str:
-    """One cached file. ``-`` stands for nothing, and for what nobody could be asked."""
+    """One cached file. ``-``: nobody, and what nobody could be asked."""
     elsewhere = file.replicas_elsewhere
     return _columns(
         (
@@ -78,7 +78,7 @@ def row(file: CachedFile) -> str:
 def _state_text(file: CachedFile) -> str:
     if not file.verified:
         return "in doubt"
-    return {True: "in use", False: "idle", None: "-"}[file.in_use]
+    return "in use" if file.in_use else "idle"
 
 
 def _columns(texts: tuple[str, ...]) -> str:

@@ -128,8 +128,9 @@ class CachedFile(Struct, tag_field="answer", tag="file"):
 
     ``copies``: where it lies, for the user who asks; for root, for the first users who have it.
     ``age_s``: since it was cached, ``idle_s``: since it was last used. ``pinned_by``: user names.
-    ``verified``: false while it is in doubt after a crash, and not handed out. ``in_use`` and
-    ``replicas_elsewhere`` (how many other nodes hold it) are None where that cannot be told.
+    ``verified``: false while it is in doubt after a crash, and not handed out. ``in_use``: some
+    process has it open, or a client holds it. ``replicas_elsewhere``: how many other nodes hold it;
+    None where the tracker cannot be asked.
     """
 
     path: bytes
@@ -140,7 +141,7 @@ class CachedFile(Struct, tag_field="answer", tag="file"):
     copies: list[bytes]
     pinned_by: list[str]
     verified: bool
-    in_use: bool | None
+    in_use: bool
     replicas_elsewhere: int | None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from swarmcache.cache_dir import Damaged
-from swarmcache.chunks import choose_chunk_size
+from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.local_protocol import (
@@ -45,6 +45,8 @@ from swarmcache.peer_state import Fetching, PeerState
 from swarmcache.source_file import SourceExaminer, SourceFile, same_version
 
 PROGRESS_S = 0.25
+# Copies that one connection may hold. Some 100 bytes each; few jobs use as many files at a time.
+HOLDS_MAX = 4096
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -52,11 +54,15 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class LocalRequest:
-    """A client that waits for a file. ``fd`` is the descriptor that it handed over."""
+    """A client that waits for a file. ``fd`` is the descriptor that it handed over.
+
+    ``hold``: the client keeps the copy when it has got it.
+    """
 
     connection: LocalConnection
     source: SourceFile
     fd: int
+    hold: bool
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
@@ -73,6 +79,32 @@ class Work:
     users: dict[int, User] = field(default_factory=dict)
     fds: list[int] = field(default_factory=list)
     answers: list[Task] = field(default_factory=list)
+
+
+class Holds:
+    """The copies that clients keep from being evicted, each until its connection closes."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._held: dict[LocalConnection, set[bytes]] = {}
+
+    def add(self, connection: LocalConnection, version_id: bytes) -> bool:
+        """False where the client has gone, or holds too many already."""
+        held = self._held.get(connection, set())
+        if version_id in held:
+            return True
+        if not connection.is_open or len(held) >= HOLDS_MAX:
+            return False
+        if connection not in self._held:
+            self._held[connection] = held
+            connection.on_closed[self] = lambda: self._release(connection)
+        self._cache.hold(version_id)
+        held.add(version_id)
+        return True
+
+    def _release(self, connection: LocalConnection) -> None:
+        for version_id in self._held.pop(connection):
+            self._cache.release(version_id)
 
 
 class LocalRequests:
@@ -111,6 +143,7 @@ class LocalRequests:
         self._requests: dict[int, LocalRequest] = {}
         self._status_requests: dict[int, LocalConnection] = {}
         self._work: dict[bytes, Work] = {}
+        self._holds = Holds(cache)
 
     def take(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
         """Begin to answer a request; owns ``fd``."""
@@ -219,7 +252,7 @@ class LocalRequests:
     async def _get(self, connection: LocalConnection, get: Get, fd: int) -> None:
         try:
             source = await self._in_thread(self._examiner.examine, fd)
-            path = self._cache.lookup(source.version, connection.user)
+            hit = self._look_up(connection, source.version, hold=get.hold)
         except SwarmcacheError as error:
             os.close(fd)
             connection.send(Original(str(error)))
@@ -229,12 +262,12 @@ class LocalRequests:
             os.close(fd)
             connection.send(Original(f"internal error: {error}"))
             raise
-        if path is not None:
+        if hit is not None:
             os.close(fd)
-            connection.send(Cached(os.fsencode(path), hit=True))
+            connection.send(hit)
             return
         number = next(self._numbers)
-        request = LocalRequest(connection, source, fd)
+        request = LocalRequest(connection, source, fd, get.hold)
         self._requests[number] = request
         self._cache.hold(source.version.version_id)  # not evicted before it is handed out
         connection.on_closed[number] = lambda: self._client_gone(number)
@@ -245,6 +278,24 @@ class LocalRequests:
         if get.progress:
             self._send_progress(number)
         self._want(number, request)
+
+    def _look_up(
+        self, connection: LocalConnection, version: FileVersion, *, hold: bool
+    ) -> Cached | None:
+        """The answer for a file that is cached already."""
+        if not hold:
+            path = self._cache.lookup(version, connection.user)
+            return None if path is None else Cached(os.fsencode(path), hit=True)
+        version_id = version.version_id
+        self._cache.hold(version_id)  # before the look-up, or it may be evicted in between
+        try:
+            path = self._cache.lookup(version, connection.user)
+            if path is None:
+                return None
+            held = self._holds.add(connection, version_id)
+            return Cached(os.fsencode(path), hit=True, held=held)
+        finally:
+            self._cache.release(version_id)
 
     def _want(self, number: int, request: LocalRequest) -> None:
         source = request.source
@@ -319,8 +370,10 @@ class LocalRequests:
             os.close(fd)
         if path is None:
             self._answer_original(number, "the source changed meanwhile", retry=True)
-        elif self._end_request(number) is not None:
-            request.connection.send(Cached(os.fsencode(path), False, *sources))
+        elif number in self._requests:  # or else it was answered meanwhile
+            held = request.hold and self._holds.add(request.connection, version.version_id)
+            self._end_request(number)
+            request.connection.send(Cached(os.fsencode(path), False, *sources, held=held))
 
     # --- status ---------------------------------------------------------------------------------
 

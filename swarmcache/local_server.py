@@ -54,27 +54,27 @@ class LocalConnection:
         self._descriptors: deque[int] = deque()
         self._unsent = b""
         self._drained: asyncio.Event | None = None
-        self._open = True
+        self.is_open = True
         server.loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, *answers: Answer) -> None:
         """Send answers, in one piece. Nothing happens when the client has gone."""
-        if not self._open:
+        if not self.is_open:
             return
         self._unsent += b"".join(map(encode_answer, answers))
         self._flush()
 
     async def drained(self) -> None:
         """Wait until the client has taken what was sent, or has gone. For one task at a time."""
-        if self._open and self._unsent:
+        if self.is_open and self._unsent:
             self._drained = asyncio.Event()
             await self._drained.wait()
 
     def close(self) -> None:
         """End the connection and everything that hangs on it."""
-        if not self._open:
+        if not self.is_open:
             return
-        self._open = False
+        self.is_open = False
         self._server.loop.remove_reader(self._sock.fileno())
         self._server.loop.remove_writer(self._sock.fileno())
         self._sock.close()
@@ -128,7 +128,7 @@ class LocalConnection:
         if len(self._descriptors) > DESCRIPTORS_MAX:
             self._refuse(f"more than {DESCRIPTORS_MAX} descriptors without a request")
             return
-        while self._open and b"\n" in self._received:
+        while self.is_open and b"\n" in self._received:
             line, _, self._received = self._received.partition(b"\n")
             self._take(line)
         if len(self._received) > LINE_MAX_BYTES:

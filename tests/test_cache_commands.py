@@ -6,12 +6,15 @@ import base64
 import json
 import os
 import pwd
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
+import msgspec
 import pytest
 
 from swarmcache.local_protocol import (
@@ -20,10 +23,12 @@ from swarmcache.local_protocol import (
     CachedFile,
     End,
     Failed,
+    Get,
     Ls,
     Rm,
     Working,
 )
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.box import wait_until
 from tests.disk_helpers import needs_root
 from tests.local_daemons import COMMAND, PATIENCE_S, LocalDaemons, LocalNode
@@ -31,6 +36,7 @@ from tests.scripted_daemon import HANG_UP, ScriptedDaemon
 
 pytestmark = pytest.mark.slow
 
+MIB = 1 << 20
 ANN, BEN = 1001, 1002
 HOSTILE_NAMES = [
     b"new\nline",
@@ -88,7 +94,7 @@ def names(listed: list[dict[str, object]]) -> list[str]:
 
 
 def test_ls_shows_what_is_cached(node: LocalNode, sources: Path) -> None:
-    (file,) = write(sources, "train.hdf", size_bytes=3 * 1024 * 1024)
+    (file,) = write(sources, "train.hdf", size_bytes=3 * MIB)
     (copy,) = node.get(file)
     node.run("pin", file)
 
@@ -104,11 +110,11 @@ def test_ls_shows_what_is_cached(node: LocalNode, sources: Path) -> None:
     assert (table.returncode, table.stderr) == (0, b"")
     assert 0 <= listed.pop("idle_s") <= listed.pop("age_s") <= PATIENCE_S
     assert len(listed.pop("version_id")) == 64
-    assert listed.pop("in_use") in (False, None)
+    assert listed.pop("in_use") is False
     assert listed == {
         "path": str(file),
         "copies": [os.fsdecode(copy)],
-        "size_bytes": 3 * 1024 * 1024,
+        "size_bytes": 3 * MIB,
         "pinned_by": [pinned_by],
         "verified": True,
         "replicas_elsewhere": 0,
@@ -306,6 +312,32 @@ def test_pins_outlive_a_restart(local: LocalDaemons, sources: Path) -> None:
     assert again.run("rm", file).returncode == 1
 
 
+def test_a_file_in_use_is_shown_and_can_be_removed_all_the_same(
+    node: LocalNode, sources: Path
+) -> None:
+    used, idle = write(sources, "used", "idle")
+    copy, _ = node.get(used, idle)
+    with open(copy, "rb") as file:
+        wait_until(
+            lambda: (
+                {f["path"]: f["in_use"] for f in node.listed()}
+                == {str(used): True, str(idle): False}
+            ),
+            PATIENCE_S,
+            "the open file to be seen",
+        )
+        states = [row.split()[5:7] for row in node.run("ls", "--sort=path").stdout.splitlines()]
+        done = node.run("rm", used, idle)
+
+        assert states[1][0] == b"idle" and states[2] == [b"in", b"use"]
+        assert done.returncode == 0
+        assert done.stderr.decode() == (
+            f"swarmcache: '{used}': it is in use: whoever has it open keeps it until it is closed\n"
+        )
+        assert not os.path.exists(copy)
+        assert file.read() == used.read_bytes()
+
+
 # --- verify --------------------------------------------------------------------------------------
 
 
@@ -336,7 +368,7 @@ def test_a_rotten_copy_is_found_and_completed_from_other_nodes(
 ) -> None:
     local.start_tracker()
     first, second = local.start_daemon("a"), local.start_daemon("b")
-    (file,) = write(sources, "file", size_bytes=3 * 1024 * 1024)
+    (file,) = write(sources, "file", size_bytes=3 * MIB)
     (copy,) = first.get(file)
     second.get(file)
     os.chmod(copy, 0o600)
@@ -356,6 +388,46 @@ def test_a_rotten_copy_is_found_and_completed_from_other_nodes(
     )
     assert first.run("verify", file).returncode == 0
     assert Path(os.fsdecode(copy)).read_bytes() == (sources / "moved").read_bytes()
+
+
+# --- hold ----------------------------------------------------------------------------------------
+
+
+def held_get(connection: socket.socket, file: Path) -> dict[str, Any]:
+    """Get a file, and keep it as long as the connection is open."""
+    request = Get(bytes(file), hold=True)
+    line = msgspec.json.encode(request) + b"\n"
+    with open(file, "rb") as opened:
+        socket.send_fds(connection, [line], [opened.fileno()])
+    answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
+    return answer
+
+
+def test_what_a_client_holds_is_not_evicted_until_its_connection_closes(
+    local: LocalDaemons, sources: Path
+) -> None:
+    local.start_tracker()
+    max_usage_bytes = UNCOUNTED_MAX_BYTES + 5 * MIB // 2  # room for one file, not for two
+    settings = f"[cache]\nmax_usage = {max_usage_bytes}\nmin_free = 0\nmin_age = 0\n"
+    node = local.start_daemon(settings=settings)
+    first, second, third = write(sources, "first", "second", "third", size_bytes=2 * MIB)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(node.socket))
+        for hit in (False, True):  # held twice, which counts once
+            answer = held_get(connection, first)
+            assert answer.get("held") is True and answer["hit"] is hit, answer
+
+        refused = node.run("get", second)
+
+        assert refused.stdout == bytes(second) + b"\n"
+        assert b"in use" in refused.stderr
+        assert [(f["path"], f["in_use"]) for f in node.listed()] == [(str(first), True)]
+    wait_until(
+        lambda: not any(f["in_use"] for f in node.listed()), PATIENCE_S, "the hold to be released"
+    )
+    node.get(second)
+    node.get(third)
+    assert names(node.listed()) == ["third"]
 
 
 # --- several users -------------------------------------------------------------------------------

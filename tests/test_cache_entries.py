@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_an_entry_tells_where_the_copy_is_and_when_it_was_used(cache: CacheDir, 
     assert entry.trusted
     change_index(root, "UPDATE replica SET trust = 0")
     assert not listed(cache)[0].trusted
+
+
+def test_the_last_use_is_also_when_a_process_has_read_the_copy(cache: CacheDir, root: Path) -> None:
+    publish(cache, *a_file(10))  # which leaves the time of a read
+    cache.flush()
+    change_index(root, "UPDATE replica SET last_used_s = 1.0")
+
+    (entry,) = listed(cache)
+
+    assert entry.replica.last_used_s == pytest.approx(time.time(), abs=60)
 
 
 @needs_root

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from swarmcache.in_use import UseCheck
+from swarmcache import in_use
+from swarmcache.in_use import OpenFiles, UseCheck
 from tests.box import wait_until
 from tests.disk_helpers import needs_root
 
@@ -168,3 +169,35 @@ def test_leases_that_the_kernel_refuses_are_not_counted_on(
         with (directory / OTHER_NAME).open("rb"), use_check.unused([NAME], fd) as unused:
             assert unused == set()
     assert sorted(os.listdir(directory)) == [NAME, OTHER_NAME]
+
+
+# --- for people to see ---------------------------------------------------------------------------
+
+
+def test_what_other_processes_have_open_or_mapped_is_seen(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_use, "SEEN_MAX_S", 0.0)
+    status = (directory / NAME).stat()
+    file = (status.st_dev, status.st_ino)
+    open_files = OpenFiles()
+
+    assert open_files.among([file]) == set()
+    with process(directory / OTHER_NAME):
+        assert open_files.among([file, (0, 0)]) == {file}
+    with process(directory / NAME, MAPPED):
+        assert open_files.among([file]) == {file}
+    with open(directory / NAME, "rb"):
+        assert open_files.among([file]) == set(), "this process does not count"
+
+
+def test_proc_is_not_looked_through_for_every_question(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_use, "SEEN_MAX_S", 3600.0)
+    status = (directory / NAME).stat()
+    open_files = OpenFiles()
+    assert open_files.among([(status.st_dev, status.st_ino)]) == set()
+
+    with process(directory / NAME):
+        assert open_files.among([(status.st_dev, status.st_ino)]) == set()

@@ -1,0 +1,95 @@
+"""What the daemon keeps for its clients, and lets go of when they go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache import local_requests
+from swarmcache.cache_dir import CacheDir
+from swarmcache.disk import Cache
+from swarmcache.local_protocol import AnyRequest, Cached
+from swarmcache.local_requests import Holds
+from swarmcache.local_server import LocalConnection, LocalServer
+
+DEADLINE_S = 20.0
+FIRST, SECOND, THIRD = (bytes([number]) * 32 for number in (1, 2, 3))
+
+
+class Connections:
+    """Real connections to a server that answers anything."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._newest: asyncio.Queue[LocalConnection] = asyncio.Queue()
+        self.server = LocalServer(path, self._handle)
+
+    def _handle(self, connection: LocalConnection, request: AnyRequest, fd: int | None) -> None:
+        connection.send(Cached(b"/", hit=True))
+        self._newest.put_nowait(connection)
+
+    async def connect(self) -> tuple[LocalConnection, asyncio.StreamWriter]:
+        """The two ends of a new one."""
+        _, writer = await asyncio.open_unix_connection(str(self._path))
+        writer.write(b'{"op":"status"}\n')
+        async with asyncio.timeout(DEADLINE_S):
+            return await self._newest.get(), writer
+
+
+@pytest.fixture
+async def connections(tmp_path: Path) -> AsyncIterator[Connections]:
+    connections = Connections(tmp_path / "run" / "daemon.sock")
+    yield connections
+    connections.server.close()
+
+
+async def closed(connection: LocalConnection, writer: asyncio.StreamWriter) -> None:
+    """Close the client's end, and wait until the server has noticed."""
+    gone = asyncio.Event()
+    connection.on_closed["test"] = gone.set
+    writer.close()
+    async with asyncio.timeout(DEADLINE_S):
+        await gone.wait()
+
+
+async def test_a_copy_is_held_until_the_last_connection_that_holds_it_closes(
+    connections: Connections, cache: CacheDir
+) -> None:
+    holds = Holds(Cache([cache]))
+    first, second = await connections.connect(), await connections.connect()
+
+    assert holds.add(first[0], FIRST) and holds.add(first[0], FIRST)
+    assert holds.add(second[0], FIRST) and holds.add(second[0], SECOND)
+    assert cache.held(FIRST) and cache.held(SECOND)
+    await closed(*second)
+    assert cache.held(FIRST) and not cache.held(SECOND)
+    await closed(*first)
+    assert not cache.held(FIRST)
+
+
+async def test_nothing_is_held_for_a_client_that_has_gone(
+    connections: Connections, cache: CacheDir
+) -> None:
+    holds = Holds(Cache([cache]))
+    connection, writer = await connections.connect()
+    await closed(connection, writer)
+
+    assert not holds.add(connection, FIRST)
+    assert not cache.held(FIRST)
+
+
+async def test_a_connection_holds_so_many_copies_and_no_more(
+    connections: Connections, cache: CacheDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_requests, "HOLDS_MAX", 2)
+    holds = Holds(Cache([cache]))
+    connection, writer = await connections.connect()
+
+    assert holds.add(connection, FIRST) and holds.add(connection, SECOND)
+    assert not holds.add(connection, THIRD) and not cache.held(THIRD)
+    assert holds.add(connection, FIRST), "which it holds already"
+    await closed(connection, writer)
+    assert not cache.held(FIRST) and not cache.held(SECOND)
