@@ -1,43 +1,22 @@
-"""The commands about this node's cache: ls, rm, pin, unpin, verify."""
+"""The commands about this node's cache: ls, rm, pin, unpin, verify, and their options.
+
+The work is in ``cache_actions.py``, imported by these commands only.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarmcache.cache_client import ask
 from swarmcache.client import real_path_of
-from swarmcache.get import say
-from swarmcache.listing import (
-    JsonArray,
-    file_fields,
-    heading,
-    outcome_fields,
-    printing,
-    row,
-    shown_path,
-)
-from swarmcache.local_protocol import (
-    PATH_MAX_BYTES,
-    AboutCache,
-    AboutFile,
-    CachedFile,
-    Ls,
-    Outcome,
-    Pin,
-    Rm,
-    Unpin,
-    Verify,
-)
 from swarmcache.options import ConfigOption, SocketOption, make_client
 
-EXIT_NOT_ALL = 1
+if TYPE_CHECKING:
+    from swarmcache.local_protocol import AboutCache
 
 PATH_HELP = (
     "A file or a directory, by the path of the source or of the local copy. A directory stands for"
@@ -56,13 +35,6 @@ class SortBy(StrEnum):
     path = "path"
     none = "none"
 
-
-SORT_KEYS: dict[SortBy, Callable[[CachedFile], tuple[float, bytes]]] = {
-    SortBy.used: lambda file: (file.idle_s, file.path),
-    SortBy.age: lambda file: (file.age_s, file.path),
-    SortBy.size: lambda file: (-file.size_bytes, file.path),
-    SortBy.path: lambda file: (0, file.path),
-}
 
 SomePaths = Annotated[list[str], typer.Argument(metavar="PATH", show_default=False, help=PATH_HELP)]
 AnyPaths = Annotated[
@@ -97,22 +69,12 @@ def ls(
 
     Exit code 1: nothing is cached at a PATH.
     """
-    request = Ls(_real_paths(paths or []))
-    complaints = _Complaints()
-    files = complaints.files(ask(make_client(socket, config_file), request))
-    if sort is not SortBy.none:
-        files = iter(sorted(files, key=SORT_KEYS[sort], reverse=reverse))
-    with printing(), ExitStack() as stack:
-        if as_json:
-            array = stack.enter_context(JsonArray())
-            for file in files:
-                array.add(file_fields(file))
-        else:
-            for number, file in enumerate(files):
-                if number == 0:
-                    print(heading())
-                print(row(file))
-    raise typer.Exit(complaints.exit_code)
+    from swarmcache.cache_actions import show_files
+
+    client = make_client(socket, config_file)
+    raise typer.Exit(
+        show_files(client, _real_paths(paths), sort=sort.value, reverse=reverse, as_json=as_json)
+    )
 
 
 @cache_app.command()
@@ -134,6 +96,8 @@ def rm(
     Exit code 0: none of it is cached any more. 1: something was not cached, or stays; it is named
     on stderr, and the rest was removed.
     """
+    from swarmcache.local_protocol import Rm
+
     _do(Rm(_real_paths(paths), force), socket, config_file, as_json=as_json)
 
 
@@ -151,6 +115,8 @@ def pin(
 
     Exit code 1: something was not cached; it is named on stderr, and the rest was pinned.
     """
+    from swarmcache.local_protocol import Pin
+
     _do(Pin(_real_paths(paths)), socket, config_file, as_json=as_json)
 
 
@@ -168,6 +134,8 @@ def unpin(
 
     Exit code 1: something was not cached; it is named on stderr, and the rest was unpinned.
     """
+    from swarmcache.local_protocol import Unpin
+
     _do(Unpin(_real_paths(paths), all_users), socket, config_file, as_json=as_json)
 
 
@@ -186,64 +154,25 @@ def verify(
 
     Exit code 1: chunks were rotten, or nothing is cached at a PATH.
     """
-    request = Verify(_real_paths(paths or []))
+    from swarmcache.local_protocol import Verify
 
-    def show(outcome: Outcome) -> None:
-        if outcome.rotten_chunks is not None:
-            result = "rotten" if outcome.rotten_chunks else "ok"
-            print(f"{shown_path(outcome.path)}: {result}", flush=True)
-
-    _do(request, socket, config_file, as_json=as_json, show=show)
+    _do(Verify(_real_paths(paths)), socket, config_file, as_json=as_json)
 
 
 def _do(
-    request: AboutCache,
-    socket: Path | None,
-    config_file: Path | None,
-    *,
-    as_json: bool,
-    show: Callable[[Outcome], None] = lambda outcome: None,
+    request: AboutCache, socket: Path | None, config_file: Path | None, *, as_json: bool
 ) -> None:
-    """Have something done, complain of what is not, and show what became of it."""
-    complaints = _Complaints()
-    with printing(), ExitStack() as stack:
-        array = stack.enter_context(JsonArray()) if as_json else None
-        for answer in ask(make_client(socket, config_file), request):
-            if isinstance(answer, Outcome):
-                complaints.note(answer)
-                if array is not None:
-                    array.add(outcome_fields(answer))
-                else:
-                    show(answer)
-    raise typer.Exit(complaints.exit_code)
+    from swarmcache.cache_actions import act
+
+    raise typer.Exit(act(make_client(socket, config_file), request, as_json=as_json))
 
 
-class _Complaints:
-    """Tells on stderr what there is to say of single files, and keeps the exit code."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-
-    def note(self, outcome: Outcome) -> None:
-        """Take notice of what became of a file."""
-        if not outcome.done:
-            self.exit_code = EXIT_NOT_ALL
-        if outcome.note:
-            say(f"{os.fsdecode(outcome.path)!r}: {outcome.note}")
-
-    def files(self, answers: Iterable[AboutFile]) -> Iterator[CachedFile]:
-        """The files among the answers; all others are noted."""
-        for answer in answers:
-            if isinstance(answer, CachedFile):
-                yield answer
-            else:
-                self.note(answer)
-
-
-def _real_paths(names: list[str]) -> list[bytes]:
+def _real_paths(names: list[str] | None) -> list[bytes]:
     """The absolute paths of what was named on the command line, as the daemon knows them."""
+    from swarmcache.local_protocol import PATH_MAX_BYTES
+
     paths = []
-    for name in names:
+    for name in names or []:
         path = real_path_of(os.fsencode(name))
         if not name:
             raise typer.BadParameter("is empty", param_hint="PATH")

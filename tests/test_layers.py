@@ -22,6 +22,7 @@ LAYERS = {
     "shells": {
         "__main__",
         "cache_dir",
+        "cache_actions",
         "cache_client",
         "cache_commands",
         "cache_index",
