@@ -944,8 +944,16 @@ class CacheDir:
         with self._objects_lock:
             replica = self._index.find(version_id)
             if replica is not None:
+                self._half_dropped[version_id] = replica
                 self._remove_files(replica)
             return replica
+
+    def remove_rows(self, replicas: Sequence[Replica]) -> None:
+        """Remove the rows of what ``remove_files`` has removed."""
+        with self._objects_lock:
+            self._index.delete_all(replicas)
+            for replica in replicas:
+                self._half_dropped.pop(replica.version_id, None)
 
     def _open_replica(self, replica: Replica) -> ChunkSource | None:
         version_id = replica.version_id

@@ -47,6 +47,9 @@ class Store(Protocol):
     def remove_files(self, version_id: bytes) -> Replica | None:
         """Remove all of a replica but its row, which is returned; None when there is none."""
 
+    def remove_rows(self, replicas: Sequence[Replica]) -> None:
+        """Remove the rows of what ``remove_files`` has removed."""
+
 
 @dataclass(slots=True)
 class Kept:
@@ -196,9 +199,11 @@ class Evictor:
         finally:
             # Not before: only now are the files closed, and the disk has room again, which the log
             # of the index may need.
-            self._index.delete_all(removed)
-            for version_id in leaving:
-                self._uses.left(version_id)
+            try:
+                self._store.remove_rows(removed)
+            finally:
+                for version_id in leaving:
+                    self._uses.left(version_id)
         return removed
 
 

@@ -106,6 +106,12 @@ def journal_size_bytes(version: FileVersion, layout: ChunkLayout) -> int:
     return len(header) + layout.chunk_count * _RECORD.size
 
 
+def manifest_size_bytes(version: FileVersion, layout: ChunkLayout) -> int:
+    """Length of the manifest."""
+    header = encode_header(MANIFEST_MAGIC, version, layout)
+    return len(header) + (layout.chunk_count + 1) * DIGEST_BYTES
+
+
 def digest_range(fd: int, offset_bytes: int, length_bytes: int) -> bytes:
     """BLAKE3 of a range of a file; of what there is of it where the file ends. Raises OSError."""
     hasher = blake3()

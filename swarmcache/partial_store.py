@@ -38,6 +38,7 @@ from swarmcache.partial import (
     encode_header,
     encode_record,
     journal_size_bytes,
+    manifest_size_bytes,
 )
 from swarmcache.user_tree import User
 
@@ -142,10 +143,15 @@ class PartialStore:
         return sum(list(self._reserved_bytes.values()))
 
     def stored_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
-        """What a file takes of the disk, with its journal or manifest, in whole blocks."""
+        """What a replica takes of the disk, with its manifest, in whole blocks."""
+        return self._in_blocks(version.size_bytes, manifest_size_bytes(version, layout))
+
+    def _wanted_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
+        """What is reserved for a file. The journal is no shorter than the manifest."""
+        return self._in_blocks(version.size_bytes, journal_size_bytes(version, layout))
+
+    def _in_blocks(self, *sizes: int) -> int:
         block = os.fstatvfs(self._fd).f_frsize
-        # A journal is no shorter than the manifest that takes its place.
-        sizes = (version.size_bytes, journal_size_bytes(version, layout))
         return sum(-(-size // block) * block for size in sizes)
 
     def begin(
@@ -159,14 +165,17 @@ class PartialStore:
             if not may_evict:
                 raise
             refusal = error
-        wanted_bytes = self.stored_bytes(version, layout)
+        wanted_bytes = self._wanted_bytes(version, layout)
         with self._room_lock:
             self._claim = (version.version_id, wanted_bytes)
             try:
                 self._find_room(version.version_id, wanted_bytes)
                 return self._begin(version, layout)
             except NoSpace as reason:
-                raise NoSpace(f"{refusal}: {reason}") from reason
+                reserved_bytes = self.reserved_bytes()
+                fetched = f"{reserved_bytes} bytes are reserved for files that are being fetched, "
+                why = f"{fetched if reserved_bytes else ''}{reason}"
+                raise NoSpace(f"{refusal}: {why}") from reason
             finally:
                 self._claim = None
 
@@ -179,7 +188,7 @@ class PartialStore:
             claims, journal_end = self._resumable(name, version, layout)
             if journal_end == 0:
                 self._remove(version_id)
-                self._check_room(version, self.stored_bytes(version, layout))
+                self._check_room(version, self._wanted_bytes(version, layout))
                 stack.callback(self._remove, version_id)
             else:
                 # Read-only already if a publication was cut short.
@@ -223,7 +232,7 @@ class PartialStore:
             finally:
                 os.close(fd)
             os.rename(object_at[0], name, src_dir_fd=object_at[1], dst_dir_fd=self._fd)
-            self._reserved_bytes[version_id] = self.stored_bytes(version, manifest.layout)
+            self._reserved_bytes[version_id] = self._wanted_bytes(version, manifest.layout)
             self._unallocated[version_id] = 0
             return True
 
@@ -430,7 +439,7 @@ class PartialStore:
 
     def _reserve(self, version: FileVersion, layout: ChunkLayout, fd: int, journal_fd: int) -> None:
         version_id = version.version_id
-        self._reserved_bytes[version_id] = self.stored_bytes(version, layout)
+        self._reserved_bytes[version_id] = self._wanted_bytes(version, layout)
         set_aside = reserve(fd, version.size_bytes)
         self._unallocated[version_id] = 0 if set_aside else version.size_bytes
         reserve(journal_fd, journal_size_bytes(version, layout), keep_size=True)

@@ -70,10 +70,12 @@ class Server:
 class LocalNode(Server):
     """A daemon with a socket, a cache directory and the commands of its users."""
 
-    def __init__(self, directory: Path, name: str, tracker: str, settings: str) -> None:
+    def __init__(
+        self, directory: Path, name: str, tracker: str, settings: str, cache_dir: Path | None
+    ) -> None:
         config = directory / f"config-{name}.toml"
         config.write_text(settings)
-        self.cache_dir = directory / f"cache-{name}"
+        self.cache_dir = cache_dir or directory / f"cache-{name}"
         self.socket = directory / f"run-{name}" / "daemon.sock"
         super().__init__(
             directory / f"daemon-{name}.log",
@@ -143,11 +145,13 @@ class LocalDaemons:
         self._stack.callback(self.tracker.kill)
         return self.tracker
 
-    def start_daemon(self, name: str = "a", settings: str = "") -> LocalNode:
+    def start_daemon(
+        self, name: str = "a", settings: str = "", cache_dir: Path | None = None
+    ) -> LocalNode:
         """A daemon that is connected to the tracker, if there is one. ``settings``: in TOML."""
         # Port 1 of the loopback: nobody listens there, so it is as if the tracker were down.
         tracker = self.tracker.address if self.tracker is not None else "127.0.0.1:1"
-        node = LocalNode(self._directory, name, tracker, settings)
+        node = LocalNode(self._directory, name, tracker, settings, cache_dir)
         self._stack.callback(node.kill)
         if self.tracker is not None:
             node.wait_for_tracker()
