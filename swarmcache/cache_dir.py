@@ -581,6 +581,10 @@ class CacheDir:
         """How many replicas there are of sources in the same directory; counts to 1000."""
         return self._index.count_beside(path)
 
+    def count_below(self, directory: bytes) -> int:
+        """How many replicas there are of sources below a directory; counts to 1000."""
+        return self._index.count_below(directory)
+
     def room_bytes(self) -> int:
         """How much more the limits allow. Raises LocalError when the disk fails."""
         return self._partials.room_bytes()

@@ -272,6 +272,13 @@ class CacheIndex:
                 (version_id, user.uid, user.name),
             )
 
+    def count_below(self, directory: bytes) -> int:
+        """How many replicas there are of sources anywhere below a directory; counts to 1000."""
+        query = "SELECT count(*) FROM (SELECT 1 FROM replica WHERE path > ? AND path < ? LIMIT ?)"
+        # "0" is the character after "/".
+        [(count,)] = self._rows(query, directory + b"/", directory + b"0", PAGE_ROWS)
+        return int(count)
+
     def totals(self) -> tuple[int, int]:
         """Number of replicas, and bytes of the disk that they take."""
         [(file_count, stored_bytes)] = self._rows("SELECT file_count, stored_bytes FROM total")

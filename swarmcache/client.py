@@ -34,7 +34,7 @@ from swarmcache.local_socket import (
 
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
 REQUESTS_MAX = 16  # in flight at once: enough to hide the round trips of small files
@@ -252,12 +252,14 @@ class Client:
         paths: Iterable[bytes],
         timeout_s: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        trees: Mapping[bytes, bytes] | None = None,
     ) -> Iterator[Answer]:
         """Cache many files, some at a time; the answers come in the order of ``paths``.
 
-        ``timeout_s`` is for all of them together.
+        ``timeout_s`` is for all of them together. ``trees``: the directories, by path, of those
+        that are to lie on one disk with the other files of such a directory.
         """
-        return _Exchanges(self, paths, timeout_s, on_progress).answers()
+        return _Exchanges(self, paths, timeout_s, on_progress, trees or {}).answers()
 
     def status(self) -> dict[str, Any]:
         """``node``, ``cluster`` (None where the tracker cannot be asked) and ``reason``.
@@ -348,8 +350,10 @@ class _Exchanges:
         paths: Iterable[bytes],
         timeout_s: float | None,
         on_progress: Callable[[Progress], None] | None,
+        trees: Mapping[bytes, bytes],
     ) -> None:
         self._client = client
+        self._trees = trees
         self._waiting = enumerate(paths)
         self._on_progress = on_progress
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -398,7 +402,8 @@ class _Exchanges:
         exchange.attempts += 1
         now_s = time.monotonic()
         wait_s = None if self._deadline_s is None else max(0.0, self._deadline_s - now_s)
-        line = get_line(exchange.source.real_path, wait_s)
+        tree = self._trees.get(exchange.asked)
+        line = get_line(exchange.source.real_path, wait_s, tree)
         try:
             exchange.connection, exchange.reused = self._client.send(line, exchange.source.fd)
         except DaemonUnavailable as error:

@@ -65,7 +65,13 @@ def get_everything(
     """As ``Client.get_all``, for files and directories alike."""
     requests = [_list_if_directory(path) for path in paths]
     files = [file for request in requests for file in _files_of(request)]
-    answers = client.get_all(files, timeout_s, on_progress)
+    trees = {
+        file: request.root
+        for request in requests
+        if isinstance(request, Listing)
+        for file in request.files
+    }
+    answers = client.get_all(files, timeout_s, on_progress, trees)
     for request in requests:
         found = [next(answers) for _ in _files_of(request)]
         if isinstance(request, Listing):

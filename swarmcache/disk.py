@@ -429,28 +429,54 @@ class Cache:
         """
         if len(self._directories) < 2:
             return list(self._directories)
-        ranks: dict[CacheDir, tuple[bool, int, int]] = {}
-        for directory in self._directories:
-            try:
-                ranks[directory] = (
-                    directory.knows(version.version_id),
-                    directory.count_beside(version.path),
-                    directory.room_bytes(),
-                )
-            except DiskFailed as error:
-                self._suspect(directory, error)
-        order = sorted(ranks, key=ranks.__getitem__, reverse=True)
+        version_id = version.version_id
+        ranks = self._ranked(
+            lambda each: (
+                each.knows(version_id),
+                each.count_beside(version.path),
+                each.room_bytes(),
+            )
+        )
+        order = list(ranks)
         if not order or ranks[order[0]][0]:
             return order
         # Remembered at once: another file of the directory may be placed before this one is there.
         home = self._home(os.path.dirname(version.path), order[0])
         return sorted(order, key=lambda directory: directory is not home)
 
-    def _home(self, source_directory: bytes, proposed: CacheDir) -> CacheDir:
+    def keep_together(self, tree: bytes, path: bytes) -> None:
+        """The copy of a source directory is wanted as a whole, and ``path`` is a file in it.
+
+        So it goes where the others go, or where most files below that directory are already, while
+        they fit. Raises LocalError.
+        """
+        if len(self._directories) < 2:
+            return
+        home = self._homes.get(tree)
+        if home not in self._directories:
+            ranks = self._ranked(lambda each: (each.count_below(tree), each.room_bytes()))
+            if not ranks:
+                return
+            home = self._home(tree, next(iter(ranks)))
+        self._home(os.path.dirname(path), home, anew=True)
+
+    def _ranked(
+        self, rank: Callable[[CacheDir], tuple[int, ...]]
+    ) -> dict[CacheDir, tuple[int, ...]]:
+        """The ranks of all directories in use that can be asked, the highest first."""
+        ranks = {}
+        for directory in self._directories:
+            try:
+                ranks[directory] = rank(directory)
+            except DiskFailed as error:
+                self._suspect(directory, error)
+        return dict(sorted(ranks.items(), key=lambda item: item[1], reverse=True))
+
+    def _home(self, source_directory: bytes, proposed: CacheDir, *, anew: bool = False) -> CacheDir:
         """Where the files of a source directory go: where the one before went, or as proposed."""
         with self._lock:
             home = self._homes.get(source_directory)
-            if home not in self._directories:
+            if anew or home not in self._directories:
                 home = self._homes[source_directory] = proposed
             self._homes.move_to_end(source_directory)
             if len(self._homes) > HOMES_MAX:

@@ -153,6 +153,13 @@ def _node_renderables(node: Mapping[str, Any]) -> Iterator[RenderableType]:
         Text(f"This node: {node.get('address', '?')}, tracker {tracker}, {connected} peers"),
         Text(f"Cache: {_disk_text(node.get('disk') or {})}"),
     ]
+    directories = node.get("directories", [])
+    for each in directories:
+        if each.get("lost"):
+            text = f"  lost: {each.get('path')}: {each['lost']}"
+            lines.append(Text(text, style="bold red"))
+        elif len(directories) > 1:
+            lines.append(Text(f"  {each.get('path')}: {_disk_text(each.get('disk') or {})}"))
     if distrusted:
         names = ", ".join(distrusted)
         lines.append(Text(f"Not asked again, having sent wrong bytes: {names}", style="bold red"))

@@ -39,12 +39,14 @@ class Get(Request, tag="get"):
 
     ``progress``: send a ``Progress`` line every so often. ``wait_s``: answer with the original path
     when the copy is not there in time. ``hold``: keep the copy until this connection closes.
+    ``tree``: real path of the directory whose copy is wanted as a whole, so on one disk.
     """
 
     path: Path
     progress: bool = False
     wait_s: Annotated[float, Meta(ge=0)] | None = None
     hold: bool = False
+    tree: Path | None = None
 
 
 class StatusOf(Request, tag="status"):

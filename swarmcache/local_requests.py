@@ -253,6 +253,8 @@ class LocalRequests:
         try:
             source = await self._in_thread(self._examiner.examine, fd)
             hit = self._look_up(connection, source.version, hold=get.hold)
+            if hit is None and get.tree is not None:
+                self._cache.keep_together(get.tree, source.version.path)
         except SwarmcacheError as error:
             os.close(fd)
             connection.send(Original(str(error)))

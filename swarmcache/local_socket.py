@@ -134,11 +134,13 @@ def _check_owner(what: str, uid: int) -> None:
 # --- lines ---------------------------------------------------------------------------------------
 
 
-def get_line(real_path: bytes, wait_s: float | None) -> bytes:
+def get_line(real_path: bytes, wait_s: float | None, tree: bytes | None = None) -> bytes:
     """The request for one file, whose descriptor goes with it."""
-    wait = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
+    more = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
+    if tree is not None:
+        more += b',"tree":"%s"' % b2a_base64(tree, newline=False)
     path = b2a_base64(real_path, newline=False)
-    return b'{"op":"get","path":"%s","progress":true%s}\n' % (path, wait)
+    return b'{"op":"get","path":"%s","progress":true%s}\n' % (path, more)
 
 
 def parse_answer(line: bytes) -> dict[str, Any]:

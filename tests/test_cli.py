@@ -440,6 +440,19 @@ def test_status_as_json_is_one_object(run_dir: Path) -> None:
     }
 
 
+def test_status_shows_each_disk_where_there_are_several_or_one_is_lost(run_dir: Path) -> None:
+    directories = [
+        {"path": "/disk1/cache", "disk": {"file_count": 3, "used_bytes": 1 << 30}, "lost": ""},
+        {"path": "/disk2/cache", "disk": {}, "lost": "Input/output error"},
+    ]
+    answer = NodeStatus({**STATUS.node, "directories": directories}, None)
+    with ScriptedDaemon(run_dir, lambda _: [answer]) as daemon:
+        text = run("status", "--socket", daemon.path, env={"COLUMNS": "200"}).stdout.decode()
+
+    assert "/disk1/cache: 3 files, 1.0 GiB" in text
+    assert "lost: /disk2/cache: Input/output error" in text
+
+
 @pytest.mark.slow
 def test_status_without_a_tracker_says_why(run_dir: Path) -> None:
     answer = NodeStatus(STATUS.node, None, "the tracker does not answer")

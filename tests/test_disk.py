@@ -109,6 +109,21 @@ def test_files_of_one_directory_that_are_begun_at_once_go_to_one_disk(two: Cache
         partial.discard()
 
 
+def test_the_files_of_a_directory_that_is_wanted_as_a_whole_go_to_one_disk(root: Path) -> None:
+    cache = Cache([limited(root, "a", 8 * MIB), limited(root, "b", 8 * MIB - 1)])
+    for path in (b"/nfs/tree/1/f", b"/nfs/tree/2/f", b"/nfs/tree/2/3/f", b"/nfs/target/of a link"):
+        cache.keep_together(b"/nfs/tree", path)
+        assert put(cache, path, MIB) == "a"
+    assert put(cache, b"/nfs/treetop/f", MIB) == "b"
+    assert put(cache, b"/nfs/tree/4/f") == "b"  # not asked for as one of the tree
+    cache.close()
+
+    cache = Cache([limited(root, "a", 5 * MIB), limited(root, "b", 8 * MIB)])
+    cache.keep_together(b"/nfs/tree", b"/nfs/tree/5/f")
+    assert put(cache, b"/nfs/tree/5/f") == "a"  # where most of it is, not where most room is
+    cache.close()
+
+
 def test_a_file_of_which_a_disk_has_something_goes_on_there(root: Path) -> None:
     version, data = a_file(3 * CHUNK_BYTES)
     cache = Cache([limited(root, "a", MIB), limited(root, "b", 2 * MIB)])

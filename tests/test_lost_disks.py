@@ -181,6 +181,25 @@ def test_files_spread_over_two_disks_and_those_of_one_directory_stay_together(pl
         assert node.errors() == []
 
 
+def test_the_copy_of_a_directory_is_one_on_one_disk_however_deep_it_is(place: Path) -> None:
+    with setting(place, ["ext4", "xfs"]) as here:
+        node = here.node("node", here.roots)
+        for i in range(4):
+            for name in ("f", "deep/f", "deep/deeper/f"):
+                here.file(f"tree/{i}/{name}", 4 * MIB)
+        getting = node.getting(here.sources / "tree")
+        output, reasons = getting.communicate(timeout=PATIENCE_S)
+
+        tree = Path(output.decode().removesuffix("\n"))
+        assert here.disk_of(tree) >= 0, reasons
+        for source in (here.sources / "tree").rglob("f"):
+            copy = tree / source.relative_to(here.sources / "tree")
+            assert copy.read_bytes() == source.read_bytes()
+        node.get(here.file("single/f", MIB))
+        used = [each["disk"]["used_bytes"] > 0 for each in node.status()["node"]["directories"]]
+        assert used == [True, True], "the rest of the room is used as well"
+
+
 # The last three are all that differ in more than the name of the file system.
 WAYS: list[tuple[str, Callable[[LoopDisk], None]]] = [
     ("ext4", LoopDisk.shut_down),
