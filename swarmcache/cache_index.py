@@ -484,7 +484,7 @@ class CacheIndex:
     def sync(self) -> None:
         """Bring all rows onto the disk. Slow: it fsyncs."""
         log_path = self._path + "-wal"
-        with disk_errors(f"sync {log_path}"):
+        with disk_errors(f"sync {log_path}"), _vanished(self._path):
             # No lock of SQLite's is on this file, so closing the descriptor releases none.
             fd = os.open(log_path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -495,7 +495,7 @@ class CacheIndex:
 
     def shorten_log(self) -> None:
         """Let the write-ahead log start over if it has grown long. Slow then: it fsyncs."""
-        with disk_errors("look at the log of the cache index"):
+        with disk_errors("look at the log of the cache index"), _vanished(self._path):
             size_bytes = os.stat(self._path + "-wal").st_size
         if size_bytes > LOG_SIZE_MAX_BYTES:
             with _sqlite_errors(self._path), closing(_connect(self._path)) as connection:
@@ -561,6 +561,15 @@ class CacheIndex:
         # power cut takes away is not lost either, see ``sync``.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # its fsyncs belong into ``sync``
+
+
+@contextmanager
+def _vanished(path: str) -> Iterator[None]:
+    """As long as the index is open its log is there, unless the disk was unmounted meanwhile."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DiskFailed(f"the cache index {path} is no longer there") from error
 
 
 class _Unusable(Exception):

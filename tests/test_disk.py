@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache.cache_dir import CacheDir
+from swarmcache.cache_index import CacheIndex
 from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache, Partial
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
@@ -226,6 +227,16 @@ def test_a_lost_disk_takes_only_its_own_files_away(
     assert "Restart the daemon" in record.message
     assert not (root / "a" / ".swarmcache").exists()
     assert not (root / "a" / "me" / "nfs" / "0" / "g").exists()
+
+
+def test_an_index_that_has_vanished_tells_of_a_lost_disk(root: Path) -> None:
+    index = CacheIndex(str(root.parent / "index.sqlite"))
+    for name in list(root.parent.iterdir()):
+        name.rename(name.with_name("unmounted " + name.name))
+    for call in (index.sync, index.shorten_log):
+        with pytest.raises(DiskFailed, match="is no longer there"):
+            call()
+    index.close()
 
 
 @pytest.mark.parametrize("lose", LOSSES)
