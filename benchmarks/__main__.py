@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import hit, memory, pair, single, swarm
+from benchmarks import hit, many_files, memory, pair, single, swarm
 from benchmarks.local_cluster import clean_environment
 from benchmarks.report import Figure, Options, Skipped, machine, table
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Options], list[Figure]]] = {
     "single": single.measure,
     "hit": hit.measure,
     "memory": memory.measure,
+    "many_files": many_files.measure,
 }
 
 
@@ -26,7 +27,7 @@ def main() -> int:
     """Run what was asked for. 1 where a benchmark itself failed; a missed target is no failure."""
     arguments = _parse()
     clean_environment()
-    options = Options(arguments.runs, arguments.quick)
+    options = Options(arguments.runs, arguments.quick, arguments.files)
     figures: list[Figure] = []
     skipped: dict[str, str] = {}
     failed: list[str] = []
@@ -64,6 +65,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.add_argument("--runs", type=int, help="how often to measure; default: as each needs")
+    parser.add_argument("--files", type=int, help="files in the cache of many_files")
     parser.add_argument("--quick", action="store_true", help="the smallest variants, as a check")
     arguments = parser.parse_args()
     for name in arguments.names:
@@ -71,6 +73,8 @@ def _parse() -> argparse.Namespace:
             parser.error(f"{name}: expected one of {', '.join(BENCHMARKS)}")
     if arguments.runs is not None and arguments.runs < 1:
         parser.error("--runs: expected a number from 1 on")
+    if arguments.files is not None and arguments.files < many_files.FILES_MIN:
+        parser.error(f"--files: expected a number from {many_files.FILES_MIN} on")
     return arguments
 
 

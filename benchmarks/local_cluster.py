@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -111,10 +111,16 @@ class Node:
 
 
 class LocalCluster:
-    """Everything lives in ``directory``, caches included, which may fill the whole disk."""
+    """Everything lives in ``directory``, caches included, which may fill the whole disk.
 
-    def __init__(self, directory: Path, nodes: int = 1) -> None:
+    ``settings``: of ``[cache]``, such as ``{"max_usage": "1GiB"}``.
+    """
+
+    def __init__(
+        self, directory: Path, nodes: int = 1, settings: Mapping[str, str] | None = None
+    ) -> None:
         self.nodes: list[Node] = []
+        self._settings = {"min_free": "0%", "max_usage": "100%", **(settings or {})}
         self._directory = directory
         self._node_count = nodes
         self._programs = ExitStack()
@@ -140,24 +146,38 @@ class LocalCluster:
         secret.write_text(secrets.token_hex(32))
         config = self._directory / "config.toml"
         # JSON's strings are strings in TOML as well.
-        config.write_text(
-            f"[cluster]\nsecret_file = {json.dumps(str(secret))}\n"
-            '[cache]\nmin_free = "0%"\nmax_usage = "100%"\n'
-        )
-        common = ["--config", str(config), "--log-level", "warning", "--listen", "127.0.0.1:0"]
+        cache = "".join(f"{key} = {json.dumps(value)}\n" for key, value in self._settings.items())
+        config.write_text(f"[cluster]\nsecret_file = {json.dumps(str(secret))}\n[cache]\n{cache}")
+        self._common = ["--config", str(config), "--log-level", "warning", "--listen"]
+        self._common += ["127.0.0.1:0"]
         state_dir = ["--state-dir", str(self._directory / "tracker")]
-        tracker = self._run(started, "the tracker", ["tracker", *common, *state_dir])
-        address = tracker.wait_until_ready()
+        tracker = self._run(started, "the tracker", ["tracker", *self._common, *state_dir])
+        self._address = tracker.wait_until_ready()
         for number in range(1, self._node_count + 1):
-            place = self._directory / f"node{number}"
-            place.mkdir(mode=0o700)
-            socket = place / "run" / "daemon.sock"
-            places = ["--cache-dir", str(place / "cache"), "--socket", str(socket)]
-            daemon = ["daemon", *common, "--tracker", address, *places]
-            self.nodes.append(Node(self._run(started, f"node {number}", daemon), socket, script))
+            self.nodes.append(self._start_node(started, number, script))
         for node in self.nodes:
             node.program.wait_until_ready()
             node.wait_until_connected()
+
+    def _start_node(self, started: ExitStack, number: int, script: Path) -> Node:
+        place = self.place(number)
+        place.mkdir(mode=0o700, exist_ok=True)
+        socket = place / "run" / "daemon.sock"
+        places = ["--cache-dir", str(place / "cache"), "--socket", str(socket)]
+        daemon = ["daemon", *self._common, "--tracker", self._address, *places]
+        return Node(self._run(started, f"node {number}", daemon), socket, script)
+
+    def place(self, number: int) -> Path:
+        """The directory of a node, counted from 1: its cache is ``cache`` in there."""
+        return self._directory / f"node{number}"
+
+    def start_node(self, number: int) -> Node:
+        """Start one more node, or one anew that was ended. Does not wait until it is ready."""
+        return self._start_node(self._programs, number, console_script(self._directory))
+
+    def end_node(self, node: Node) -> None:
+        """End a node before the cluster ends."""
+        _end(node.program)
 
     def _run(self, started: ExitStack, name: str, arguments: list[str]) -> Program:
         program = Program(name, arguments, os.environ)

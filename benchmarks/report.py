@@ -20,10 +20,14 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asks for. ``quick``: the smallest variant, which measures nothing."""
+    """What the command line asks for. ``quick``: the smallest variant, which measures nothing.
+
+    ``files``: how many files the cache of ``many_files`` has.
+    """
 
     runs: int | None = None
     quick: bool = False
+    files: int | None = None
 
     def choose_runs(self, usual: int) -> int:
         """How often to repeat a measurement whose usual number of runs is given."""

@@ -39,6 +39,7 @@ from swarmcache.disk_calls import (
     SharedFile,
     Stamp,
     disk_errors,
+    sync_file_system,
     unlink_if_there,
     write_all,
 )
@@ -58,10 +59,10 @@ __all__ = ["CacheDir", "ChunkSource", "Partial", "User"]
 log = logging.getLogger(__name__)
 
 SOURCES_MAX = 64  # replicas kept open for peers; a daemon may have 1024 descriptors by default
-# So many copies that were in doubt are made durable and told of together: an fsync of the index for
-# each of them would take longer than digesting small files.
+# So many copies that were in doubt, or those of so much time, are made durable and told of
+# together; ``get`` does not wait for that. Seldom, since what others have written is synced along.
 RECOVERED_MAX = 1000
-RECOVERED_S = 1.0
+RECOVERED_S = 10.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -409,14 +410,6 @@ class CacheDir:
     def make_durable(self, version_id: bytes) -> None:
         """Bring a replica onto the disk, so that it outlives a power cut. Slow.
 
-        Raises LocalError; then the copy is dropped.
-        """
-        self._sync_object(version_id)
-        self._index.sync()
-
-    def _sync_object(self, version_id: bytes) -> None:
-        """Bring object and manifest onto the disk, not yet what the index says of it.
-
         A copy whose fsync fails is dropped, since nobody knows what of it the disk has: fsync
         reports an error once and would then succeed. Raises LocalError in that case.
         """
@@ -444,6 +437,7 @@ class CacheDir:
         # Under the lock nobody is making a link, which would write back the trust of before.
         with self._objects_lock:
             self._index.mark_durable(version_id, inode)
+        self._index.sync()
 
     def list_objects(self) -> Iterator[None]:
         """Compare the index with what is on the disk, as the first thing after a start. Slow.
@@ -475,14 +469,41 @@ class CacheDir:
         began_s = time.monotonic()
         for version_id in self._index.untrusted_ids(self._boot_id):
             if self._recover(version_id, after_piece):
-                self._sync_object(version_id)
                 good.append(version_id)
             if len(good) >= RECOVERED_MAX or time.monotonic() > began_s + RECOVERED_S:
-                self._index.sync()
+                self._make_all_durable(good)
                 yield good
                 good, began_s = [], time.monotonic()
-        self._index.sync()
+        self._make_all_durable(good)
         yield good
+
+    def _make_all_durable(self, version_ids: Sequence[bytes]) -> None:
+        """As ``make_durable``, with one call for all of them.
+
+        An fsync of a file that is on the disk already still empties the cache of the drive, which
+        takes longer than digesting a small file. Where the one call fails, nobody knows for which
+        of them: all are in doubt again. Raises LocalError then.
+        """
+        if not version_ids:
+            return
+        inodes = {version_id: self._inode(version_id) for version_id in version_ids}
+        try:
+            with disk_errors("sync the file system of the cache"):
+                sync_file_system(self._objects_fd)
+        except LocalError:
+            with self._objects_lock:
+                for version_id in version_ids:
+                    self._index.doubt(version_id)
+            raise
+        for version_id, inode in inodes.items():
+            with self._objects_lock:
+                self._index.mark_durable(version_id, inode)
+        self._index.sync()
+
+    def _inode(self, version_id: bytes) -> int:
+        """Of an object; 0 where there is none."""
+        stamp = self._stamp(version_id)
+        return stamp.inode if stamp is not None else 0
 
     def verify(
         self, version_id: bytes, after_piece: Callable[[int], None] = go_on

@@ -349,9 +349,10 @@ class CacheIndex:
 
         None when all have been verified since ``before_s``.
         """
+        # With a plus, lest SQLite looks for the rows by their trust and sorts them all.
         rows = self._rows(
             "SELECT verified_s, version_id FROM replica WHERE verified_s < ?"
-            " AND (trust = 2 OR trust = 1 AND boot_id = ?) ORDER BY verified_s LIMIT 1",
+            " AND (+trust = 2 OR +trust = 1 AND boot_id = ?) ORDER BY verified_s LIMIT 1",
             *(before_s, boot_id),
         )
         return rows[0] if rows else None

@@ -98,6 +98,16 @@ def _is_tmpfs(fd: int) -> bool:
     return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == _TMPFS_MAGIC
 
 
+def sync_file_system(fd: int) -> None:
+    """Bring everything onto the disk that was written to the file system of ``fd``.
+
+    Raises OSError, since Linux 5.8 also where the kernel could not write earlier.
+    """
+    if _libc.syncfs(fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def write_all(fd: int, data: bytes | memoryview, offset_bytes: int) -> None:
     """Write all of ``data`` at the offset, however many calls it takes. Raises OSError."""
     rest = memoryview(data).cast("B")

@@ -49,6 +49,8 @@ class Link:
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._wanted = asyncio.Event()
+        self._idle = asyncio.Event()  # nothing waits to be sent
+        self._idle.set()
         self._closed = False
         self._writer = asyncio.create_task(self._write())
 
@@ -62,6 +64,12 @@ class Link:
             log.warning("closing a connection whose other end reads too slowly")
             self.close()
         self._wanted.set()
+
+    async def drained(self) -> None:
+        """Wait until nothing is waiting to be sent, or the connection has ended."""
+        if self._queue and not self._closed:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def receive(self, handle: Callable[[bytes], None]) -> None:
         """Pass every message to ``handle``, in order, until the connection ends.
@@ -85,6 +93,7 @@ class Link:
         self._closed = True
         self._queue.clear()
         self._wanted.set()
+        self._idle.set()
 
     async def wait_closed(self) -> None:
         """Close, and wait until nothing of the connection is left."""
@@ -98,10 +107,12 @@ class Link:
                 self._wanted.clear()
                 while self._queue:
                     await self._socket.send_bytes(self._keys.seal(_encode_batch(self._take())))
+                self._idle.set()
         except (ConnectionError, aiohttp.ClientError) as error:
             log.debug("sending failed: %s", error)
         finally:
             self._closed = True
+            self._idle.set()
             await self._socket.close()
 
     def _take(self) -> list[bytes]:

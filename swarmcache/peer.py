@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from itertools import islice
 from typing import Any
 
 import aiohttp
@@ -37,7 +38,6 @@ from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
-    REPLICAS_MAX,
     Message,
     NodeAddress,
     Replicas,
@@ -102,6 +102,9 @@ DISK_THREADS = 4
 READ_THREADS = 8
 EXAMINE_THREADS = 16
 PROGRESS_S = 0.25
+# Replicas in one message of an announcement, of which the next is read when the former is on its
+# way: a million at once would take 200 MiB, and hold up clients for more than a second.
+ANNOUNCED_AT_ONCE = 1000
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
@@ -349,15 +352,15 @@ class Daemon:
             if link is None:
                 return
             link.send(encode(Replicas([], more=True)))
-            batches = await self._loop.run_in_executor(self._disk_threads, self._replica_batches)
-            for batch in batches:
-                link.send(encode(Replicas(batch, more=True)))
-            link.send(encode(Replicas([], more=False)))
+            version_ids = self._cache.replicas()
 
-    def _replica_batches(self) -> list[list[bytes]]:
-        version_ids = list(self._cache.replicas())
-        starts = range(0, len(version_ids), REPLICAS_MAX)
-        return [version_ids[start : start + REPLICAS_MAX] for start in starts]
+            def next_some() -> list[bytes]:
+                return list(islice(version_ids, ANNOUNCED_AT_ONCE))
+
+            while some := await self._loop.run_in_executor(self._disk_threads, next_some):
+                link.send(encode(Replicas(some, more=True)))
+                await link.drained()
+            link.send(encode(Replicas([], more=False)))
 
     # --- peers ----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("single", 2),
         ("hit", 1),
         ("memory", 3),
+        ("many_files", 18),
         pytest.param("swarm", 6, marks=pytest.mark.box),
     ],
 )

@@ -390,6 +390,22 @@ async def test_who_reads_too_slowly_loses_the_connection(
         await link.wait_closed()
 
 
+async def test_who_has_much_to_say_can_wait_until_it_is_on_its_way(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with serving() as server:
+        link = await dial(session, server.address)
+        async with asyncio.timeout(DEADLINE_S):
+            for number in range(20):
+                link.send(b"%d" % number * 100_000)
+                await link.drained()
+        await server.until_received(20)
+
+        link.send(b"never sent")
+        await link.wait_closed()
+        await link.drained()
+
+
 async def test_what_is_sent_on_a_closed_link_is_dropped(session: aiohttp.ClientSession) -> None:
     async with serving() as server:
         link = await dial(session, server.address)
