@@ -340,6 +340,7 @@ class Cache:
         self._examine_suspects()
         places = self._places(version)
         no_space: NoSpace | None = None
+        failed: DiskFailed | None = None
         for may_evict in (False, True):
             no_space = None
             for directory in places:
@@ -347,8 +348,11 @@ class Cache:
                     return directory.begin(version, chunk_size_bytes, may_evict=may_evict)
                 except NoSpace as error:
                     no_space = no_space or error
-                except DiskFailed as error:
-                    self._examine(directory, error)
+                except DiskFailed as error:  # lost or not, another disk may take the file
+                    self._leave_if_lost(directory)
+                    failed = failed or error
+        if no_space is None and failed is not None and self._directories:
+            raise failed
         raise no_space or self._nothing_left()
 
     def hold(self, version_id: bytes) -> None:

@@ -17,6 +17,7 @@ from swarmcache.cache_dir import CacheDir
 from swarmcache.cache_index import CacheIndex
 from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache, Partial
+from swarmcache.disk_calls import reserve
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
@@ -294,16 +295,22 @@ def test_without_any_disk_left_every_request_has_the_reason(two: Cache, root: Pa
 def test_an_error_of_one_file_does_not_lose_the_disk(
     two: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bad_sector(*args: object, **more: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    bad = [True] * 4  # both disks, without an eviction and with one
+
+    def bad_sector(fd: int, size_bytes: int, **more: bool) -> bool:
+        if bad and bad.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return reserve(fd, size_bytes, **more)
 
     monkeypatch.setattr("swarmcache.partial_store.reserve", bad_sector)
     with pytest.raises(DiskFailed):
         two.begin(a_file(9000)[0], CHUNK_BYTES)
-    monkeypatch.undo()
+    assert bad == []
+    bad.append(True)
+    assert put(two, b"/nfs/0/f") == "b"
+    assert put(two, b"/nfs/1/f") == "a"
 
     assert lost_directories(two) == []
-    assert put(two, b"/nfs/0/f") == "a"
 
 
 def test_a_file_goes_to_the_next_disk_where_the_first_one_fails(
