@@ -29,7 +29,7 @@ from blake3 import blake3
 from benchmarks.report import Figure, Options, Spread
 from swarmcache.auth import ClusterKey
 from swarmcache.chunks import ChunkLayout
-from swarmcache.transfer import ChunkFetcher, ChunkServer
+from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 
 TMPFS = Path("/dev/shm")
 CHUNK_SIZE_BYTES = 2 * 1024 * 1024  # what a file of 1 GiB is cut into
@@ -209,8 +209,7 @@ def _fetch_ours(port: int, target: Path, digests: list[bytes]) -> None:
         futures = [
             fetcher.fetch(
                 ("127.0.0.1", port),
-                VERSION_ID,
-                chunk,
+                ChunkRequest(VERSION_ID, chunk, held_chunks=0),
                 layout.length_bytes(chunk),
                 digest,
                 writer(chunk),

@@ -81,7 +81,7 @@ from swarmcache.tracker_events import (
 )
 from swarmcache.tracker_events import TimePassed as TrackerTimePassed
 from swarmcache.tracker_state import TrackerState
-from swarmcache.transfer import WAITING_PER_UPLOAD
+from swarmcache.upload_slots import Upload, UploadSlots
 
 FILE_SERVER = "nfs01:/export"
 USER = "user"
@@ -101,7 +101,6 @@ class ClusterSettings:
     file_server_rate: float = 125e6
     slots_max: int = 8
     uploads_max: int = TransferSettings().uploads_max
-    uploads_waiting_max: int = int(TransferSettings().uploads_max * WAITING_PER_UPLOAD)
     latency_s: float = 0.0002
     publish_s: float = 0.001
     check_every: int = 10_000
@@ -120,19 +119,20 @@ class Node:
     """One simulated node: its machine, its links, its disk and its connections."""
 
     __slots__ = ("answered_s", "armed_s", "connected", "down", "index", "machine", "name",
-                 "replicas", "up", "uploads", "uploads_waiting")  # fmt: skip
+                 "replicas", "up", "upload_slots", "uploads_waiting")  # fmt: skip
 
     def __init__(self, index: int, settings: ClusterSettings) -> None:
         self.index = index
         self.name = f"node{index:05d}:7381"
         address = NodeAddress(self.name, 7382, f"node{index:05d}")
-        self.machine = PeerState(address, Random(f"{settings.seed} {self.name}"))
+        rng = Random(f"{settings.seed} {self.name}")
+        self.machine = PeerState(address, rng, window=settings.uploads_max)
         self.up = Link(f"{self.name} up", settings.node_rate)
         self.down = Link(f"{self.name} down", settings.node_rate)
         # When the engine will wake the machine; never later than it wants.
         self.armed_s = math.inf
         self.connected: set[str] = set()
-        self.uploads = 0
+        self.upload_slots = UploadSlots(settings.uploads_max)
         self.uploads_waiting: deque[Fetch] = deque()
         self.replicas: dict[bytes, Replica] = {}
         self.answered_s: dict[int, float] = {}
@@ -141,13 +141,14 @@ class Node:
 class Fetch(Flow):
     """A chunk on its way from one node to another."""
 
-    __slots__ = ("cluster", "effect", "node", "source")
+    __slots__ = ("cluster", "effect", "node", "source", "upload")
 
     def __init__(self, cluster: Cluster, node: Node, effect: FetchChunk) -> None:
         self.cluster = cluster
         self.node = node
         self.effect = effect
         self.source = cluster.nodes[effect.address.node]
+        self.upload = Upload(effect.version_id, effect.held_chunks)
         deadline_s = cluster.engine.now_s + effect.deadline_s
         super().__init__(self.source.up, node.down, effect.length_bytes, deadline_s)
 
@@ -433,23 +434,21 @@ class Cluster:
         chunk = effect.chunk
         if replica is None or chunk not in replica.digests:
             self._tell(fetch.node, ChunkAbsent(effect.version_id, chunk, source.name))
-        elif source.uploads < self.settings.uploads_max:
-            source.uploads += 1
-            self.network.start(fetch)
-        elif len(source.uploads_waiting) < self.settings.uploads_waiting_max:
-            source.uploads_waiting.append(fetch)
-        else:
+        elif not source.upload_slots.admit(fetch.upload):
             self.uploads_refused += 1
             self._tell(fetch.node, PeerBusy(effect.version_id, chunk, source.name))
+        elif source.upload_slots.waiting:
+            source.uploads_waiting.append(fetch)
+        else:
+            self.network.start(fetch)
 
     def fetch_ended(self, fetch: Fetch, complete: bool) -> None:
         """A chunk has come from a peer, or its deadline has."""
         effect, source, node = fetch.effect, fetch.source, fetch.node
         version_id, chunk = effect.version_id, effect.chunk
+        source.upload_slots.leave(fetch.upload)
         if source.uploads_waiting:
             self.network.start(source.uploads_waiting.popleft())
-        else:
-            source.uploads -= 1
         self.trace.chunk(source.index, node.index, chunk)
         event: PeerEvent
         if not complete:

@@ -8,6 +8,7 @@ were put. So a run depends on its seed alone.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
@@ -46,8 +47,13 @@ class Engine:
         Raises SimulationFailed when ``until_s`` or ``events_max`` is passed first.
         """
         self._stopped = False
-        while self._heap and not self._stopped:
-            self.step(until_s)
+        # Millions of events come and go in no cycles: looking for some takes a quarter of the time.
+        gc.disable()
+        try:
+            while self._heap and not self._stopped:
+                self.step(until_s)
+        finally:
+            gc.enable()
 
     def step(self, until_s: float) -> None:
         """Run the next action. Raises SimulationFailed as ``run``."""

@@ -178,7 +178,7 @@ class FileServerSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fie
 class TransferSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Traffic between nodes. None: no limit; for the chunk size: chosen by the size of the file."""
 
-    uploads_max: Annotated[int, parse_count] = 6
+    uploads_max: Annotated[int, parse_count] = 4
     peers_max: Annotated[int, parse_count] = 40
     upload_rate_max_bytes_per_s: Annotated[int | None, _or_none(parse_rate, "none")] = field(
         name="upload_rate_max", default=None

@@ -93,7 +93,7 @@ from swarmcache.serving import (
 )
 from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
-from swarmcache.transfer import ChunkFetcher, ChunkServer
+from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +196,7 @@ class Daemon:
             self.address,
             random.Random(os.urandom(16)),
             peers_max=self._config.transfer.peers_max,
+            window=self._config.transfer.uploads_max,
             stall_s=self._config.get.stall_s,
             buffers_bytes_max=BUFFERS_BYTES_MAX,
         )
@@ -460,8 +461,7 @@ class Daemon:
         host = HostPort.parse(effect.address.node).host
         future = self._fetcher.fetch(
             (host, effect.address.data_port),
-            effect.version_id,
-            effect.chunk,
+            ChunkRequest(effect.version_id, effect.chunk, effect.held_chunks),
             effect.length_bytes,
             effect.digest,
             lambda data: self._write_chunk(partial, effect, data),

@@ -384,7 +384,8 @@ class ReserveSpace:
 class FetchChunk:
     """Get a chunk from a peer, check it, write it. Ends in exactly one of the five chunk events.
 
-    ``deadline_s`` is how long the whole may take, ``stall_s`` how long without a byte.
+    ``held_chunks``: how many of the file this node has. ``deadline_s`` is how long the whole may
+    take, ``stall_s`` how long without a byte.
     """
 
     version_id: bytes
@@ -392,6 +393,7 @@ class FetchChunk:
     length_bytes: int
     digest: bytes
     address: NodeAddress
+    held_chunks: int
     deadline_s: float
     stall_s: float
 

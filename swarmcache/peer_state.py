@@ -198,7 +198,10 @@ class NodeLease:
 
 
 class PeerState:
-    """The node's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``."""
+    """The node's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
+
+    ``window``: chunks of one file in flight; as many as every node has places for uploads.
+    """
 
     def __init__(
         self,
@@ -206,6 +209,7 @@ class PeerState:
         rng: Random,
         *,
         peers_max: int = 40,
+        window: int = 4,
         stall_s: float = 5.0,
         buffers_bytes_max: int = 48 << 20,
     ) -> None:
@@ -214,6 +218,7 @@ class PeerState:
         self.lease_until_s = 0.0
         self._rng = rng
         self._peers_max = peers_max
+        self._window = min(window, FLIGHTS_MAX)
         self._stall_s = stall_s
         self._buffers_bytes_max = buffers_bytes_max
         self._fetching: dict[bytes, Fetching] = {}
@@ -529,7 +534,7 @@ class PeerState:
         if isinstance(event, SpaceReserved):
             fetching.chunk_size_bytes = event.chunk_size_bytes
             layout = ChunkLayout(fetching.version.size_bytes, event.chunk_size_bytes)
-            fetching.download = Download(fetching.version, layout, self._rng)
+            fetching.download = Download(fetching.version, layout, self._rng, self._window)
             return
         assert fetching.download is not None, "recovered chunks before there is room"
         fetching.download.recovered(event.digests)
@@ -1058,7 +1063,7 @@ class PeerState:
         """(Re)schedule the next look at one download."""
         fetching = self._fetching[version_id]
         if fetching.requests:
-            oldest_s = min(fetching.requests.values())
+            oldest_s = next(iter(fetching.requests.values()))  # they come in the order of time
             at_s = max(fetching.progress_at_s, oldest_s) + self._patience_s(fetching)
         else:
             at_s = fetching.progress_at_s + ABANDON_S

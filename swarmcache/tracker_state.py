@@ -526,15 +526,15 @@ class TrackerState:
         """New neighbours for a member: everybody in a small swarm, some at random in a large one.
 
         Those who come later choose among those who are here, so whoever is here must have room
-        left, or the swarm would fall apart into groups that never meet. With three eighths of the
-        limit per newcomer a member fills up only when the swarm is five times as large as when it
-        came itself.
+        left, or the swarm would fall apart into groups that never meet. With a quarter of the
+        limit per newcomer a member fills up only when the swarm is twenty times (e to the third) as
+        large as when it came itself.
         """
         member = swarm.members[name]
         room = self._peers_max - len(member.neighbours)
         candidates: Iterable[str] = swarm.order
         if len(swarm.members) - 1 > self._peers_max // 2:
-            room = max(-(-3 * self._peers_max // 8) - len(member.neighbours), 0)
+            room = max(-(-self._peers_max // 4) - len(member.neighbours), 0)
             candidates = self._drawn(swarm.order, 8 * self._peers_max)
         chosen: dict[str, None] = {}
         for other in candidates:

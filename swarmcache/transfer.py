@@ -5,14 +5,15 @@ that connected sends requests of fixed size, and each is answered by a header of
 the status is OK, by the bytes of the chunk. Requests and headers carry MACs; the bytes are checked
 against the chunk's digest. There are no names and no paths in it::
 
-    request   MAC 16 B, kind u8, version id 32 B, chunk u32
+    request   MAC 16 B, kind u8, version id 32 B, chunk u32, chunks held u32
     response  MAC 16 B, status u8, length u32, then ``length`` bytes
 
 Bytes move in threads only, in bounded numbers: ``sendfile`` on the way out; ``recv_into`` and
 digest on the way in. All of these let go of the GIL. An event loop looks after connections that are
 idle or have not proven who they are, so a stranger cannot hold a thread.
 
-Not decided here: which chunk to ask from whom, what becomes of a peer that failed, where bytes go.
+Not decided here: which chunk to ask from whom, who is served first (``upload_slots.py``), what
+becomes of a peer that failed, where bytes go.
 
 Invariant: ``ChunkFetcher`` gives bytes to ``write`` only if they have the digest asked for.
 """
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from blake3 import blake3
@@ -56,6 +58,7 @@ from swarmcache.errors import (
 )
 from swarmcache.quantities import HostPort
 from swarmcache.serving import bind
+from swarmcache.upload_slots import Upload, UploadSlots
 
 HANDSHAKE_S = 5.0  # two round trips, on a bad day
 STRANGERS_MAX = 256  # connections without proof; the oldest makes room for a newer one
@@ -68,11 +71,6 @@ assert IDLE_CLIENT_S < IDLE_SERVER_S, "else requests meet closing connections"
 
 SEND_STALL_S = 10.0  # a receiver that takes nothing for so long is dropped
 NEXT_REQUEST_MS = 2  # a peer in full swing asks again sooner than a trip through the loop takes
-# For each upload thread so many connections may wait for one; the next is told that we are busy,
-# and asks somebody else. In a long queue a node waits for one peer while others have nothing to do,
-# and falls behind: with 100 simulated nodes, six uploads and 2, 3, 6 waiting, the last node's
-# efficiency is 0.91, 0.89, 0.86.
-WAITING_PER_UPLOAD = 1 / 3
 ACCEPTS_AT_ONCE = 64
 OUT_OF_DESCRIPTORS_S = 1.0
 
@@ -90,7 +88,7 @@ RATE_PIECE_MIN_BYTES = 4096
 
 _KIND_CHUNK = 1
 _OK, _ABSENT, _BUSY, _ERROR = 0, 1, 2, 3
-_REQUEST = struct.Struct("!B32sI")
+_REQUEST = struct.Struct("!B32sII")
 _RESPONSE = struct.Struct("!BI")
 REQUEST_BYTES = MAC_BYTES + _REQUEST.size
 RESPONSE_BYTES = MAC_BYTES + _RESPONSE.size
@@ -114,6 +112,15 @@ class ChunkSource(Protocol):
 
     def close(self) -> None:
         """Let go of it; called once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRequest:
+    """Which chunk is asked for, and how many chunks of the file the one who asks holds already."""
+
+    version_id: bytes
+    chunk: int
+    held_chunks: int
 
 
 class RateLimit:
@@ -234,16 +241,16 @@ class _Inbound:
         frame, self._received = self._received, b""
         return frame
 
-    def next_request(self) -> tuple[bytes, int] | None:
-        """Version id and chunk of the next request if it is there, else None. Never waits."""
+    def next_request(self) -> ChunkRequest | None:
+        """The next request if it is there, else None. Never waits."""
         frame = self.receive(REQUEST_BYTES)
         if frame is None:
             return None
         assert self.keys is not None, "requests come after the handshake"
-        kind, version_id, chunk = _REQUEST.unpack(self.keys.open(frame))
+        kind, version_id, chunk, held_chunks = _REQUEST.unpack(self.keys.open(frame))
         if kind != _KIND_CHUNK:
             raise RemoteError(f"unknown kind of request: {kind}")
-        return version_id, chunk
+        return ChunkRequest(version_id, chunk, held_chunks)
 
     def send_header(self, status: int, length: int, flags: int) -> None:
         assert self.keys is not None, "answers come after the handshake"
@@ -300,7 +307,7 @@ class ChunkServer:
         self._identity = identity
         self._open_source = open_source
         self._on_uploaded = on_uploaded
-        self._uploads_max = uploads_max
+        self._slots = UploadSlots(uploads_max)
         self._rate = RateLimit(upload_rate_max_bytes_per_s)
         self._threads = ThreadPoolExecutor(uploads_max, thread_name_prefix="upload")
         self._listener: socket.socket | None = None
@@ -401,7 +408,8 @@ class ChunkServer:
             request = connection.next_request()
             if request is None:
                 return
-            if len(self._busy) >= self._uploads_max * (1 + WAITING_PER_UPLOAD):
+            upload = Upload(request.version_id, request.held_chunks)
+            if not self._slots.admit(upload):
                 connection.send_header(_BUSY, 0, socket.MSG_DONTWAIT)
                 return
         except (OSError, RemoteError) as error:
@@ -410,12 +418,13 @@ class ChunkServer:
             return
         self._loop.remove_reader(connection.sock.fileno())
         del self._idle[connection]
-        future = self._loop.run_in_executor(self._threads, self._serve, connection, request)
+        future = self._loop.run_in_executor(self._threads, self._serve, connection, upload, request)
         self._busy[connection] = future
-        future.add_done_callback(lambda future: self._served(connection, future))
+        future.add_done_callback(lambda future: self._served(connection, upload, future))
 
-    def _served(self, connection: _Inbound, future: asyncio.Future[bool]) -> None:
+    def _served(self, connection: _Inbound, upload: Upload, future: asyncio.Future[bool]) -> None:
         del self._busy[connection]
+        self._slots.leave(upload)
         keep = not future.cancelled() and future.exception() is None and future.result()
         if keep and self._listener is not None:
             self._watch(connection)
@@ -434,7 +443,7 @@ class ChunkServer:
 
     # In the threads of the pool:
 
-    def _serve(self, connection: _Inbound, request: tuple[bytes, int] | None) -> bool:
+    def _serve(self, connection: _Inbound, upload: Upload, request: ChunkRequest | None) -> bool:
         """Answer requests as long as they come without a pause; whether to keep the connection."""
         connection.sock.setblocking(True)  # uvloop makes it non-blocking whenever it watches it
         poll = select.poll()
@@ -442,11 +451,14 @@ class ChunkServer:
         with closing(_LastSource(self._open_source)) as sources:
             try:
                 while request is not None:
-                    self._answer(connection, sources, *request)
-                    if len(self._busy) > self._uploads_max:
-                        return True  # somebody waits for this thread
+                    self._answer(connection, sources, request.version_id, request.chunk)
+                    if self._slots.waiting:
+                        return True  # somebody is to have this place
                     poll.poll(NEXT_REQUEST_MS)
                     request = connection.next_request()
+                    if request is not None:
+                        upload.version_id = request.version_id
+                        upload.held_chunks = request.held_chunks
             except (OSError, RemoteError) as error:
                 _log.debug("an upload ended: %s", error)
                 return False
@@ -538,10 +550,11 @@ class _Outbound:
         self._send(proof)
         self._keys = initiator.session_keys()
 
-    def ask(self, version_id: bytes, chunk: int, patience: _Patience) -> tuple[int, int]:
+    def ask(self, request: ChunkRequest, patience: _Patience) -> tuple[int, int]:
         """Send a request and wait for the header of its answer: status and length."""
         assert self._keys is not None, "requests come after the handshake"
-        self._send(self._keys.seal(_REQUEST.pack(_KIND_CHUNK, version_id, chunk)))
+        body = _REQUEST.pack(_KIND_CHUNK, request.version_id, request.chunk, request.held_chunks)
+        self._send(self._keys.seal(body))
         header = bytearray(RESPONSE_BYTES)
         self._fill(memoryview(header), patience)
         status, length = _RESPONSE.unpack(self._keys.open(bytes(header)))
@@ -743,8 +756,7 @@ class ChunkFetcher:
     def fetch(
         self,
         peer: tuple[str, int],
-        version_id: bytes,
-        chunk: int,
+        request: ChunkRequest,
         length: int,
         digest: bytes,
         write: Callable[[memoryview], None],
@@ -761,7 +773,7 @@ class ChunkFetcher:
         were announced), or with whatever ``write`` raises.
         """
         return self._threads.submit(
-            self._fetch, peer, version_id, chunk, length, digest, write, deadline_s, stall_s
+            self._fetch, peer, request, length, digest, write, deadline_s, stall_s
         )
 
     def forget(self, peer: tuple[str, int]) -> None:
@@ -777,8 +789,7 @@ class ChunkFetcher:
     def _fetch(
         self,
         peer: tuple[str, int],
-        version_id: bytes,
-        chunk: int,
+        request: ChunkRequest,
         length: int,
         digest: bytes,
         write: Callable[[memoryview], None],
@@ -788,7 +799,7 @@ class ChunkFetcher:
         with self._buffers.lend(length) as view:
             patience = _Patience(deadline_s, stall_s)
             try:
-                got = self._receive(peer, version_id, chunk, view, patience)
+                got = self._receive(peer, request, view, patience)
             except (OSError, RemoteError) as error:
                 if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
                     raise
@@ -798,24 +809,25 @@ class ChunkFetcher:
                     self._connections.forget(peer)
                 raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
             if got != digest:
-                raise ChunkCorrupt(f"chunk {chunk} from {peer[0]}:{peer[1]} has another digest")
+                raise ChunkCorrupt(
+                    f"chunk {request.chunk} from {peer[0]}:{peer[1]} has another digest"
+                )
             write(view)
         return length
 
     def _receive(
         self,
         peer: tuple[str, int],
-        version_id: bytes,
-        chunk: int,
+        request: ChunkRequest,
         into: memoryview,
         patience: _Patience,
     ) -> bytes:
         """Receive the chunk and return its digest. The connection is free again afterwards."""
-        connection, status, length = self._ask(peer, version_id, chunk, patience)
+        connection, status, length = self._ask(peer, request, patience)
         if status == _OK:
             try:
                 if length != len(into):
-                    raise ChunkCorrupt(f"{length} bytes as chunk {chunk}, which has {len(into)}")
+                    raise ChunkCorrupt(f"{length} bytes for a chunk of {len(into)}")
                 digest = connection.receive_chunk(into, patience, self._rate)
             except BaseException:
                 self._connections.drop(connection)
@@ -826,11 +838,11 @@ class ChunkFetcher:
         if status == _BUSY:
             raise PeerBusy("all upload slots of the peer are taken")
         if status == _ABSENT:
-            raise ChunkAbsent(f"the peer does not have chunk {chunk}")
+            raise ChunkAbsent(f"the peer does not have chunk {request.chunk}")
         raise _CopyUnreadable("the peer cannot read its copy")
 
     def _ask(
-        self, peer: tuple[str, int], version_id: bytes, chunk: int, patience: _Patience
+        self, peer: tuple[str, int], request: ChunkRequest, patience: _Patience
     ) -> tuple[_Outbound, int, int]:
         """Ask on an idle connection, or on a new one if the peer has closed those."""
         while True:
@@ -840,7 +852,7 @@ class ChunkFetcher:
                 connection = self._connect(peer, patience)
             try:
                 connection.be_patient(patience)
-                status, length = connection.ask(version_id, chunk, patience)
+                status, length = connection.ask(request, patience)
             except ConnectionError:
                 self._connections.drop(connection)
                 if fresh:

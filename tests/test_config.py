@@ -255,7 +255,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert str(config.cache.max_usage) == "50%"
     assert config.cache.min_age_s == 3600
     assert config.slots_max("any:/export") == 8
-    assert (config.transfer.uploads_max, config.transfer.peers_max) == (6, 40)
+    assert (config.transfer.uploads_max, config.transfer.peers_max) == (4, 40)
     assert config.transfer.upload_rate_max_bytes_per_s is None
     assert config.transfer.download_rate_max_bytes_per_s is None
     assert config.transfer.chunk_size_bytes is None

@@ -73,6 +73,7 @@ LAYERS = {
         "slot_ledger",
         "timers",
         "tracker_state",
+        "upload_slots",
     },
     "values": {
         "__init__",

@@ -27,7 +27,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
-from swarmcache.transfer import BufferPool, ChunkFetcher, ChunkServer, RateLimit
+from swarmcache.transfer import BufferPool, ChunkFetcher, ChunkRequest, ChunkServer, RateLimit
 
 KEY = ClusterKey.from_secret(b"a secret")
 VERSION = b"v" * 32
@@ -113,6 +113,7 @@ def fetch(
     chunk: int = 0,
     *,
     into: list[bytes] | None = None,
+    held_chunks: int = 0,
     deadline_s: float = 10,
     stall_s: float = 5,
 ) -> Future[int]:
@@ -120,8 +121,7 @@ def fetch(
     written = [] if into is None else into
     return fetcher.fetch(
         peer,
-        VERSION,
-        chunk,
+        ChunkRequest(VERSION, chunk, held_chunks),
         len(chunk_bytes(chunk)),
         blake3(chunk_bytes(chunk)).digest(),
         lambda data: written.append(bytes(data)),
@@ -182,7 +182,9 @@ async def test_what_write_raises_is_what_the_future_fails_with(path: Path) -> No
     async with serving(lambda _: Source(path, LAYOUT)) as peer:
         with fetching() as fetcher:
             digest = blake3(chunk_bytes(0)).digest()
-            future = fetcher.fetch(peer, VERSION, 0, CHUNK_BYTES, digest, write, 10, 5)
+            future = fetcher.fetch(
+                peer, ChunkRequest(VERSION, 0, 0), CHUNK_BYTES, digest, write, 10, 5
+            )
             with pytest.raises(NoSpace):
                 await asyncio.wrap_future(future)
 
@@ -255,8 +257,8 @@ def read_exactly(sock: socket.socket, size_bytes: int) -> bytes:
     return data
 
 
-def request(keys: SessionKeys, chunk: int = 0) -> bytes:
-    return keys.seal(b"\x01" + VERSION + chunk.to_bytes(4, "big"))
+def request(keys: SessionKeys, chunk: int = 0, held_chunks: int = 9) -> bytes:
+    return keys.seal(b"\x01" + VERSION + chunk.to_bytes(4, "big") + held_chunks.to_bytes(4, "big"))
 
 
 def is_closed(sock: socket.socket) -> bool:
@@ -401,9 +403,9 @@ async def test_a_receiver_that_takes_nothing_loses_its_upload_slot(
         with sock, fetching() as fetcher:
             sock.sendall(request(keys))
             await asyncio.to_thread(read_exactly, sock, transfer.RESPONSE_BYTES)
-            future = fetcher.fetch(
-                peer, VERSION, 0, CHUNK_SIZE_MAX_BYTES, digest, lambda _: None, 10, 5
-            )
+            # It waits for the slot, since its node lags behind.
+            ours = ChunkRequest(VERSION, 0, held_chunks=0)
+            future = fetcher.fetch(peer, ours, CHUNK_SIZE_MAX_BYTES, digest, lambda _: None, 10, 5)
 
             assert await asyncio.wrap_future(future) == CHUNK_SIZE_MAX_BYTES
 
@@ -444,7 +446,7 @@ def lying_server(*answers: Answer, key: ClusterKey = KEY) -> Iterator[tuple[str,
             keys = acceptor.session_keys()
             for answer in answers:
                 payload = keys.open(read_exactly(sock, transfer.REQUEST_BYTES))
-                answer(sock, keys, int.from_bytes(payload[-4:], "big"))
+                answer(sock, keys, int.from_bytes(payload[-8:-4], "big"))
                 if answer is stall:
                     done.wait(10)
 
