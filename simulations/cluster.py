@@ -36,6 +36,7 @@ from swarmcache.peer_events import (
     AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
+    CheckCopy,
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
@@ -398,7 +399,7 @@ class Cluster:
                 self._answer(node, effect)
             case AnswerOriginal():
                 raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
-            case TellPeer() | AnswerStatus() | AnswerHolders() | DistrustPeer():
+            case TellPeer() | AnswerStatus() | AnswerHolders() | DistrustPeer() | CheckCopy():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
     def _soon(self, node: Node, *events: PeerEvent) -> None:

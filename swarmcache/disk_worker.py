@@ -18,6 +18,7 @@ from swarmcache.disk import Cache, Partial, User
 from swarmcache.errors import DiskFailed, LocalError
 from swarmcache.machine_shell import MachineShell
 from swarmcache.peer_events import (
+    CheckCopy,
     ChunksRecovered,
     DiskMeasured,
     DropPartial,
@@ -97,12 +98,14 @@ class DiskWorker:
         """The file that is being filled, once there is room for it. Safe to call from a thread."""
         return self._partials.get(version_id)
 
-    def carry_out(self, effect: ReserveSpace | DropPartial | LoadManifest) -> None:
+    def carry_out(self, effect: ReserveSpace | DropPartial | LoadManifest | CheckCopy) -> None:
         match effect:
             case ReserveSpace():
                 self._after(effect.version.version_id, self._reserve(effect), SpaceRefused)
             case DropPartial():
                 self._drop(effect)
+            case CheckCopy():
+                self._spawn(self._check(effect.version_id))
             case LoadManifest():
                 self._after(effect.version_id, self._load_manifest(effect.version_id))
 
@@ -265,6 +268,17 @@ class DiskWorker:
             raise
         self._look_at_damaged()
         return bad
+
+    async def _check(self, version_id: bytes) -> None:
+        """A peer says that it got wrong bytes."""
+        try:
+            bad = await self.verify(version_id)
+        except LocalError as error:
+            log.error("cannot check what a peer says is wrong: %s", error)
+            return
+        if bad is not None:
+            verdict = "and so it is" if bad else "but it is right"
+            log.warning("a peer says that our copy of %s is wrong, %s", version_id.hex(), verdict)
 
     def _look_at_damaged(self) -> None:
         """Copies that were taken out are no longer announced, and shall be complete again."""

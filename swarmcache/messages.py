@@ -27,8 +27,8 @@ REPLICAS_MAX = 8192
 # at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
 LOCATE_MAX = 1024
 LOCATED_NODES_MAX = 128
-# 2: ``Locate``. A message that the other side does not know ends the connection, and with it the
-# leases, so nodes and tracker must know the same ones.
+# 2: ``Locate``, ``Suspected``. A message that the other side does not know ends the connection, and
+# with it the leases, so nodes and tracker must know the same ones.
 PROTOCOL_VERSION = 2
 LOADS_MAX = 64
 WAITING_MAX = 1024
@@ -253,6 +253,12 @@ class Revoked(Message, tag="revoked"):
     reason: Name
 
 
+class Suspected(Message, tag="suspected"):
+    """A peer says that the node has delivered wrong bytes of this file version."""
+
+    version_id: VersionId
+
+
 class Status(Message, tag="status"):
     """The state of the cluster, as plain data (see ``TrackerState.status``)."""
 
@@ -312,7 +318,17 @@ ToTracker = (
     | Locate
 )
 FromTracker = (
-    Registered | Joined | Peers | Lease | Renewed | Query | Revoked | Status | Located | Refused
+    Registered
+    | Joined
+    | Peers
+    | Lease
+    | Renewed
+    | Query
+    | Revoked
+    | Suspected
+    | Status
+    | Located
+    | Refused
 )
 BetweenNodes = Have | Gone
 

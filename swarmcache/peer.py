@@ -52,6 +52,7 @@ from swarmcache.peer_events import (
     AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
+    CheckCopy,
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
@@ -450,7 +451,7 @@ class Daemon:
             case PublishFile():
                 users = self._local.begin_publishing(effect.version_id)
                 self._disk.publish(effect.version_id, users)
-            case ReserveSpace() | DropPartial() | LoadManifest():
+            case ReserveSpace() | DropPartial() | LoadManifest() | CheckCopy():
                 self._disk.carry_out(effect)
 
     # --- chunks ---------------------------------------------------------------------------------

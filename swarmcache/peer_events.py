@@ -437,6 +437,14 @@ class LoadManifest:
 
 
 @dataclass(slots=True)
+class CheckCopy:
+    """Digest a replica, if there is one: a peer has got wrong bytes of it. Ends in nothing, or as
+    every copy that is found to be wrong, in ``ReplicaDropped``."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
 class AnnounceReplicas:
     """Send all replicas of the cache to the tracker, and that there are no others.
 
@@ -504,6 +512,7 @@ PeerEffect: TypeAlias = (
     | PublishFile
     | DropPartial
     | LoadManifest
+    | CheckCopy
     | AnnounceReplicas
     | AnswerCached
     | AnswerOriginal

@@ -62,6 +62,7 @@ from swarmcache.messages import (
     Revoked,
     Status,
     StatusRequest,
+    Suspected,
 )
 from swarmcache.peer_events import (
     AnnounceReplicas,
@@ -69,6 +70,7 @@ from swarmcache.peer_events import (
     AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
+    CheckCopy,
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
@@ -134,6 +136,10 @@ FAILURES_MAX = 1
 # A download that nobody waits for is given up after this long without progress; what it has stays
 # on disk for the next request.
 ABANDON_S = 60.0
+# A replica of which peers say that it is wrong is digested at most so often, and so many such
+# replicas are remembered.
+CHECK_AGAIN_S = 3600.0
+CHECKED_MAX = 1024
 
 
 @dataclass(slots=True)
@@ -234,6 +240,7 @@ class PeerState:
         self._starved: dict[bytes, None] = {}
         self._busy: dict[bytes, int] = {}
         self._ending: dict[bytes, bool] = {}
+        self._checked_s: dict[bytes, float] = {}  # when a peer's word made us digest a copy
         self._timers: Timers[bytes | str] = Timers()
         self._heartbeat_at_s: float | None = None
         self._heartbeat_sent_s = 0.0
@@ -724,6 +731,8 @@ class PeerState:
                 self._give_up(
                     message.version_id, message.reason, now_s, effects, source_changed=True
                 )
+            case Suspected():
+                self._handle_suspected(message.version_id, now_s, effects)
             case Refused():
                 if message.version_id:
                     self._give_up(message.version_id, message.reason, now_s, effects)
@@ -738,6 +747,17 @@ class PeerState:
                 elif asked is not None:
                     reason = "the tracker's answer makes no sense"
                     effects.append(AnswerHolders(message.request_id, None, reason))
+
+    def _handle_suspected(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        """Peers that distrust this node for other reasons may say so again and again."""
+        if version_id in self._fetching:
+            return  # its chunks have just been digested
+        if now_s < self._checked_s.get(version_id, -math.inf) + CHECK_AGAIN_S:
+            return
+        if len(self._checked_s) >= CHECKED_MAX:
+            del self._checked_s[next(iter(self._checked_s))]
+        self._checked_s[version_id] = now_s
+        effects.append(CheckCopy(version_id))
 
     def _handle_joined(self, message: Joined, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching.get(message.version_id)

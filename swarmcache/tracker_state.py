@@ -63,6 +63,7 @@ from swarmcache.messages import (
     Revoked,
     Status,
     StatusRequest,
+    Suspected,
     ToTracker,
 )
 from swarmcache.slot_ledger import SlotLedger
@@ -713,6 +714,7 @@ class TrackerState:
         """
         if message.node in self._nodes:
             self._corrupt[message.node] = self._corrupt.get(message.node, 0) + 1
+            self._tell(message.node, Suspected(message.version_id), effects)
         swarm = self._swarms.get(message.version_id)
         member = swarm.members.get(message.node) if swarm is not None else None
         if swarm is None or member is None:

@@ -38,6 +38,7 @@ from swarmcache.messages import (
     ReportCorrupt,
     Revoked,
     StatusRequest,
+    Suspected,
 )
 from swarmcache.peer_events import (
     AnnounceReplicas,
@@ -45,6 +46,7 @@ from swarmcache.peer_events import (
     AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
+    CheckCopy,
     ChunkArrived,
     ChunkCorrupt,
     ChunkRead,
@@ -87,7 +89,7 @@ from swarmcache.peer_events import (
     TrackerSaid,
     WriteFailed,
 )
-from swarmcache.peer_state import ABANDON_S, FLIGHTS_MAX, LINGER_S, PeerState
+from swarmcache.peer_state import ABANDON_S, CHECK_AGAIN_S, FLIGHTS_MAX, LINGER_S, PeerState
 
 CHUNK_BYTES = 1000
 ME = NodeAddress("m:1", 2)
@@ -870,6 +872,18 @@ def test_what_is_wrong_of_a_copy_is_fetched_from_peers_without_a_client() -> Non
     assert of(PublishFile, effects) == [PublishFile(file.version_id)]
     effects = bench.tell(FilePublished(file.version_id))
     assert told(Replicas, effects) == [Replicas([file.version_id])]
+
+
+def test_a_copy_that_a_peer_says_is_wrong_is_digested_but_not_again_and_again() -> None:
+    bench = Bench()
+    file, fetched = version(), version("fetched")
+    bench.begin(fetched)
+
+    assert bench.said(Suspected(fetched.version_id)) == []
+    assert bench.said(Suspected(file.version_id)) == [CheckCopy(file.version_id)]
+    assert bench.said(Suspected(file.version_id)) == []
+    bench.now_s += CHECK_AGAIN_S
+    assert bench.said(Suspected(file.version_id)) == [CheckCopy(file.version_id)]
 
 
 def test_what_nobody_has_of_a_copy_waits_on_the_disk_for_the_next_client() -> None:

@@ -41,6 +41,7 @@ from swarmcache.messages import (
     Revoked,
     Status,
     StatusRequest,
+    Suspected,
     ToTracker,
 )
 from swarmcache.tracker_events import (
@@ -731,6 +732,7 @@ def test_who_delivers_wrong_bytes_guards_nothing_any_more() -> None:
         bench.say("b", Holding(FILE, query.query_id, b""))
 
     assert [bench.holder(lease) for lease in bench.out()] == ["b"]
+    assert bench.messages(Suspected, "a") == [Suspected(FILE)]
 
 
 # --- neighbours -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -196,14 +197,48 @@ class RottingDisk:
         self.mount()
 
 
-def rot(swarm: Swarm, disk: RottingDisk, node: Host, file: Path) -> None:
-    """A bit of chunk 5 of the node's copy flips, and ``stat`` says nothing of it. Next to scrub."""
+def rot(swarm: Swarm, disk: RottingDisk, node: Host, file: Path, verified_s: float = 1.0) -> None:
+    """A bit of chunk 5 of the node's copy flips, and ``stat`` says nothing of it.
+
+    ``verified_s``: when it was last digested; as it is, it will be scrubbed at once.
+    """
     end(swarm, node)
-    change_index(node, "UPDATE replica SET verified_s = 1")
+    change_index(node, f"UPDATE replica SET verified_s = {verified_s}")
     with file.open("rb") as opened:
         opened.seek(5 * CHUNK_BYTES + 1000)
         disk.flip(opened.read(64))
     restart(swarm, node)
+
+
+@pytest.mark.parametrize("found_by", ["verify", "a peer"])
+def test_a_rotten_chunk_is_found_on_demand_and_by_the_first_peer_that_gets_it(
+    make_swarm: MakeSwarm, found_by: str
+) -> None:
+    swarm = make_swarm(3)
+    node, holder, latecomer = swarm.box.nodes
+    disk = RottingDisk(swarm, node)
+    swarm.start([node, latecomer] if found_by == "a peer" else None)
+    file = swarm.put("corpus", SIZE_BYTES)
+    copy = get(swarm, node, file)
+    if found_by == "verify":
+        get(swarm, holder, file)
+    read_before = swarm.box.file_server.bytes_read()
+
+    rot(swarm, disk, node, file, verified_s=time.time())
+    assert swarm.paths([swarm.cluster.get(node, file)]) == [copy], "it leaves a trace"
+    assert digest_of(copy) != swarm.digests[file][-1]
+    if found_by == "verify":
+        verify = swarm.cluster.command(node, "verify", file)
+        assert verify.wait(PATIENCE_S) == 1
+        assert "1 of 16 chunks were rotten" in verify.stdout + verify.stderr
+    else:
+        get(swarm, latecomer, file)
+
+    wait_until(lambda: received_bytes(swarm, node), PATIENCE_S, "a chunk from a peer")
+    wait_until(copy.exists, PATIENCE_S, "the copy at its place again")
+    assert digest_of(copy) == swarm.digests[file][-1]
+    read_bytes = swarm.box.file_server.bytes_read() - read_before
+    assert read_bytes == 0 if found_by == "verify" else read_bytes > 0
 
 
 def test_a_rotten_chunk_is_found_in_the_background_and_replaced_by_a_peer(
