@@ -3,6 +3,10 @@
 In a cluster in a box (``tests/box.py``), every link 200 Mbit/s each way, disks in memory. Beside
 it, in the same box, one node copies a file of the same size with ``cp`` through the network file
 system: what it misses to the same bound is what protocols cost even when nobody shares anything.
+
+And once more, with a daemon killed when half of the file has left the file server. All nodes are
+reading leased ranges then, so it takes with it a lease, what it has read under it, and what it has
+received: how much later are the others done?
 """
 
 from __future__ import annotations
@@ -47,10 +51,11 @@ class Run:
     readers_peak: int
     cpu_s: float
     copy_s: float
+    last_survivor_s: float
 
 
 def measure(options: Options) -> list[Figure]:
-    """Efficiency, amplification, readers and CPU seconds."""
+    """Efficiency, amplification, readers, CPU seconds, and what a killed daemon costs."""
     reasons = "; ".join(missing())
     if reasons:
         raise Skipped(f"no cluster in a box: {reasons}")
@@ -113,6 +118,13 @@ def _figures(runs: Sequence[Run], nodes: int, size_bytes: int) -> list[Figure]:
             met=readers.max <= SLOTS_MAX,
         ),
         Figure(f"{swarm}: CPU of all daemons", cpu, "s per GiB delivered"),
+        Figure(
+            f"{swarm}, one killed half-way: last of the others",
+            Spread.of([run.last_survivor_s for run in runs]),
+            "s",
+            "none killed",
+            Spread.of([run.last_s for run in runs]),
+        ),
     ]
 
 
@@ -146,7 +158,25 @@ def _run(nodes: int, size_bytes: int) -> Run:
             box.file_server.readers_peak(file),
             cpu_s,
             _copy_s(box, size_bytes),
+            _last_survivor_s(box, cluster, size_bytes),
         )
+
+
+def _last_survivor_s(box: Box, cluster: Cluster, size_bytes: int) -> float:
+    """Seconds until the last node has another file, of those whose daemon is not killed."""
+    file = box.put("third", os.urandom(size_bytes))
+    *others, victim = box.nodes
+    half_bytes = box.fs.bytes_sent() + size_bytes // 2
+    began_s = time.monotonic()
+    gets = [cluster.get(node, file) for node in others]
+    given_up = cluster.get(victim, file)
+    wait_until(lambda: box.fs.bytes_sent() >= half_bytes, END_S_MAX, "half of the file to be read")
+    victim.kill(cluster.daemons.pop(victim.name))
+    _wait_for_all(gets)
+    elapsed_s = time.monotonic() - began_s
+    _check_copies(cluster, others, gets, file)
+    _wait_for_all([given_up])
+    return elapsed_s
 
 
 def _is_connected(cluster: Cluster, node: Host) -> bool:
