@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from swarmcache.cache_dir import CacheDir, ChunkSource, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # Source directories whose disk is remembered; the index knows it of the others, once they have
 # files. More than are being fetched at once.
@@ -156,84 +159,45 @@ class Cache:
 
     def replicas(self) -> Iterator[bytes]:
         """Version ids of all verified replicas. Raises LocalError."""
-        for directory in self._directories:
-            try:
-                yield from directory.replicas()
-            except DiskFailed as error:
-                self._examine(directory, error)
+        return self._chain(lambda each: each.replicas())
 
     def manifest(self, version_id: bytes) -> Manifest | None:
         """See ``CacheDir.manifest``."""
-        for directory in self._directories:
-            try:
-                manifest = directory.manifest(version_id)
-            except DiskFailed as error:
-                self._suspect(directory, error)
-            else:
-                if manifest is not None:
-                    return manifest
-        return None
+        return _first(self._answers(lambda each: each.manifest(version_id), self._suspect))
 
     def drop(self, version_id: bytes) -> None:
         """See ``CacheDir.drop``."""
-        for directory in self._directories:
-            try:
-                directory.drop(version_id)
-            except DiskFailed as error:
-                self._examine(directory, error)
+        self._tell(lambda each: each.drop(version_id))
 
     def make_durable(self, version_id: bytes) -> None:
         """See ``CacheDir.make_durable``."""
-        for directory in self._directories:
-            try:
-                directory.make_durable(version_id)
-            except DiskFailed as error:
-                self._examine(directory, error)
+        self._tell(lambda each: each.make_durable(version_id))
 
     def list_objects(self) -> Iterator[None]:
         """See ``CacheDir.list_objects``."""
-        for directory in self._directories:
-            try:
-                yield from directory.list_objects()
-            except DiskFailed as error:
-                self._examine(directory, error)
+        return self._chain(lambda each: each.list_objects())
 
     def recover_undurable(
         self, after_piece: Callable[[int], None] = go_on
     ) -> Iterator[list[bytes]]:
         """See ``CacheDir.recover_undurable``."""
-        for directory in self._directories:
-            try:
-                yield from directory.recover_undurable(after_piece)
-            except DiskFailed as error:
-                self._examine(directory, error)
+        return self._chain(lambda each: each.recover_undurable(after_piece))
 
     def stalest(self, before_s: float) -> bytes | None:
         """The replica on all disks that was verified longest ago; None when none was before then.
 
         Raises LocalError.
         """
-        found = []
-        for directory in self._directories:
-            try:
-                found.append(directory.stalest(before_s))
-            except DiskFailed as error:
-                self._examine(directory, error)
+        found = self._answers(lambda each: each.stalest(before_s), self._examine)
         return min((each for each in found if each is not None), default=(0.0, None))[1]
 
     def verify(
         self, version_id: bytes, after_piece: Callable[[int], None] = go_on
     ) -> list[int] | None:
         """See ``CacheDir.verify``."""
-        for directory in self._directories:
-            try:
-                bad = directory.verify(version_id, after_piece)
-            except DiskFailed as error:
-                self._examine(directory, error)
-            else:
-                if bad is not None:
-                    return bad
-        return None
+        return _first(
+            self._answers(lambda each: each.verify(version_id, after_piece), self._examine)
+        )
 
     def take_damaged(self) -> dict[bytes, Damaged | None]:
         """See ``CacheDir.take_damaged``."""
@@ -245,30 +209,17 @@ class Cache:
 
     def open_source(self, version_id: bytes) -> ChunkSource | None:
         """See ``CacheDir.open_source``."""
-        for directory in self._directories:
-            try:
-                source = directory.open_source(version_id)
-            except DiskFailed as error:
-                self._suspect(directory, error)
-            else:
-                if source is not None:
-                    return source
-        return None
+        return _first(self._answers(lambda each: each.open_source(version_id), self._suspect))
 
     # --- what its users see to themselves -------------------------------------------------------
 
     def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
         """See ``CacheDir.entries``. Raises LocalError."""
-        for directory in self._directories:
-            try:
-                yield from directory.entries(path, user)
-            except DiskFailed as error:
-                self._examine(directory, error)
+        return self._chain(lambda each: each.entries(path, user))
 
     def owner_of(self, path: bytes) -> str | None:
         """See ``CacheDir.owner_of``."""
-        names = (directory.owner_of(path) for directory in self._directories)
-        return next((name for name in names if name is not None), None)
+        return _first(directory.owner_of(path) for directory in self._directories)
 
     def in_use(self, version_ids: Sequence[bytes]) -> set[bytes]:
         """Those that a process has open or that a client holds, for people to see.
@@ -277,11 +228,8 @@ class Cache:
         Raises LocalError.
         """
         files: dict[bytes, FileId] = {}
-        for directory in self._directories:
-            try:
-                files |= directory.files(version_ids)
-            except DiskFailed as error:
-                self._examine(directory, error)
+        for found in self._answers(lambda each: each.files(version_ids), self._examine):
+            files |= found
         with disk_errors("find out which files are in use"):
             opened = self._open_files.among(files.values())
         held = self._all[0].held  # every directory knows of all
@@ -379,12 +327,8 @@ class Cache:
         To be called every now and then. Raises LocalError.
         """
         self._examine_suspects()
-        for directory in self._directories:
-            try:
-                directory.check_alive()
-                directory.flush()
-            except DiskFailed as error:
-                self._examine(directory, error)
+        self._tell(lambda each: each.check_alive())
+        self._tell(lambda each: each.flush())
 
     def status(self) -> DiskStatus:
         """Room on all disks together. Raises LocalError."""
@@ -406,6 +350,31 @@ class Cache:
                 self._suspect(directory, error)
         lost = [DirectoryStatus(path, DiskStatus(), why) for path, why in self._lost.items()]
         return found + lost
+
+    # --- asking the directories ---------------------------------------------------------------
+
+    def _answers(
+        self, ask: Callable[[CacheDir], Result], failed: Callable[[CacheDir, DiskFailed], None]
+    ) -> Iterator[Result]:
+        """What the directories in use answer, one after another; ``failed`` hears of the others."""
+        for directory in self._directories:
+            try:
+                answer = ask(directory)
+            except DiskFailed as error:
+                failed(directory, error)
+            else:
+                yield answer
+
+    def _tell(self, tell: Callable[[CacheDir], None]) -> None:
+        for _ in self._answers(tell, self._examine):
+            pass
+
+    def _chain(self, ask: Callable[[CacheDir], Iterator[Result]]) -> Iterator[Result]:
+        for directory in self._directories:
+            try:
+                yield from ask(directory)
+            except DiskFailed as error:
+                self._examine(directory, error)
 
     # --- where files are ----------------------------------------------------------------------
 
@@ -530,6 +499,11 @@ class Cache:
 
     def _nothing_left(self) -> DiskFailed:
         return DiskFailed(f"no cache directory is left: {'; '.join(self._lost.values())}")
+
+
+def _first(answers: Iterator[Result | None]) -> Result | None:
+    """The first that is one. The directories after it are not asked."""
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def check_places(roots: Sequence[Path]) -> None:
