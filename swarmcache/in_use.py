@@ -43,9 +43,7 @@ SEEN_MAX_S = 1.0
 FILES_MAX = 64  # asked about at once: so many descriptors are open meanwhile
 # O_NONBLOCK: not even a lease of somebody else's keeps us waiting. O_NOATIME: asking is no use.
 _ASK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
-_NOT_OFFERED = (
-    *(errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS),
-)
+_NOT_OFFERED = (*(errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS),)
 _GONE = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM)
 
 FileId = tuple[int, int]  # device and inode
@@ -116,7 +114,7 @@ def _leased(stack: ExitStack, name: str, directory_fd: int) -> bool:
         fd = os.open(name, _ASK, dir_fd=directory_fd)
     except FileNotFoundError:
         return True
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the latter: somebody has made it theirs
         return False
     stack.callback(os.close, fd)  # which gives the lease back
     return _take_lease(fd)
@@ -126,7 +124,7 @@ def _take_lease(fd: int) -> bool:
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     return True
 

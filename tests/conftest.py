@@ -20,6 +20,13 @@ settings.register_profile("swarmcache", deadline=None)
 settings.load_profile("swarmcache")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the tests are that could always be longer."""
+    parser.addoption(
+        "--races", type=int, default=200, help="uses of cached files while others are evicted"
+    )
+
+
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """Skip the tests marked "box" where no box can be made, and say why.
 
