@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache.cache_dir import CacheDir
-from swarmcache.cache_index import SCHEMA_VERSION
+from swarmcache.cache_index import SCHEMA_VERSION, CacheIndex
 from swarmcache.errors import LocalError, NoSpace
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
@@ -217,6 +217,38 @@ def test_rows_that_a_power_cut_took_away_come_back(root: Path) -> None:
     cache.close()
 
 
+def test_links_of_which_a_power_cut_took_the_rows_go_with_the_copy(root: Path) -> None:
+    cache = open_cache(root)
+    version, data = a_file(5000)
+    path = Path(publish(cache, version, data, User(ME.uid, "other"), ME)[ME.uid])
+    change_index(root, "DELETE FROM link")
+
+    cache.drop(version.version_id)
+    assert not path.exists()
+    assert not list(root.glob("*/nfs"))
+    cache.close()
+
+
+def test_what_is_put_in_place_during_the_comparison_is_not_taken_for_a_half(root: Path) -> None:
+    cache = open_cache(root)
+    version, data = a_file(5000)
+    publish(cache, version, data)
+    change_index(root, "DELETE FROM replica")
+    where = object_of(root, version)
+    where.rename(root / "away")
+    slices = cache.list_objects()
+    for _ in range(version.version_id[0] + 1):  # one per directory, as long as there are no files
+        next(slices)
+    (root / "away").rename(where)
+
+    for _ in slices:
+        pass
+    assert where.exists()
+    list_objects(cache)
+    assert recovered(cache) == [version.version_id]
+    cache.close()
+
+
 def test_a_kill_while_a_file_is_taken_back_loses_nothing(root: Path) -> None:
     version, data = a_file(5 * CHUNK_BYTES)
     for call in ("rename", "unlink"):
@@ -288,6 +320,9 @@ def test_the_links_of_all_users_are_found_again(root: Path) -> None:
     cache = open_cache(root)
     list_objects(cache)
     assert recovered(cache) == [version.version_id]
+    index = CacheIndex(str(index_of(root)))
+    assert set(index.links(version.version_id)) == {bob, eve}
+    index.close()
     path = cache.lookup(version, bob)
     assert path is not None
     assert run_as(bob.uid, "cat", path).stdout == data
