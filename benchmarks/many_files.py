@@ -207,10 +207,8 @@ class _Bench:
         peak_mib = node.peak_rss_bytes() / 2**20
         figures.append(Figure(what + "peak RSS", Spread.of([peak_mib]), "MiB"))
         figures += self._measure_eviction(node, what)
-        with Client(bytes(node.socket)) as client:
-            listed = client.status()["node"]["disk"]["file_count"]
         self._cluster.end_node(node)
-        return figures + self._measure_rebuild(what, listed)
+        return figures + self._measure_rebuild(what)
 
     def _measure_eviction(self, node: Node, what: str) -> list[Figure]:
         """A file so big that a tenth of the cache must go for it."""
@@ -237,8 +235,11 @@ class _Bench:
             *hits.figures(what + "a hit while a tenth is evicted", limit=True),
         ]
 
-    def _measure_rebuild(self, what: str, listed: int) -> list[Figure]:
-        """A start without the index; ``listed``: how many files are in the cache."""
+    def _measure_rebuild(self, what: str) -> list[Figure]:
+        """A start without the index."""
+        index = CacheIndex(str(self._index()))
+        listed, _ = index.totals()
+        index.close()
         for path in self._index().parent.glob("index.sqlite*"):
             path.unlink()
         began_s = time.monotonic()

@@ -46,7 +46,7 @@ from swarmcache.disk_calls import (
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
 from swarmcache.in_use import FileId, UseCheck
-from swarmcache.index_rebuild import MANIFEST, IndexRebuild
+from swarmcache.index_rebuild import MANIFEST, SLICE_FILES, IndexRebuild
 from swarmcache.messages import DiskStatus
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
 from swarmcache.partial_store import PartialStore, SpaceLimits
@@ -436,7 +436,7 @@ class CacheDir:
                 raise
         # Under the lock nobody is making a link, which would write back the trust of before.
         with self._objects_lock:
-            self._index.mark_durable(version_id, inode)
+            self._index.mark_durable({version_id: inode})
         self._index.sync()
 
     def list_objects(self) -> Iterator[None]:
@@ -453,7 +453,9 @@ class CacheDir:
             self._partials.stored_bytes,
             self._drop,
         )
-        yield from rebuild.slices()
+        for _ in rebuild.slices():
+            self._index.shorten_log()
+            yield
         self._listed = True
 
     def recover_undurable(
@@ -470,6 +472,7 @@ class CacheDir:
         for version_id in self._index.untrusted_ids(self._boot_id):
             if self._recover(version_id, after_piece):
                 good.append(version_id)
+                self._index.shorten_log()
             if len(good) >= RECOVERED_MAX or time.monotonic() > began_s + RECOVERED_S:
                 self._make_all_durable(good)
                 yield good
@@ -495,9 +498,10 @@ class CacheDir:
                 for version_id in version_ids:
                     self._index.doubt(version_id)
             raise
-        for version_id, inode in inodes.items():
+        for start in range(0, len(version_ids), SLICE_FILES):
+            some = version_ids[start : start + SLICE_FILES]
             with self._objects_lock:
-                self._index.mark_durable(version_id, inode)
+                self._index.mark_durable({each: inodes[each] for each in some})
         self._index.sync()
 
     def _inode(self, version_id: bytes) -> int:
@@ -904,8 +908,9 @@ class CacheDir:
                 # A power cut may have taken the time of the source away, or the mode.
                 _finish(fd, replica.stamp.mtime_ns)
                 stamp = Stamp.of(os.fstat(fd))
-                self._index.settle(version_id, stamp, Trust.WRITTEN, self._boot_id)
-                self._index.mark_verified(version_id, time.time())
+                self._index.settle(
+                    *(version_id, stamp, Trust.WRITTEN, self._boot_id), verified_s=time.time()
+                )
                 return True
 
     def _open_quietly(self, stack: ExitStack, version_id: bytes) -> tuple[int, Stamp | None]:
@@ -979,6 +984,10 @@ class CacheDir:
             self._index.delete_all(replicas)
             for replica in replicas:
                 self._half_dropped.pop(replica.version_id, None)
+        try:
+            self._index.shorten_log()
+        except NoSpace as error:  # the next call has more room
+            log.info("%s", error)
 
     def _open_replica(self, replica: Replica) -> ChunkSource | None:
         version_id = replica.version_id

@@ -41,6 +41,9 @@ LISTED_ROWS = 256
 USERS_MAX = 16  # users named with one file of a listing, whose paths have up to 4 kB each
 # SQLite's own default for its automatic checkpoint: 1000 pages of 4 KiB.
 LOG_SIZE_MAX_BYTES = 4 << 20
+# Of a big index the log may be longer, by this part of it: pages that change often are brought into
+# the index once. It is within what every file counts for its row, see partial_store.OVERHEAD_BYTES.
+LOG_SHARE = 8
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DISK_FAILED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _NO_INDEX = (*_DAMAGED, sqlite3.SQLITE_ERROR)  # the last one: its tables are not ours
@@ -406,19 +409,23 @@ class CacheIndex:
         trust: Trust,
         boot_id: bytes,
         linked: Iterable[User] = (),
+        *,
+        verified_s: float | None = None,
     ) -> None:
         """The change is done: what stat says now, and which users have got a link by it.
 
+        ``verified_s``: when every chunk was found to have its digest, if that was done as well.
         The links of these users no longer lead to other versions of the same source. A listed
         link that could not be made stays listed; the next look-up tries again.
         """
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE replica SET trust = ?, boot_id = ?, size_bytes = ?, mtime_ns = ?,"
-                " ctime_ns = ?, inode = ? WHERE version_id = ?",
+                " ctime_ns = ?, inode = ?, verified_s = coalesce(?, verified_s)"
+                " WHERE version_id = ?",
                 (
                     *(trust, boot_id, stamp.size_bytes, stamp.mtime_ns),
-                    *(stamp.ctime_ns, stamp.inode, version_id),
+                    *(stamp.ctime_ns, stamp.inode, verified_s, version_id),
                 ),
             )
             for user in linked:
@@ -429,12 +436,12 @@ class CacheIndex:
                     (user.uid, user.name, version_id),
                 )
 
-    def mark_durable(self, version_id: bytes, inode: int) -> None:
-        """fsync of this object has succeeded. A doubtful row stays doubtful."""
+    def mark_durable(self, inodes: Mapping[bytes, int]) -> None:
+        """These objects are on the disk: inode by version id. A doubtful row stays doubtful."""
         with self._transaction() as connection:
-            connection.execute(
+            connection.executemany(
                 "UPDATE replica SET trust = 2 WHERE version_id = ? AND inode = ? AND trust = 1",
-                (version_id, inode),
+                inodes.items(),
             )
 
     def touch(self, last_used_s: Mapping[bytes, float]) -> None:
@@ -495,12 +502,21 @@ class CacheIndex:
         self.shorten_log()
 
     def shorten_log(self) -> None:
-        """Let the write-ahead log start over if it has grown long. Slow then: it fsyncs."""
+        """Let the write-ahead log start over if it has grown long. Slow then: it fsyncs.
+
+        To be called after every few changes by whoever makes many. The log starts over only if
+        nobody adds to it while the last of it is brought into the index, so it would grow for ever
+        if writers were never kept waiting. Most of it is brought there before.
+        """
         with disk_errors("look at the log of the cache index"), _vanished(self._path):
-            size_bytes = os.stat(self._path + "-wal").st_size
-        if size_bytes > LOG_SIZE_MAX_BYTES:
-            with _sqlite_errors(self._path), closing(_connect(self._path)) as connection:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            log_bytes = os.stat(self._path + "-wal").st_size
+            index_bytes = os.stat(self._path).st_size
+        if log_bytes <= max(LOG_SIZE_MAX_BYTES, index_bytes // LOG_SHARE):
+            return
+        with _sqlite_errors(self._path), closing(_connect(self._path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            with self._write_lock:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with self._read_lock, _sqlite_errors(self._path):

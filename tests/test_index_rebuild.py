@@ -6,13 +6,14 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from swarmcache.cache_dir import CacheDir
-from swarmcache.cache_index import SCHEMA_VERSION, CacheIndex
+from swarmcache.cache_index import LOG_SIZE_MAX_BYTES, SCHEMA_VERSION, CacheIndex
 from swarmcache.errors import LocalError, NoSpace
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
@@ -249,6 +250,7 @@ def test_what_is_put_in_place_during_the_comparison_is_not_taken_for_a_half(root
     cache.close()
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_file_is_taken_back_loses_nothing(root: Path) -> None:
     version, data = a_file(5 * CHUNK_BYTES)
     for call in ("rename", "unlink"):
@@ -307,6 +309,32 @@ def test_last_use_is_taken_from_the_file_and_digesting_is_no_use(root: Path) -> 
     assert connection.execute("SELECT last_used_s FROM replica").fetchall() == [(1e9,)]
     connection.close()
     assert object_of(root, version).stat().st_atime_ns == 10**18
+
+
+@pytest.mark.slow
+def test_the_log_of_the_index_stays_short_however_much_is_written_and_read(root: Path) -> None:
+    version, data = a_file(5000)
+    cache = open_cache(root)
+    publish(cache, version, data)
+    cache.close()
+    index = CacheIndex(str(index_of(root)))
+
+    def write() -> None:
+        for number in range(5000):  # some 60 MiB of log
+            index.touch({version.version_id: float(number)})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    log = index_of(root).with_name("index.sqlite-wal")
+    longest_bytes = 0
+    while writer.is_alive():
+        index.totals()
+        index.shorten_log()
+        longest_bytes = max(longest_bytes, log.stat().st_size)
+    writer.join()
+    index.close()
+
+    assert longest_bytes < 3 * LOG_SIZE_MAX_BYTES
 
 
 @needs_root
