@@ -651,6 +651,7 @@ class CacheDir:
     def _open_directory(self, stack: ExitStack, name: str, above_fd: int) -> int:
         with suppress(FileExistsError):  # from an earlier start
             os.mkdir(name, 0o700, dir_fd=above_fd)
+            os.fsync(above_fd)  # or else a power cut takes all that is below, durable or not
         try:
             fd = os.open(name, _DIRECTORY, dir_fd=above_fd)
         except NotADirectoryError as error:
@@ -723,7 +724,7 @@ class CacheDir:
         version_id = replica.version_id
         paths: dict[int, str] = {}
         failed: dict[int, LocalError] = {}
-        displaced = self._doubt_other_versions(replica, users)
+        displaced = self._doubt_other_versions(replica)
         self._index.doubt(version_id, users)
         for user in users:
             try:
@@ -735,10 +736,10 @@ class CacheDir:
             self._settle(other)
         return paths, failed
 
-    def _doubt_other_versions(self, replica: Replica, users: Sequence[User]) -> list[Replica]:
+    def _doubt_other_versions(self, replica: Replica) -> list[Replica]:
         """Other versions of the same source, whose link count changes when a link gives way."""
-        ids = {v for user in users for v in self._index.linked_versions(replica.path, user)}
-        checked = [self._checked(version_id) for version_id in ids - {replica.version_id}]
+        ids = set(self._index.versions_of(replica.path)) - {replica.version_id}
+        checked = [self._checked(version_id) for version_id in sorted(ids)]
         others = [other for other in checked if other is not None]
         for other in others:
             self._index.doubt(other.version_id)
@@ -765,7 +766,7 @@ class CacheDir:
             replica.path,
             (name, self._objects_fd),
             (scratch, self._partial_fd),
-            self._index.linked_versions(replica.path, user).values(),
+            self._index.versions_of(replica.path).values(),
         )
         self._half_linked.discard(scratch)
         return os.fsdecode(path)

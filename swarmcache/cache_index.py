@@ -230,14 +230,13 @@ class CacheIndex:
         rows = self._rows("SELECT uid, name FROM link WHERE version_id = ?", version_id)
         return [User(uid, name) for uid, name in rows]
 
-    def linked_versions(self, path: bytes, user: User) -> dict[bytes, int]:
-        """The versions of one source that the user's link may lead to: inode per version id."""
-        rows = self._rows(
-            "SELECT r.version_id, r.inode FROM replica r JOIN link l USING (version_id)"
-            " WHERE r.path = ? AND l.uid = ? AND l.name = ?",
-            *(path, user.uid, user.name),
-        )
-        return dict(rows)
+    def versions_of(self, path: bytes) -> dict[bytes, int]:
+        """The versions of one source: inode per version id.
+
+        A user's link may lead to any of them, also to one that is not listed as linked: a power
+        cut may have taken the row of the link, and left the link.
+        """
+        return dict(self._rows("SELECT version_id, inode FROM replica WHERE path = ?", path))
 
     def count_beside(self, path: bytes) -> int:
         """How many replicas there are of sources in the directory of ``path``; counts to 1000."""

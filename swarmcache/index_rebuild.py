@@ -9,7 +9,8 @@ Done in slices: look at some files, then enter them, holding the lock for that a
 daemon answers meanwhile.
 
 Invariant: what is removed here could never be served: an object without a manifest, a manifest
-without an object, a pair that does not belong together, a row without both.
+without an object, a pair that does not belong together, a row without both. No user's link to it
+stays behind, where it would be in the way of the next copy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from swarmcache.cache_index import CacheIndex, Replica, Trust
@@ -69,6 +70,7 @@ class IndexRebuild:
         self._stored_bytes = stored_bytes
         self._drop = drop
         self._users: Collection[User] = ()
+        self._orphans: dict[str, int] = {}  # inodes of what has links of nobody knows whom
         self.found_count = 0
         self.removed_count = 0
 
@@ -78,6 +80,9 @@ class IndexRebuild:
             self._users = self._tree.users()
             for first_byte in range(256):
                 yield from self._compare(first_byte)
+            if self._orphans:
+                yield from self._tree.unlink_everywhere(set(self._orphans.values()))
+                self._remove_orphans()
         self._index.mark_complete()
         if self.removed_count:
             log.warning("removed %d files and rows without the other half", self.removed_count)
@@ -179,9 +184,26 @@ class IndexRebuild:
             self.removed_count += 1
 
     def _unlink(self, fd: int, name: str) -> None:
-        if fd >= 0:
-            unlink_if_there(name, fd)
-            unlink_if_there(name + MANIFEST, fd)
+        if fd < 0:
+            return
+        with suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if status.st_nlink > 1:
+                # Whose links these are, only the manifest could tell.
+                self._orphans[name] = Stamp.of(status).inode
+                return
+        unlink_if_there(name, fd)
+        unlink_if_there(name + MANIFEST, fd)
+
+    def _remove_orphans(self) -> None:
+        """Their links are gone now. One that was taken back or put in place meanwhile stays."""
+        for name, inode in self._orphans.items():
+            path = f"{name[:2]}/{name}"
+            with self._lock:
+                unlisted = self._index.find(bytes.fromhex(name)) is None
+                if unlisted and _inode(self._objects_fd, path) == inode:
+                    unlink_if_there(path, self._objects_fd)
+                    unlink_if_there(path + MANIFEST, self._objects_fd)
 
 
 def _batches(names: Collection[str]) -> Iterator[Sequence[str]]:

@@ -18,8 +18,8 @@ import shlex
 import stat
 import struct
 import threading
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from swarmcache.disk_calls import Stamp, disk_errors, local_error
@@ -175,6 +175,28 @@ class UserTree:
             self.unlink(user, real_path, inode)
         return users
 
+    def unlink_everywhere(self, inodes: Collection[int]) -> Iterator[None]:
+        """Remove all links to ``inodes``, of whatever source. Very slow: looks at every file.
+
+        Works between one ``next`` and the other. Raises LocalError.
+        """
+        with disk_errors("look through the users' directories"):
+            for user in self.users():
+                tree = os.fwalk(
+                    user.name, onerror=_unless_gone, dir_fd=self._root_fd, follow_symlinks=False
+                )
+                for _, _, names, fd in tree:
+                    for name in names:
+                        self._unlink_if_among(name, fd, inodes)
+                    yield
+
+    def _unlink_if_among(self, name: str, dir_fd: int, inodes: Collection[int]) -> None:
+        with self._lock, suppress(FileNotFoundError):
+            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            ours = (there.st_dev, there.st_uid) == (self._device, self._daemon_uid)
+            if ours and Stamp.of(there).inode in inodes:
+                os.unlink(name, dir_fd=dir_fd)
+
     def _user_of(self, name: str) -> User | None:
         """Whose directory that is, as its ACL says; None when it is not one of ours."""
         try:
@@ -278,6 +300,11 @@ class UserTree:
             ) from error
 
 
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _has_odd_component(real_path: bytes) -> bool:
     components = real_path.split(b"/")[1:]
     return b"\0" in real_path or any(c in (b"", b".", b"..") for c in components)
@@ -350,9 +377,20 @@ def open_cache_root(
 def _make_root(path: str) -> None:
     try:
         os.mkdir(path, 0o700)
-        os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
     except FileExistsError:
-        pass  # ours from an earlier start, or else refused by who opens it
+        # Ours from an earlier start, or else refused by who opens it.
+        if stat.S_IMODE(os.lstat(path).st_mode) != 0o700 or os.listdir(path):
+            return
+        # Its maker was killed before it was done.
+    os.chmod(path, 0o711)  # noqa: S103 (users pass through to their own directory)
+    try:
+        fd = os.open(os.path.dirname(path), _DIRECTORY)
+    except PermissionError:
+        return  # one that we may write but not read cannot be synced
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def check_ours(fd: int, path: str, *, forbidden: int, daemon_uid: int | None = None) -> None:
