@@ -47,11 +47,12 @@ log = logging.getLogger(__name__)
 PARTIAL_AGE_MAX_S = 24 * 3600.0
 # Whoever wants to go on with a partial file has done so by then; see ABANDON_S of the machine.
 ABANDONED_S = 300.0
-# Kept from both limits: what the log of the index may grow by (see LOG_SIZE_MAX_BYTES) before it is
-# shortened, and the database by that.
+# Kept from both limits for the log of the index, which grows to LOG_SIZE_MAX_BYTES and a
+# bit more until it is shortened (measured: 4.8 MiB), and for scratch files.
 UNCOUNTED_MAX_BYTES = 8 << 20
 # What a file takes besides its blocks and those of its manifest: a row in the index, two inodes
-# where they are made on demand (XFS), names in three directories.
+# where they are made on demand (XFS), names in three directories. Measured with a directory for
+# each file: 1.9 KiB on ext4, 2.4 KiB on XFS.
 OVERHEAD_BYTES = 4096
 # After an eviction the file system may give the blocks back behind our back (XFS): time to do so.
 GIVE_BACK_S = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
