@@ -34,7 +34,7 @@ def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("hit", 1),
         ("memory", 3),
         ("many_files", 18),
-        pytest.param("swarm", 6, marks=pytest.mark.box),
+        pytest.param("swarm", 7, marks=pytest.mark.box),
     ],
 )
 def test_every_benchmark_runs_in_its_smallest_variant(name: str, count: int) -> None:
