@@ -25,7 +25,6 @@ import os
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,9 +33,9 @@ from enum import Enum
 from pathlib import Path
 
 from swarmcache.cache_index import CacheIndex, Entry, Replica, Trust
+from swarmcache.chunk_sources import ChunkSource, OpenReplicas
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.disk_calls import (
-    SharedFile,
     Stamp,
     disk_errors,
     sync_file_system,
@@ -54,11 +53,10 @@ from swarmcache.quiet_read import digest_quietly, open_quietly
 from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
 from swarmcache.uses import Uses
 
-__all__ = ["CacheDir", "ChunkSource", "Partial", "User"]
+__all__ = ["CacheDir", "Partial", "User"]
 
 log = logging.getLogger(__name__)
 
-SOURCES_MAX = 64  # replicas kept open for peers; a daemon may have 1024 descriptors by default
 # So many copies that were in doubt, or those of so much time, are made durable and told of
 # together; ``get`` does not wait for that. Seldom, since what others have written is synced along.
 RECOVERED_MAX = 1000
@@ -79,39 +77,6 @@ class Removal(Enum):
     UNLINKED = "the user's link is gone; others have theirs"
     PINNED = "it is pinned, and stays"
     ABSENT = "there is none, or none for this user"
-
-
-class ChunkSource:
-    """The chunks of a complete or partial file, open for reading until ``close``.
-
-    ``fd`` stays valid until then, whatever becomes of the file. ``has`` is asked before every
-    read, for a partial file gets more chunks, and loses them all when it is discarded.
-    """
-
-    def __init__(self, file: SharedFile, layout: ChunkLayout, has: Callable[[int], bool]) -> None:
-        """Takes over one use of ``file``."""
-        self._file: SharedFile | None = file
-        self.fd = file.fd
-        self.layout = layout
-        self.has = has
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.release()
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A replica that is open for peers. Not ``good``: it was found to be wrong meanwhile."""
-
-    file: SharedFile
-    layout: ChunkLayout
-    good: bool = True
-
-    def has(self, chunk: int) -> bool:
-        return self.good and 0 <= chunk < self.layout.chunk_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +115,7 @@ class CacheDir:
         self._boot_id = _boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
         self._objects_lock = threading.RLock()
-        self._sources_lock = threading.Lock()
-        self._sources: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._sources = OpenReplicas(self._open_for_peers)
         self._damaged: dict[bytes, Damaged | None] = {}
         self._damaged_lock = threading.Lock()
         self._uses = Uses()
@@ -170,7 +134,7 @@ class CacheDir:
                 self._lock_fd = self._lock_directory(stack, own_fd, own)
                 self._objects_fd = self._open_directory(stack, "objects", own_fd)
                 self._partial_fd = self._open_directory(stack, "partial", own_fd)
-            self._tree = UserTree(path, self._root_fd)
+                self._tree = UserTree(path, self._root_fd)
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
             self._listed = self._index.complete or self._begin_empty(own)
@@ -190,7 +154,7 @@ class CacheDir:
     def close(self) -> None:
         """Keep everything for the next start. Sources that are still open stay valid."""
         self._partials.close()
-        self._release_sources()
+        self._sources.let_go_of_all()
         with self._resources:
             if not self._abandoned:
                 self.flush()
@@ -217,7 +181,7 @@ class CacheDir:
         file under their numbers.
         """
         self._abandoned = True
-        self._release_sources()
+        self._sources.let_go_of_all()
         return self._partials.abandon()
 
     def close_partials(self) -> None:
@@ -235,12 +199,6 @@ class CacheDir:
             raise DiskFailed(f"{self.path} is another directory now (is its disk mounted?)")
         if os.fstat(self._lock_fd).st_nlink == 0:
             raise DiskFailed(f"somebody has removed {self.path}/.swarmcache")
-
-    def _release_sources(self) -> None:
-        with self._sources_lock:
-            for kept in self._sources.values():
-                kept.file.release()
-            self._sources.clear()
 
     # --- replicas -----------------------------------------------------------------------------
 
@@ -795,7 +753,7 @@ class CacheDir:
         with suppress(NoSpace):  # to remove a file needs no room, and gives some
             self._index.doubt(replica.version_id)
         self._remove_files(replica)
-        self._let_go(replica.version_id)
+        self._sources.let_go(replica.version_id)
         self._index.delete(replica.version_id)
         del self._half_dropped[replica.version_id]
 
@@ -817,13 +775,6 @@ class CacheDir:
                 users += self._tree.unlink_all(replica.path, Stamp.of(status).inode)
         return users
 
-    def _let_go(self, version_id: bytes) -> None:
-        """Close the object that is kept open for peers. Who serves it now may go on."""
-        with self._sources_lock:
-            kept = self._sources.pop(version_id, None)
-        if kept is not None:
-            kept.file.release()
-
     # --- copies that may be wrong -------------------------------------------------------------
 
     def _take_out(self, replica: Replica) -> None:
@@ -832,10 +783,7 @@ class CacheDir:
         ``take_damaged`` tells of it, so that the rest can be fetched from peers.
         """
         version_id = replica.version_id
-        with self._sources_lock:
-            kept = self._sources.get(version_id)
-            if kept is not None:
-                kept.good = False
+        self._sources.withhold(version_id)
         stamp = self._stamp(version_id)
         users = self._unlink_users(replica)
         # Of another file in its place, or one of another size, nothing is known at all.
@@ -869,7 +817,7 @@ class CacheDir:
                 return None
             unlink_if_there(name + MANIFEST, self._objects_fd)
             self._index.delete(version_id)
-            self._let_go(version_id)
+            self._sources.let_go(version_id)
             return Damaged(version, manifest.layout.chunk_size_bytes)
 
     def _read_manifest(self, version_id: bytes) -> tuple[FileVersion, Manifest] | None:
@@ -963,7 +911,7 @@ class CacheDir:
         """See ``UseCheck.unused``."""
         names = {_object_name(version_id): version_id for version_id in version_ids}
         for version_id in version_ids:
-            self._let_go(version_id)  # unless a peer is being served
+            self._sources.let_go(version_id)  # unless a peer is being served
         with (
             disk_errors("find out which files are in use"),
             self._use_check.unused(list(names), self._objects_fd) as unused,
@@ -991,21 +939,13 @@ class CacheDir:
             log.info("%s", error)
 
     def _open_replica(self, replica: Replica) -> ChunkSource | None:
-        version_id = replica.version_id
-        with self._sources_lock, disk_errors("open a replica"):
-            kept = self._sources.get(version_id)
-            if kept is None:
-                try:
-                    fd = open_quietly(_object_name(version_id), self._objects_fd)
-                except FileNotFoundError:
-                    return None
-                layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)
-                kept = self._sources[version_id] = _Kept(SharedFile(fd), layout)
-                if len(self._sources) > SOURCES_MAX:
-                    self._sources.popitem(last=False)[1].file.release()
-            self._sources.move_to_end(version_id)
-            kept.file.retain()
-            return ChunkSource(kept.file, kept.layout, kept.has)
+        layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)
+        with disk_errors("open a replica"), suppress(FileNotFoundError):
+            return self._sources.open(replica.version_id, layout)
+        return None
+
+    def _open_for_peers(self, version_id: bytes) -> int:
+        return open_quietly(_object_name(version_id), self._objects_fd)
 
     # --- publishing ---------------------------------------------------------------------------
 

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from swarmcache.cache_dir import CacheDir, ChunkSource, Damaged, Partial, Removal, User, go_on
+from swarmcache.cache_dir import CacheDir, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry
+from swarmcache.chunk_sources import ChunkSource
 from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.disk_calls import disk_errors
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace

@@ -26,6 +26,7 @@ LAYERS = {
         "cache_client",
         "cache_commands",
         "cache_index",
+        "chunk_sources",
         "cache_requests",
         "cli",
         "client",
