@@ -152,7 +152,8 @@ class PartialStore:
         return self._in_blocks(version.size_bytes, journal_size_bytes(version, layout))
 
     def _in_blocks(self, *sizes: int) -> int:
-        block = os.fstatvfs(self._fd).f_frsize
+        with disk_errors("ask for the size of a block"):
+            block = os.fstatvfs(self._fd).f_frsize
         return sum(-(-size // block) * block for size in sizes)
 
     def begin(
