@@ -27,12 +27,15 @@ def strays(root: Path) -> list[str]:
     found = [
         str(path) for name, path in objects.items() if name.removesuffix(_MANIFEST) not in known
     ]
-    partial = set(os.listdir(own / "partial"))
+    # A scratch file of no bytes, which the next start removes where the disk would not.
+    partial = {name for name in os.listdir(own / "partial") if not name.startswith("lease-")}
     for name in partial:
         stem = name.removesuffix(_JOURNAL)
         if not {stem, stem + _JOURNAL} <= partial or name not in (stem, stem + _JOURNAL):
             found.append(str(own / "partial" / name))
-    inodes = {path.stat().st_ino for path in objects.values()}
+    # A copy that has to be digested again waits as a partial file, and keeps its links meanwhile.
+    linked = [*objects.values(), *(own / "partial").iterdir()]
+    inodes = {path.stat().st_ino for path in linked}
     for directory, _, names in os.walk(root):
         if not Path(directory).is_relative_to(own):
             links = [Path(directory) / name for name in names]

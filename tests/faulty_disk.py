@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from types import FrameType
@@ -134,6 +135,19 @@ class FaultyDisk:
         if name.startswith("sqlite_"):
             return _sqlite_code(name.removeprefix("sqlite_"), self._fault.code)
         raise OSError(self._fault.code, os.strerror(self._fault.code))
+
+
+class KilledAt:
+    """A watcher that lets the process be killed just before the n-th call (counted from 0)."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def call(self, name: str, arguments: Arguments, keywords: Keywords, do: Do) -> Any:
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._left -= 1
+        return do(*arguments, **keywords)
 
 
 def _sqlite_code(what: str, code: int) -> int:

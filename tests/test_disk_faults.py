@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +15,14 @@ from blake3 import blake3
 from swarmcache.cache_dir import CacheDir, Partial, User
 from swarmcache.chunks import FileVersion
 from swarmcache.errors import LocalError
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.cache_checks import assert_right, assert_sound
 from tests.disk_helpers import CHUNK_BYTES, ME, a_file, open_cache, write
-from tests.faulty_disk import FAULTS, CallCounter, Fault, FaultyDisk
+from tests.faulty_disk import FAULTS, Call, CallCounter, Fault, FaultyDisk, KilledAt
 from tests.watched_disk import Watcher, watched
 
 SIZE_BYTES = 3 * CHUNK_BYTES + 1
+ROOM_BYTES = 4 * (SIZE_BYTES + 4 * CHUNK_BYTES)  # of some files, with all that is counted for each
 OTHER = User(os.geteuid(), "other")
 
 # Calls from the same place in the code are let fail twice at most, and where that leaves many, only
@@ -39,7 +41,8 @@ NEW = a_file(SIZE_BYTES, b"/nfs/new", 3)
 NEWER = a_file(SIZE_BYTES, b"/nfs/new", 4)  # another version of the same source
 GIVEN_UP = a_file(SIZE_BYTES, b"/nfs/given up", 5)
 LEFT = a_file(SIZE_BYTES, b"/nfs/left", 6)
-ALL = [OLD, BEGUN, NEW, NEWER, GIVEN_UP, LEFT]
+EVICTING = a_file(SIZE_BYTES, b"/nfs/evicting", 7)  # comes when there is no room left
+ALL = [OLD, BEGUN, NEW, NEWER, GIVEN_UP, LEFT, EVICTING]
 
 
 class Life:
@@ -55,6 +58,8 @@ class Life:
         self.dropped: set[bytes] = set()
         self.failures: list[LocalError] = []
         self.cache: CacheDir | None = None
+        self.max_usage_bytes = 1 << 40
+        self.tell: int | None = None  # descriptor to which it tells what it does, before or after
 
     def attempt(self, function: Callable[..., Result], *arguments: object) -> Result | None:
         try:
@@ -65,7 +70,7 @@ class Life:
 
     def run(self) -> None:
         """All but the end."""
-        cache = self.cache = self.attempt(open_cache, self.root)
+        cache = self.cache = self.attempt(self.open)
         if cache is None:
             return
         self.attempt(list, cache.list_objects())
@@ -76,6 +81,7 @@ class Life:
         self.attempt(self.get, cache, NEW, [ME, OTHER])
         self.attempt(self.make_durable, cache, NEW)
         self.attempt(self.get, cache, NEW, [OTHER])
+        self.drop(NEW)  # another version of the source comes in its place
         self.attempt(self.get, cache, NEWER, [ME])
         self.attempt(self.make_durable, cache, NEWER)
         for end in (Partial.discard, Partial.close):
@@ -85,9 +91,18 @@ class Life:
                 self.attempt(write, partial, data, 0)
                 self.attempt(end, partial)
         self.attempt(cache.drop, NEW[0].version_id)
-        self.dropped.add(NEW[0].version_id)
+        self.attempt(cache.verify, BEGUN[0].version_id)
+        self.attempt(cache.pin, NEWER[0].version_id, ME.uid)
+        self.attempt(cache.remove, OLD[0].version_id, OTHER)
+        self.drop(OLD, BEGUN)
+        self.max_usage_bytes = UNCOUNTED_MAX_BYTES + ROOM_BYTES
+        self.attempt(self.get, cache, EVICTING, [OTHER])
+        self.max_usage_bytes = 1 << 40
         self.attempt(cache.flush)
         self.attempt(cache.status)
+
+    def open(self) -> CacheDir:
+        return open_cache(self.root, max_usage=lambda _: self.max_usage_bytes, min_age_s=0.0)
 
     def end(self) -> None:
         if self.cache is not None:
@@ -111,11 +126,21 @@ class Life:
         self.note(cache, file, *published.values())
         cache.manifest(version.version_id)
 
+    def drop(self, *files: tuple[FileVersion, bytes]) -> None:
+        """Nobody has a right to these any more."""
+        for version, _ in files:
+            self.dropped.add(version.version_id)
+            self.say("dropped", version)
+
+    def say(self, what: str, version: FileVersion) -> None:
+        if self.tell is not None:
+            os.write(self.tell, f"{what} {version.version_id.hex()}\n".encode())
+
     def make_durable(self, cache: CacheDir, file: tuple[FileVersion, bytes]) -> None:
         try:
             cache.make_durable(file[0].version_id)
         except LocalError:
-            self.dropped.add(file[0].version_id)
+            self.drop(file)
             raise
 
     def note(self, cache: CacheDir, file: tuple[FileVersion, bytes], *paths: str | None) -> None:
@@ -123,8 +148,7 @@ class Life:
         for path in filter(None, paths):
             assert_right_now(path, data)
             self.answered.setdefault(version.version_id, []).append((path, data))
-            if file is NEWER:  # it has taken the place of
-                self.answered.pop(NEW[0].version_id, None)
+            self.say("answered", version)
 
 
 def assert_right_now(path: str, data: bytes) -> None:
@@ -184,6 +208,7 @@ def live_again(life: Life) -> None:
     try:
         list(cache.list_objects())
         list(cache.recover_undurable())
+        assert_sound(cache, root)
         for version, data in ALL:
             path = cache.lookup(version, ME)
             assert_right(cache, version.version_id, path, data)
@@ -219,7 +244,7 @@ def failure_of(root: Path, number: int, fault: Fault) -> str | None:
     open_before = len(os.listdir("/proc/self/fd"))
     try:
         live(life, FaultyDisk(number, fault))
-        assert len(os.listdir("/proc/self/fd")) == open_before, "a descriptor was left open"
+        assert len(os.listdir("/proc/self/fd")) <= open_before, "a descriptor was left open"
         live_again(life)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -229,18 +254,61 @@ def failure_of(root: Path, number: int, fault: Fault) -> str | None:
     return None
 
 
+def chosen(calls: list[Call], numbers: Sequence[int], first: int) -> Sequence[int]:
+    """Those that are let fail; see the head of this file."""
+    if ALL_FAULTS:
+        return numbers
+    rare = [n for n in numbers if calls[:n].count(calls[n]) < SAME_PLACE_MAX]
+    return rare if len(rare) <= MANY else rare[first % EVERY :: EVERY]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_call_that_fails_costs_only_what_it_was_for(root: Path, fault: Fault) -> None:
     calls = calls_of_a_life(root).calls
-    chosen = [number for number, call in enumerate(calls) if fault.can_hit(call)]
-    if not ALL_FAULTS:
-        chosen = [n for n in chosen if calls[:n].count(calls[n]) < SAME_PLACE_MAX]
-    if not ALL_FAULTS and len(chosen) > MANY:
-        chosen = chosen[FAULTS.index(fault) % EVERY :: EVERY]
+    possible = [number for number, call in enumerate(calls) if fault.can_hit(call)]
+    numbers = chosen(calls, possible, FAULTS.index(fault))
 
-    failures = {number: failure_of(root, number, fault) for number in chosen}
+    failures = {number: failure_of(root, number, fault) for number in numbers}
 
-    print(f"{fault}: {len(chosen)} of {len(calls)} calls")
+    print(f"{fault}: {len(numbers)} of {len(calls)} calls")
     assert {f"{n} ({calls[n].name})": why for n, why in failures.items() if why} == {}
+
+
+def live_until_killed(life: Life, number: int) -> None:
+    """A life in another process, which is killed before the n-th call."""
+    answers, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        life.tell = told
+        with watched(KilledAt(number)):
+            life.run()
+            life.end()
+        os._exit(1)
+    os.close(told)
+    with open(answers) as lines:
+        for line in lines:
+            what, version_id = line.split()
+            if what == "answered":
+                life.answered[bytes.fromhex(version_id)] = []
+            else:
+                life.dropped.add(bytes.fromhex(version_id))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it lived on"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_kill_before_any_call_loses_nothing(root: Path) -> None:
+    calls = calls_of_a_life(root).calls
+    numbers = [n for n in range(len(calls)) if ALL_FAULTS or calls[n] not in calls[:n]]
+
+    for number in numbers:
+        prepare(root)
+        life = Life(root)
+        live_until_killed(life, number)
+        live_again(life)
+        shutil.rmtree(root)
+
+    print(f"killed before {len(numbers)} of {len(calls)} calls")
