@@ -174,6 +174,7 @@ def scrub(root: Path) -> Iterator[Callable[..., queue.Queue[PeerEvent | None]]]:
         scrubber.stop()
 
 
+@pytest.mark.slow
 def test_the_copies_that_were_not_verified_for_longest_come_first(
     root: Path, scrub: Callable[..., queue.Queue[PeerEvent | None]]
 ) -> None:
@@ -199,6 +200,7 @@ def test_the_copies_that_were_not_verified_for_longest_come_first(
     cache.close()
 
 
+@pytest.mark.slow
 def test_no_rate_is_no_scrubbing_but_doubts_are_settled(
     root: Path, scrub: Callable[..., queue.Queue[PeerEvent | None]]
 ) -> None:
