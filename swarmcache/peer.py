@@ -7,6 +7,7 @@ the disk, reading from the file server, and the chunks themselves (``transfer.py
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import os
@@ -550,6 +551,9 @@ def open_cache(config: Config) -> Cache:
 
 async def run_daemon(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when jobs can ask."""
+    # What is here now stays as long as the process. To look through it for garbage held up all
+    # clients for 30 ms each time, measured while a tenth of a million files was being evicted.
+    gc.freeze()
     allow_many_descriptors()
     told = told_to_end()
     daemon = Daemon(config, cluster_key(config))
