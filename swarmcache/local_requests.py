@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from swarmcache.cache_dir import Damaged
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.disk import Cache, User
+from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.local_protocol import (
     Cached,
@@ -54,14 +55,14 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class LocalRequest:
-    """A client that waits for a file. ``fd`` is the descriptor that it handed over.
+    """A client that waits for a file. ``file`` is the descriptor that it handed over.
 
     ``hold``: the client keeps the copy when it has got it.
     """
 
     connection: LocalConnection
     source: SourceFile
-    fd: int
+    file: SharedFile
     hold: bool
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
@@ -70,14 +71,14 @@ class LocalRequest:
 class Work:
     """What the shell holds of one file version that the machine is fetching.
 
-    ``fds``: descriptors of the source, one per user who asked, closed when the work ends.
+    ``files``: descriptors of the source, one per user who asked, let go of when the work ends.
     ``answers``: tasks that hand out the finished copy.
     """
 
     from_peers_bytes: int = 0
     from_file_server_bytes: int = 0
     users: dict[int, User] = field(default_factory=dict)
-    fds: list[int] = field(default_factory=list)
+    files: list[SharedFile] = field(default_factory=list)
     answers: list[Task] = field(default_factory=list)
 
 
@@ -176,9 +177,12 @@ class LocalRequests:
 
     # --- what is wanted -------------------------------------------------------------------------
 
-    def borrow_fd(self, version_id: bytes) -> int:
-        """A descriptor of the source of a file that is being fetched; the caller closes it."""
-        return os.dup(self._work[version_id].fds[0])
+    def borrow_file(self, version_id: bytes) -> SharedFile:
+        """A descriptor of the source of a file that is being fetched; the caller releases it."""
+        file = self._work[version_id].files[0]
+        retained = file.retain()
+        assert retained, "closed before the work has ended"
+        return file
 
     def users_of(self, version_id: bytes) -> Collection[int]:
         """The uids of all who have asked for a file that is being fetched."""
@@ -217,8 +221,8 @@ class LocalRequests:
             return []
         if self._state.fetching(version_id) is None:
             del self._work[version_id]
-            for fd in work.fds:
-                os.close(fd)
+            for file in work.files:
+                file.release()
         return work.answers
 
     def downloads_status(self) -> list[dict[str, Any]]:
@@ -269,7 +273,7 @@ class LocalRequests:
             connection.send(hit)
             return
         number = next(self._numbers)
-        request = LocalRequest(connection, source, fd, get.hold)
+        request = LocalRequest(connection, source, SharedFile(fd), get.hold)
         self._requests[number] = request
         self._cache.hold(source.version.version_id)  # not evicted before it is handed out
         connection.on_closed[number] = lambda: self._client_gone(number)
@@ -304,8 +308,9 @@ class LocalRequests:
         work = self._work.setdefault(source.version.version_id, Work())
         user = request.connection.user
         work.users[user.uid] = user
-        if len(work.fds) < len(work.users):
-            work.fds.append(os.dup(request.fd))
+        if len(work.files) < len(work.users):
+            request.file.retain()  # not a second descriptor: there may be none left
+            work.files.append(request.file)
         chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(source.version.size_bytes)
         self._handle(
             FileWanted(number, source.version, source.file_server, user.name, chunk_size_bytes)
@@ -345,7 +350,7 @@ class LocalRequests:
             request.connection.on_closed.pop(number, None)
             for timer in request.timers:
                 timer.cancel()
-            os.close(request.fd)
+            request.file.release()
             self._cache.release(request.source.version.version_id)
         return request
 
@@ -361,15 +366,16 @@ class LocalRequests:
             return
         version = request.source.version
         sources = (work.from_peers_bytes, work.from_file_server_bytes)
-        fd = os.dup(request.fd)
+        file = request.file
+        file.retain()
         try:
-            same = await self._in_thread(same_version, fd, version)
+            same = await self._in_thread(same_version, file.fd, version)
             path = self._cache.lookup(version, request.connection.user) if same else None
         except SwarmcacheError as error:
             self._answer_original(number, str(error))
             return
         finally:
-            os.close(fd)
+            file.release()
         if path is None:
             self._answer_original(number, "the source changed meanwhile", retry=True)
         elif number in self._requests:  # or else it was answered meanwhile

@@ -31,6 +31,7 @@ from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.disk import Cache
+from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.link import Link, connect, serve
@@ -435,8 +436,8 @@ class Daemon:
             case FetchChunk():
                 self._fetch_chunk(effect)
             case ReadRange():
-                fd = self._local.borrow_fd(effect.version_id)
-                self._read_threads.submit(self._read_range, effect, fd)
+                source = self._local.borrow_file(effect.version_id)
+                self._read_threads.submit(self._read_range, effect, source)
             case DialPeer():
                 self._spawn(self._dial(effect.address))
             case HangUp():
@@ -504,8 +505,8 @@ class Daemon:
             case _:
                 raise error
 
-    def _read_range(self, effect: ReadRange, fd: int) -> None:
-        """Read a leased range, in a thread of its own; closes ``fd``."""
+    def _read_range(self, effect: ReadRange, source: SharedFile) -> None:
+        """Read a leased range, in a thread of its own; releases ``source``."""
         partial = self._disk.partial(effect.version_id)
         assert partial is not None, "reading a range without room for it"
         tell = self._shell.handle_from_thread
@@ -520,7 +521,7 @@ class Daemon:
         began_s = time.monotonic()
         try:
             read_bytes = read_range(
-                fd, partial.version, partial.layout, effect.first, effect.count, sink
+                source.fd, partial.version, partial.layout, effect.first, effect.count, sink
             )
         except SwarmcacheError as error:
             if not isinstance(error, SOURCE_ERRORS):
@@ -532,7 +533,7 @@ class Daemon:
             self._read_bytes += read_bytes
             tell(RangeReadDone(effect.version_id, effect.lease_id, read_bytes, elapsed_s))
         finally:
-            os.close(fd)
+            source.release()
 
     def _uploaded(self, _version_id: bytes, size_bytes: int, _peer: bytes) -> None:
         self._uploaded_bytes += size_bytes
