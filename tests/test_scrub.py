@@ -16,6 +16,7 @@ import pytest
 from blake3 import blake3
 
 from swarmcache import quiet_read
+from swarmcache import scrub as scrubbing
 from swarmcache.cache_dir import CacheDir
 from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache
@@ -33,6 +34,8 @@ from tests.disk_helpers import (
     open_cache,
     publish,
 )
+from tests.faulty_disk import Fault, FaultyDisk
+from tests.watched_disk import watched
 
 PATIENCE_S = 30.0
 
@@ -214,6 +217,28 @@ def test_no_rate_is_no_scrubbing_but_doubts_are_settled(
     told = scrub(cache, None)
 
     assert told.get(timeout=PATIENCE_S) is None
+    assert told.get(timeout=PATIENCE_S) == ReplicasRecovered([version.version_id])
+    assert cache.lookup(version, ME) is not None
+    cache.close()
+
+
+def test_a_disk_that_fails_once_does_not_keep_files_in_doubt(
+    root: Path,
+    scrub: Callable[..., queue.Queue[PeerEvent | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version, data = a_file(9000)
+    cache = open_cache(root)
+    publish(cache, version, data)
+    cache.close()
+    change_index(root, "DELETE FROM replica")
+    monkeypatch.setattr(scrubbing, "PAUSE_S", 0.0)
+    cache = open_cache(root)
+
+    with watched(FaultyDisk(0, Fault(errno.EMFILE))):
+        told = scrub(Cache([cache]), None)
+        assert told.get(timeout=PATIENCE_S) is None
+
     assert told.get(timeout=PATIENCE_S) == ReplicasRecovered([version.version_id])
     assert cache.lookup(version, ME) is not None
     cache.close()
