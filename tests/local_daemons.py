@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,26 @@ COMMAND_AS = [
 PATIENCE_S = 30.0
 
 
+class EndedEarly(Exception):
+    """A server that should have become ready has ended instead; with what it said."""
+
+
 class Server:
     """A tracker or daemon process and what it says on stderr."""
 
-    def __init__(self, log: Path, *arguments: str | Path) -> None:
+    def __init__(
+        self, log: Path, *arguments: str | Path, command: Sequence[str | Path] = COMMAND
+    ) -> None:
         self._log = log
         with open(log, "wb") as stderr:
-            self.process = subprocess.Popen([*COMMAND, *arguments], stderr=stderr, env={})
-        wait_until(lambda: "ready on" in self.said(), PATIENCE_S, f"{arguments[0]} to be ready")
+            self.process = subprocess.Popen([*command, *arguments], stderr=stderr, env={})
+        wait_until(
+            lambda: "ready on" in self.said() or self.process.poll() is not None,
+            PATIENCE_S,
+            f"{arguments[0]} to be ready",
+        )
+        if "ready on" not in self.said():
+            raise EndedEarly(self.said())
         self.address = self.said().partition("ready on ")[2].splitlines()[0]
 
     def said(self) -> str:
@@ -71,7 +84,13 @@ class LocalNode(Server):
     """A daemon with a socket, a cache directory and the commands of its users."""
 
     def __init__(
-        self, directory: Path, name: str, tracker: str, settings: str, cache_dir: Path | None
+        self,
+        directory: Path,
+        name: str,
+        tracker: str,
+        settings: str,
+        cache_dir: Path | None,
+        command: Sequence[str | Path],
     ) -> None:
         config = directory / f"config-{name}.toml"
         config.write_text(settings)
@@ -81,6 +100,7 @@ class LocalNode(Server):
             directory / f"daemon-{name}.log",
             *("daemon", "--config", config, "--listen", "127.0.0.1:0"),
             *("--tracker", tracker, "--cache-dir", self.cache_dir, "--socket", self.socket),
+            command=command,
         )
 
     def run(
@@ -146,12 +166,19 @@ class LocalDaemons:
         return self.tracker
 
     def start_daemon(
-        self, name: str = "a", settings: str = "", cache_dir: Path | None = None
+        self,
+        name: str = "a",
+        settings: str = "",
+        cache_dir: Path | None = None,
+        command: Sequence[str | Path] = COMMAND,
     ) -> LocalNode:
-        """A daemon that is connected to the tracker, if there is one. ``settings``: in TOML."""
+        """A daemon that is connected to the tracker, if there is one. ``settings``: in TOML.
+
+        ``command``: what runs ``swarmcache`` with the arguments that follow.
+        """
         # Port 1 of the loopback: nobody listens there, so it is as if the tracker were down.
         tracker = self.tracker.address if self.tracker is not None else "127.0.0.1:1"
-        node = LocalNode(self._directory, name, tracker, settings, cache_dir)
+        node = LocalNode(self._directory, name, tracker, settings, cache_dir, command)
         self._stack.callback(node.kill)
         if self.tracker is not None:
             node.wait_for_tracker()

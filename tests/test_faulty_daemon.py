@@ -1,0 +1,127 @@
+"""A whole daemon whose disk fails, or that runs out of descriptors: jobs get usable paths."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.box import wait_until
+from tests.faulty_disk import Fault
+from tests.local_daemons import (
+    COMMAND,
+    PACKAGE_PARENT,
+    PATIENCE_S,
+    EndedEarly,
+    LocalDaemons,
+    LocalNode,
+)
+
+pytestmark = pytest.mark.slow
+
+# Moments at which the disk fails, of each kind of failure; FAULTY_DAEMONS=50 for more of them.
+MOMENTS = int(os.environ.get("FAULTY_DAEMONS", "2"))
+# A daemon that opens its cache and gets two files makes somewhat more calls than this.
+CALLS = 1000
+SEED = 4
+FAULTS = [
+    Fault(code, lasting=lasting)
+    for code in (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE)
+    for lasting in (False, True)
+]
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+code, lasting, number = (int(sys.argv.pop(1)) for _ in range(3))
+import swarmcache.disk
+from swarmcache.cli import main
+from tests.faulty_disk import Fault, FaultyDisk
+from tests.watched_disk import watched
+# Not what is imported later: calls on sources and sockets work.
+with watched(FaultyDisk(number, Fault(code, lasting=bool(lasting)))):
+    sys.exit(main())
+"""
+
+
+def failing_daemon(fault: Fault, number: int) -> Sequence[str | Path]:
+    """A command for a daemon whose ``number``-th call on the disk fails."""
+    numbers = [str(int(each)) for each in (fault.code, fault.lasting, number)]
+    return [sys.executable, "-c", PROGRAM, str(PACKAGE_PARENT), *numbers]
+
+
+def sources(place: Path, count: int) -> list[Path]:
+    files = [place / f"source {number}" for number in range(count)]
+    for number, file in enumerate(files):
+        file.write_bytes(Random(number).randbytes(300_000))
+    return files
+
+
+def assert_usable(done: subprocess.CompletedProcess[bytes], *files: Path) -> None:
+    """A command that printed one path for each file, with its bytes, and said no more."""
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.removesuffix(b"\0").split(b"\0")
+    assert [Path(os.fsdecode(path)).read_bytes() for path in printed] == [
+        file.read_bytes() for file in files
+    ]
+
+
+def assert_no_bug(node: LocalNode) -> None:
+    """It is alive, and ends as it should."""
+    assert node.process.poll() is None, node.said()
+    assert node.status()["node"]["address"] == node.address
+    node.process.terminate()
+    assert node.process.wait(PATIENCE_S) == 0, node.said()
+    assert "Traceback" not in node.said(), node.said()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_daemon_whose_disk_fails_lives_on_and_every_job_gets_a_path(
+    root: Path, fault: Fault
+) -> None:
+    root.mkdir()
+    random = Random(f"{SEED} {fault}")
+    cached, *others = sources(root, 3)
+    for moment in range(MOMENTS):
+        place = root / str(moment)
+        place.mkdir()
+        with LocalDaemons(place) as local:
+            local.start_tracker()
+            node = local.start_daemon()
+            node.get(cached)
+            node.end()
+            command = failing_daemon(fault, random.randrange(CALLS))
+            try:
+                node = local.start_daemon(command=command)
+            except EndedEarly as ended:
+                assert "Traceback" not in str(ended), str(ended)
+                assert str(ended).startswith("swarmcache: "), str(ended)
+                continue
+            assert_usable(node.run("get", "-0", cached, *others), cached, *others)
+            assert_no_bug(node)
+
+
+# A daemon at rest has 29, and one for each directory on the way while it makes a link.
+@pytest.mark.parametrize("descriptors", [40, 44, 50])
+def test_a_daemon_without_descriptors_lives_on_and_every_job_gets_a_path(
+    root: Path, descriptors: int
+) -> None:
+    root.mkdir()
+    files = sources(root, 6)
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        command = ["prlimit", f"--nofile={descriptors}:{descriptors}", *COMMAND]
+        node = local.start_daemon(command=command)
+        with ThreadPoolExecutor(4) as jobs:
+            gets = [jobs.submit(node.run, "get", "-0", *files) for _ in range(4)]
+            for get in gets:
+                assert_usable(get.result(), *files)
+        # What was lacking was descriptors alone: now that there are some again, all goes well.
+        wait_until(lambda: node.run("get", "--strict", files[0]).returncode == 0, 60, "a copy")
+        assert_no_bug(node)
