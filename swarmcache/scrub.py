@@ -75,10 +75,8 @@ class Scrubber:
 
     def _run(self) -> None:
         try:
-            try:
-                self._settle_doubts()
-            except LocalError as error:
-                log.error("cannot look after copies in doubt: %s", error)
+            while not self._settle_doubts():
+                self._wait(PAUSE_S)
             while self._rate_bytes_per_s is not None:
                 if not self._scrub_one():
                     self._wait(PAUSE_S)
@@ -87,13 +85,19 @@ class Scrubber:
         except Exception:
             log.exception("files at rest are no longer looked after")  # a bug of ours
 
-    def _settle_doubts(self) -> None:
-        for _ in self._cache.list_objects():
-            self._wait(BREATH_S)
-        for version_ids in self._cache.recover_undurable(self.go_on):
-            self._look_at_damaged()
-            if version_ids:
-                self._tell(ReplicasRecovered(version_ids))
+    def _settle_doubts(self) -> bool:
+        """False when it has to be done again: until then there is little room to give out."""
+        try:
+            for _ in self._cache.list_objects():
+                self._wait(BREATH_S)
+            for version_ids in self._cache.recover_undurable(self.go_on):
+                self._look_at_damaged()
+                if version_ids:
+                    self._tell(ReplicasRecovered(version_ids))
+        except LocalError as error:
+            log.error("cannot look after copies in doubt, and will try again: %s", error)
+            return False
+        return True
 
     def _scrub_one(self) -> bool:
         """False when there is nothing to do just now."""
