@@ -91,9 +91,14 @@ class Attributes:
 
 @dataclass(frozen=True, eq=False)
 class Sync:
-    """Everything so far that was done to the node is durable."""
+    """Everything so far that was done to the node is durable.
+
+    ``whole``: a journal has written what was done to all others as well, which an fdatasync of a
+    file need not do.
+    """
 
     node: Node
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,18 +299,18 @@ class Recorder:
     def _sqlite_sync(self, do: Do, path: str) -> int:
         code: int = do()
         node = self._node_at(path)
-        self.records.append(Sync(node))
-        # os_unix.c: the first sync of a new journal or log syncs its directory as well.
+        # As strace shows: all are fdatasync, and the first one of a new log syncs its directory.
+        self.records.append(Sync(node, whole=False))
         if path.endswith(("-wal", "-journal")) and node not in self._synced:
             self._synced.add(node)
-            self.records.append(Sync(self._node_at(os.path.dirname(path))))
+            self.records.append(Sync(self._node_at(os.path.dirname(path)), whole=False))
         return code
 
     def _sqlite_delete(self, do: Do, path: str, sync_directory: int) -> int:
         code: int = do()
         self._enter(path, None, None)
         if sync_directory:
-            self.records.append(Sync(self._node_at(os.path.dirname(path))))
+            self.records.append(Sync(self._node_at(os.path.dirname(path)), whole=False))
         return code
 
 
@@ -337,14 +342,19 @@ def in_order(recorder: Recorder, random: Random) -> Iterator[State]:
     """What a power cut at any moment may leave where a journal keeps entries and attributes."""
     records = recorder.records
     for length in recorder.ends:
-        pending = [c for c in _not_durable(records[:length]) if isinstance(records[c], Bytes)]
-        synced = [at for at in range(length) if isinstance(records[at], Sync)]
-        moments = [at for at in recorder.ends if (synced[-1] if synced else 0) <= at <= length]
+        changes = _not_durable(records[:length])
+        pending = [change for change in changes if isinstance(records[change], Bytes)]
+        synced = max((at for at in range(length) if _is_whole_sync(records[at])), default=0)
+        moments = [at for at in recorder.ends if synced <= at <= length]
         chosen = {*moments[:1], *moments[-LAST_MOMENTS:], random.choice(moments)}
         for moment in sorted(chosen):
-            late = [c for c in range(moment, length) if isinstance(records[c], Entry | Attributes)]
+            late = [change for change in changes if change >= moment and change not in pending]
             for lost, torn in _subsets(pending, random):
                 yield State(length, lost.union(late), torn)
+
+
+def _is_whole_sync(record: Record) -> bool:
+    return isinstance(record, Sync) and record.whole
 
 
 def _subsets(pending: list[int], random: Random) -> Iterator[tuple[frozenset[int], frozenset[int]]]:

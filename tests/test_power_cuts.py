@@ -19,6 +19,7 @@ from swarmcache import cache_dir
 from swarmcache.cache_dir import CacheDir, User
 from swarmcache.chunks import FileVersion
 from swarmcache.errors import CacheDirUnusable
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.cache_checks import assert_right, assert_sound
 from tests.crash_states import Disk, Mark, Record, Recorder, State, in_order, loose
 from tests.disk_helpers import CHUNK_BYTES, ME, a_file, fill, open_cache, publish, write
@@ -121,7 +122,19 @@ def found_rotten(root: Path, say: Say) -> None:
     cache.close()
 
 
-SCENARIOS = [first_life, second_user, newer_version, dropped, resumed, found_rotten]
+def evicted(root: Path, say: Say) -> None:
+    """A file must make room for another one."""
+    room_bytes = SIZE_BYTES + 3 * CHUNK_BYTES  # with its manifest and what else is counted for it
+    limit_bytes = UNCOUNTED_MAX_BYTES + room_bytes
+    cache = open_cache(root, max_usage=lambda _: limit_bytes, min_age_s=0.0)
+    list(cache.list_objects())
+    say(("dropped", FILE[0].version_id))
+    get(cache, BESIDE, say, ME)
+    assert cache.lookup(FILE[0], ME) is None
+    cache.close()
+
+
+SCENARIOS = [first_life, second_user, newer_version, dropped, resumed, found_rotten, evicted]
 
 
 # --- what must be true afterwards -----------------------------------------------------------------
