@@ -70,9 +70,8 @@ def measure(options: Options) -> list[Figure]:
 
 @dataclass
 class _Hits:
-    """How long each call took that was made while a block ran, and how many were no hits."""
+    """How long each hit took that was made while a block ran."""
 
-    misses: int = 0
     times_ms: list[float] = field(default_factory=list)
 
     def figures(self, what: str, *, limit: bool = False) -> list[Figure]:
@@ -228,8 +227,6 @@ class _Bench:
             self._wait(node, lambda count: count <= left)
             freed_s = time.monotonic() - began_s
         getting.join()
-        if hits.misses:
-            raise ChildProcessError(f"{hits.misses} files were evicted while they were in use")
         return [
             Figure(what + "evicting a tenth", Spread.of([freed_s]), "s"),
             *hits.figures(what + "a hit while a tenth is evicted", limit=True),
@@ -289,10 +286,11 @@ class _Bench:
                 while not done.is_set():
                     began_s = time.perf_counter()
                     answer = client.get(self._asked[number % ASKED])
-                    hits.times_ms.append((time.perf_counter() - began_s) * 1e3)
+                    elapsed_ms = (time.perf_counter() - began_s) * 1e3
                     if not answer.cached:
                         raise ChildProcessError(f"not cached: {answer.reason}")
-                    hits.misses += not answer.hit
+                    if answer.hit:  # with no min_age a file may go between two of its hits
+                        hits.times_ms.append(elapsed_ms)
                     number += 1
                     time.sleep(PAUSE_S)  # a job now and then, not a load of its own
 
