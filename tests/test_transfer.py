@@ -370,11 +370,20 @@ async def test_idle_connections_are_closed_in_the_end(
 
 
 async def test_a_server_with_a_full_queue_says_busy(path: Path) -> None:
-    go_on = threading.Event()
-    source = lambda _: Source(path, LAYOUT, lambda: go_on.wait(10))  # noqa: E731
-    async with serving(source, uploads_max=1) as peer:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held_back() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    async with serving(lambda _: Source(path, LAYOUT, held_back), uploads_max=1) as peer:
         with fetching(threads=5) as crowd, fetching(threads=1) as fetcher:
-            waiting = [asyncio.wrap_future(fetch(crowd, peer)) for _ in range(5)]
+            # The slot is the crowd's before we ask: else a request of ours could have it.
+            waiting = [asyncio.wrap_future(fetch(crowd, peer, deadline_s=60, stall_s=60))]
+            assert await asyncio.to_thread(begun.wait, 60)
+            for _ in range(4):
+                another = fetch(crowd, peer, deadline_s=60, stall_s=60)
+                waiting.append(asyncio.wrap_future(another))
             refused = None
             # The requests of the crowd arrive in their own time; ours is refused after them.
             while refused is None:
