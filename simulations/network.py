@@ -70,8 +70,8 @@ class Flow:
         self.rest_bytes = float(length_bytes)
         self.since_s = 0.0
         self.end_s = 0.0
-        # When the engine will next look at this flow; negative when it has ended.
-        self.due_s = 0.0
+        # When the engine will next look at this flow; negative when it is on no link.
+        self.due_s = -1.0
 
     def ended(self, complete: bool) -> None:
         """Called once, when all was carried or (not ``complete``) the deadline has come."""
@@ -105,6 +105,39 @@ class Network:
         flow.since_s = now_s
         flow.end_s = now_s + flow.rest_bytes / rate
         self._look_again(flow)
+
+    def stop(self, flow: Flow) -> None:
+        """Take a flow off its links before its end; it may be started again, with what is left."""
+        if flow.due_s < 0.0:
+            return
+        flow.rest_bytes = max(flow.rest_bytes - flow.rate * (self._engine.now_s - flow.since_s), 0)
+        self._take_off(flow)
+        self._hand_out(flow.up)
+        self._hand_out(flow.down)
+
+    def set_rate(self, link: Link, rate: float) -> None:
+        """Give a link another rate: its flows are cut back in proportion, or get what is free."""
+        assert rate > 0
+        used = link.rate - link.free
+        link.rate = rate
+        link.free = max(rate - used, 0.0)
+        if used <= rate:
+            self._hand_out(link)
+            return
+        now_s = self._engine.now_s
+        for flow, other in link.flows.items():
+            less = flow.rate * (1 - rate / used)
+            flow.rest_bytes -= flow.rate * (now_s - flow.since_s)
+            flow.since_s = now_s
+            flow.rate -= less
+            flow.end_s = now_s + flow.rest_bytes / flow.rate
+            other.free += less
+
+    def _take_off(self, flow: Flow) -> None:
+        flow.due_s = -1.0
+        for link in (flow.up, flow.down):
+            del link.flows[flow]
+            link.free = link.free + flow.rate if link.flows else link.rate
 
     def _cut_back(self, link: Link, wanted: float) -> None:
         """Make ``wanted`` bytes/s free on a link, at the cost of flows above an equal share."""
@@ -170,12 +203,9 @@ class Network:
         if flow.end_s > now_s < flow.deadline_s:
             self._look_again(flow)
             return
-        flow.due_s = -1.0
         complete = flow.end_s <= now_s
         up, down = flow.up, flow.down
-        for link in (up, down):
-            del link.flows[flow]
-            link.free = link.free + flow.rate if link.flows else link.rate
+        self._take_off(flow)
         if complete:
             up.carried_bytes += flow.length_bytes
             down.carried_bytes += flow.length_bytes

@@ -145,6 +145,46 @@ def test_a_flow_that_is_not_done_at_its_deadline_ends_there() -> None:
     assert flow.down.carried_bytes == 0
 
 
+def test_a_flow_that_was_stopped_goes_on_with_what_is_left_and_meanwhile_takes_no_rate() -> None:
+    engine = Engine(100)
+    network = Network(engine)
+    up = Link("up", 100.0)
+    first, second = (Observed(engine, up, down, 200) for down in links(2, 100.0))
+    network.start(first)
+    network.start(second)
+    engine.at(1.0, network.stop, first)
+    engine.at(1.5, lambda _: network.stop(first), None)  # a second time: nothing happens
+    engine.at(3.0, network.start, first)
+
+    engine.run(math.inf)
+
+    assert second.ended_s == pytest.approx(2.5)  # 50 bytes until 1 s, then 100 each second
+    assert first.ended_s == pytest.approx(4.5)
+    assert up.carried_bytes == 400
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 8.0), st.floats(10, 500)), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_a_link_whose_rate_changes_is_never_overloaded_and_all_its_flows_end(
+    changes: list[tuple[float, float]],
+) -> None:
+    engine = Engine(10_000)
+    network = Network(engine)
+    up = Link("up", 100.0)
+    downs = links(3, 80.0)
+    flows = [Observed(engine, up, down, 300) for down in downs]
+    for flow in flows:
+        network.start(flow)
+    for at_s, rate in changes:
+        engine.at(at_s, lambda rate: network.set_rate(up, rate), rate)
+
+    while not all(flow.complete for flow in flows):
+        engine.step(math.inf)
+        _assert_no_link_is_overloaded([up, *downs])
+
+    assert up.carried_bytes == 900
+
+
 flow_plans = st.lists(
     st.tuples(
         st.floats(0, 10),  # starts, seconds
