@@ -345,7 +345,9 @@ class Download:
         self.held |= bit
         self._missing &= ~bit
         self._reading &= ~bit
-        if self._picker.holders(chunk) < COMMON_HOLDERS:
+        if not self.peers:
+            pass  # whoever joins is told of all that is held
+        elif self._picker.holders(chunk) < COMMON_HOLDERS:
             self._fresh |= bit
         else:
             self._common |= bit

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from swarmcache.clock import now_s
+
+# To wake the loop costs more than to handle most events, so those of threads are taken in together,
+# at most this often. Several chunks are in flight at any time, so none of them is missed meanwhile.
+THREADS_INTERVAL_S = 0.001
 
 Event = TypeVar("Event")
 Effect = TypeVar("Effect")
@@ -44,6 +49,7 @@ class MachineShell(Generic[Event, Effect]):
         self._events: deque[Event] = deque()
         self._inbox: deque[Event] = deque()
         self._told = False
+        self._emptied_s = -math.inf
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s: float | None = None
@@ -54,14 +60,22 @@ class MachineShell(Generic[Event, Effect]):
         self._handle_all()
 
     def handle_from_thread(self, event: Event) -> None:
-        """The same from any other thread. Events that come faster than the loop turns are handled
-        together: waking the loop costs more than most events do."""
+        """The same from any other thread. At once, or together with what comes within
+        ``THREADS_INTERVAL_S`` of the events before."""
         self._inbox.append(event)
         if not self._told:
             self._told = True
-            self._loop.call_soon_threadsafe(self._empty_inbox)
+            self._loop.call_soon_threadsafe(self._look_into_inbox)
+
+    def _look_into_inbox(self) -> None:
+        wait_s = self._emptied_s + THREADS_INTERVAL_S - self._loop.time()
+        if wait_s > 0:
+            self._loop.call_later(wait_s, self._empty_inbox)
+        else:
+            self._empty_inbox()
 
     def _empty_inbox(self) -> None:
+        self._emptied_s = self._loop.time()
         self._told = False  # before looking: who comes later wakes the loop once more
         while self._inbox:
             self._events.append(self._inbox.popleft())

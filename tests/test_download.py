@@ -516,6 +516,19 @@ def test_a_newcomer_hears_of_every_chunk_exactly_once() -> None:
     assert {chunk: times for (node, chunk), times in told.items() if node == "b"} == {0: 1, 1: 1}
 
 
+def test_who_is_alone_announces_nothing_and_sleeps() -> None:
+    download = fresh(3)
+    download.read_begins(0, 3)
+    download.chunk_read(0, right(0))
+    assert download.announcements(1.0) == []
+    assert download.wake_at_s(1.0) is None
+
+    told = told_chunks(download.add_peer(address("a"), source=True))
+    told += told_chunks(download.announcements(2.0))
+
+    assert told == Counter({("a", 0): 1})
+
+
 def test_what_many_chunks_are_announced_with_is_split_into_messages() -> None:
     count = HAVE_CHUNKS_MAX + 5
     download = fresh(count)
