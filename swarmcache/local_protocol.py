@@ -33,6 +33,11 @@ SomePaths = Annotated[list[Path], Meta(min_length=1)]
 class Request(Struct, tag_field="op", forbid_unknown_fields=True):
     """Base of what a client may ask."""
 
+    @property
+    def descriptor_count(self) -> int:
+        """How many open descriptors come along."""
+        return 0
+
 
 class Get(Request, tag="get"):
     """Cache the file whose descriptor comes along. ``path``: as the user named it, real path.
@@ -47,6 +52,10 @@ class Get(Request, tag="get"):
     wait_s: Annotated[float, Meta(ge=0)] | None = None
     hold: bool = False
     tree: Path | None = None
+
+    @property
+    def descriptor_count(self) -> int:
+        return 1
 
 
 class StatusOf(Request, tag="status"):

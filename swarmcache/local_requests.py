@@ -146,14 +146,14 @@ class LocalRequests:
         self._work: dict[bytes, Work] = {}
         self._holds = Holds(cache)
 
-    def take(self, connection: LocalConnection, request: Get | StatusOf, fd: int | None) -> None:
-        """Begin to answer a request; owns ``fd``."""
+    def take(self, connection: LocalConnection, request: Get | StatusOf, fds: list[int]) -> None:
+        """Begin to answer a request; owns ``fds``."""
         if isinstance(request, StatusOf):
             number = next(self._numbers)
             self._status_requests[number] = connection
             self._handle(StatusWanted(number))
             return
-        assert fd is not None, "a get without a descriptor"
+        (fd,) = fds
         self._spawn(self._get(connection, request, fd))
 
     def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerStatus) -> None:

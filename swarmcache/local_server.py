@@ -25,7 +25,6 @@ from swarmcache.local_protocol import (
     Answer,
     AnyRequest,
     Failed,
-    Get,
     decode_request,
     encode_answer,
 )
@@ -39,7 +38,7 @@ DESCRIPTORS_MAX = 4
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 
-Handler = Callable[["LocalConnection", AnyRequest, int | None], None]
+Handler = Callable[["LocalConnection", AnyRequest, list[int]], None]
 
 
 class LocalConnection:
@@ -140,13 +139,12 @@ class LocalConnection:
         except BadMessage as error:
             self._refuse(str(error))
             return
-        if isinstance(request, Get):
-            if not self._descriptors:
-                self._refuse("a get comes with an open descriptor")
-                return
-            self._server.handler(self, request, self._descriptors.popleft())
-        else:
-            self._server.handler(self, request, None)
+        count = request.descriptor_count
+        if len(self._descriptors) < count:
+            self._refuse(f"this request comes with {count} open descriptor{'s' * (count > 1)}")
+            return
+        fds = [self._descriptors.popleft() for _ in range(count)]
+        self._server.handler(self, request, fds)
 
     def _refuse(self, reason: str) -> None:
         self.send(Failed(reason))
@@ -154,7 +152,7 @@ class LocalConnection:
 
 
 class LocalServer:
-    """The listening socket. ``handler`` owns the descriptor it is given."""
+    """The listening socket. ``handler`` owns the descriptors it is given."""
 
     def __init__(self, path: Path, handler: Handler) -> None:
         self.handler = handler

@@ -280,12 +280,12 @@ class Daemon:
             log.error("a task of the daemon failed", exc_info=task.exception())
 
     def _take_request(
-        self, connection: LocalConnection, request: AnyRequest, fd: int | None
+        self, connection: LocalConnection, request: AnyRequest, fds: list[int]
     ) -> None:
         if isinstance(request, AboutCache):
             self._about_cache.take(connection, request)
         else:
-            self._local.take(connection, request, fd)
+            self._local.take(connection, request, fds)
 
     def _node_status(self) -> dict[str, Any]:
         return {

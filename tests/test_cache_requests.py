@@ -95,8 +95,8 @@ class Daemon:
         self.socket = socket
         self.server = LocalServer(socket, self._take)
 
-    def _take(self, connection: LocalConnection, request: AnyRequest, fd: int | None) -> None:
-        assert isinstance(request, AboutCache) and fd is None
+    def _take(self, connection: LocalConnection, request: AnyRequest, fds: list[int]) -> None:
+        assert isinstance(request, AboutCache) and not fds
         self.requests.take(connection, request)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -27,7 +27,7 @@ class Connections:
         self._newest: asyncio.Queue[LocalConnection] = asyncio.Queue()
         self.server = LocalServer(path, self._handle)
 
-    def _handle(self, connection: LocalConnection, request: AnyRequest, fd: int | None) -> None:
+    def _handle(self, connection: LocalConnection, request: AnyRequest, fds: list[int]) -> None:
         connection.send(Cached(b"/", hit=True))
         self._newest.put_nowait(connection)
 

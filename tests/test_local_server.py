@@ -38,9 +38,9 @@ class Daemon:
         )
         self.server = LocalServer(path, self._handle)
 
-    def _handle(self, connection: LocalConnection, request: AnyRequest, fd: int | None) -> None:
+    def _handle(self, connection: LocalConnection, request: AnyRequest, fds: list[int]) -> None:
         inode = -1
-        if fd is not None:
+        for fd in fds:
             inode = os.fstat(fd).st_ino
             assert not os.get_inheritable(fd)
             os.close(fd)
