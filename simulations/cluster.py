@@ -34,7 +34,9 @@ from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
+    AnswerNoSlot,
     AnswerOriginal,
+    AnswerSlot,
     AnswerStatus,
     CheckCopy,
     ChunkAbsent,
@@ -400,6 +402,8 @@ class Cluster:
             case AnswerOriginal():
                 raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
             case TellPeer() | AnswerStatus() | AnswerHolders() | DistrustPeer() | CheckCopy():
+                raise SimulationFailed(f"{node.name} has no reason for {effect}")
+            case AnswerSlot() | AnswerNoSlot():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
     def _soon(self, node: Node, *events: PeerEvent) -> None:

@@ -27,13 +27,16 @@ REPLICAS_MAX = 8192
 # at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
 LOCATE_MAX = 1024
 LOCATED_NODES_MAX = 128
-# 2: ``Locate``, ``Suspected``. A message that the other side does not know ends the connection, and
-# with it the leases, so nodes and tracker must know the same ones.
-PROTOCOL_VERSION = 2
+# 2: ``Locate``, ``Suspected``. 3: leases to write. A message that the other side does not know ends
+# the connection, and with it the leases, so nodes and tracker must know the same ones.
+PROTOCOL_VERSION = 3
 LOADS_MAX = 64
 WAITING_MAX = 1024
 
 VersionId = Annotated[bytes, Meta(min_length=32, max_length=32)]
+# Of another length than a version id, since both are claims to slots of the same file server.
+WRITE_ID_BYTES = 16
+WriteId = Annotated[bytes, Meta(min_length=WRITE_ID_BYTES, max_length=WRITE_ID_BYTES)]
 NodeId = Annotated[str, Meta(min_length=1, max_length=255)]
 Name = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
@@ -81,6 +84,15 @@ class HeldLease(Struct, frozen=True):
     count: Positive
 
 
+class HeldWrite(Struct, frozen=True):
+    """A lease to write a file, as its holder remembers it."""
+
+    lease_id: Count
+    write_id: WriteId
+    file_server: Name
+    user: Name
+
+
 # --- node -> tracker ----------------------------------------------------------------------------
 
 
@@ -92,6 +104,7 @@ class Register(Message, tag="register"):
     leases: Annotated[list[HeldLease], Meta(max_length=LOADS_MAX)] = []
     disk: DiskStatus = DiskStatus()
     protocol: int = PROTOCOL_VERSION
+    writes: Annotated[list[HeldWrite], Meta(max_length=LOADS_MAX)] = []
 
 
 class Join(Message, tag="join"):
@@ -144,6 +157,23 @@ class RangeFailed(Message, tag="range_failed"):
     held: Mask
     reason: Name
     source_changed: bool = False
+
+
+class WantWrite(Message, tag="want_write"):
+    """A client of the node wants to write a file to this file server, which takes one slot.
+
+    ``write_id`` is the node's own choice. Stands until ``EndWrite`` or the end of the connection.
+    """
+
+    write_id: WriteId
+    file_server: Name
+    user: Name
+
+
+class EndWrite(Message, tag="end_write"):
+    """Nobody writes that file just now: ends its lease, or withdraws ``WantWrite``."""
+
+    write_id: WriteId
 
 
 class Heartbeat(Message, tag="heartbeat"):
@@ -227,15 +257,25 @@ class Lease(Message, tag="lease"):
     until_s: float
 
 
+class WriteLease(Message, tag="write_lease"):
+    """The file of this ``WantWrite`` may be written, until ``until_s`` on the node's clock."""
+
+    lease_id: Count
+    write_id: WriteId
+    until_s: float
+
+
 class Renewed(Message, tag="renewed"):
     """Answer to ``Heartbeat``. All leases of the node now end at ``until_s`` (node's clock).
 
     ``waiting`` are the node's swarms that wait for a slot of their file server, or for an answer of
-    the nodes that may have chunks which somebody misses.
+    the nodes that may have chunks which somebody misses. ``turns_over``: files that were written
+    for long while others wait; their leases are to be given back soon, and wanted anew.
     """
 
     until_s: float
     waiting: Annotated[list[VersionId], Meta(max_length=WAITING_MAX)] = []
+    turns_over: Annotated[list[WriteId], Meta(max_length=WAITING_MAX)] = []
 
 
 class Query(Message, tag="query"):
@@ -310,6 +350,8 @@ ToTracker = (
     | Replicas
     | RangeRead
     | RangeFailed
+    | WantWrite
+    | EndWrite
     | Heartbeat
     | Holding
     | Missing
@@ -322,6 +364,7 @@ FromTracker = (
     | Joined
     | Peers
     | Lease
+    | WriteLease
     | Renewed
     | Query
     | Revoked

@@ -48,6 +48,22 @@ class RequestGone:
 
 
 @dataclass(slots=True)
+class WriteWanted:
+    """A local client wants to write a file to this file server. Ends with ``RequestGone``."""
+
+    request: int
+    file_server: str
+    user: str
+
+
+@dataclass(slots=True)
+class WriterAnswered:
+    """The client has got an ``AnswerSlot``, so it is neither stopped nor hangs."""
+
+    request: int
+
+
+@dataclass(slots=True)
 class StatusWanted:
     """A local client wants the state of the cluster."""
 
@@ -307,6 +323,8 @@ class DiskMeasured:
 PeerEvent: TypeAlias = (
     FileWanted
     | RequestGone
+    | WriteWanted
+    | WriterAnswered
     | StatusWanted
     | HoldersWanted
     | SpaceReserved
@@ -474,6 +492,26 @@ class AnswerOriginal:
 
 
 @dataclass(slots=True)
+class AnswerSlot:
+    """Tell who wants to write that it may until ``until_s``, by the clock of this machine.
+
+    None: not yet, others have all slots. Each is followed by ``WriterAnswered`` as soon as the
+    client has got it. What was told earlier stays true.
+    """
+
+    request: int
+    until_s: float | None
+
+
+@dataclass(slots=True)
+class AnswerNoSlot:
+    """Tell who wants to write to go on without a slot: there is no tracker to ask. The last one."""
+
+    request: int
+    reason: str
+
+
+@dataclass(slots=True)
 class AnswerStatus:
     """Answer a ``StatusWanted``. ``cluster`` is None where the tracker cannot be asked."""
 
@@ -516,6 +554,8 @@ PeerEffect: TypeAlias = (
     | AnnounceReplicas
     | AnswerCached
     | AnswerOriginal
+    | AnswerSlot
+    | AnswerNoSlot
     | AnswerStatus
     | AnswerHolders
     | DistrustPeer

@@ -63,6 +63,7 @@ from swarmcache.messages import (
     Status,
     StatusRequest,
     Suspected,
+    WriteLease,
 )
 from swarmcache.peer_events import (
     AnnounceReplicas,
@@ -114,7 +115,10 @@ from swarmcache.peer_events import (
     TrackerLost,
     TrackerSaid,
     WriteFailed,
+    WriterAnswered,
+    WriteWanted,
 )
+from swarmcache.peer_writes import PeerWrites
 from swarmcache.timers import Timers
 
 FLIGHTS_MAX = 16
@@ -191,6 +195,7 @@ class Neighbour:
 class NodeLease:
     """A range of chunks that this node may read, until ``PeerState.lease_until_s``.
 
+    ``ran_out``: its time was over before it was renewed, so it may be another's by now.
     ``cancelled``: why it must end early. The tracker is told when the reader has stopped, not
     before: until then a piece may still be on its way from the file server.
     """
@@ -201,6 +206,7 @@ class NodeLease:
     file_server: str
     user: str
     cancelled: str | None = None
+    ran_out: bool = False
 
 
 class PeerState:
@@ -230,6 +236,7 @@ class PeerState:
         self._fetching: dict[bytes, Fetching] = {}
         self._seeds: dict[bytes, Seed] = {}
         self._leases: dict[int, NodeLease] = {}
+        self._writes = PeerWrites(rng, stall_s)
         self._neighbours: dict[str, Neighbour] = {}
         self._distrusted: set[str] = set()
         self._requests: dict[int, bytes] = {}
@@ -269,20 +276,21 @@ class PeerState:
                 self._handle_tracker_connection(event, now_s, effects)
             case FileWanted() | RequestGone() | StatusWanted() | HoldersWanted():
                 self._handle_client(event, now_s, effects)
+            case WriteWanted() | WriterAnswered():
+                self._handle_writer(event, now_s, effects)
             case _:
                 self._handle_disk(event, now_s, effects)
         return effects
 
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
-        at_s = self._timers.next_at_s()
-        if self._heartbeat_at_s is None:
-            return at_s
-        return self._heartbeat_at_s if at_s is None else min(at_s, self._heartbeat_at_s)
+        times_s = (self._timers.next_at_s(), self._writes.wake_at_s(), self._heartbeat_at_s)
+        return min((at_s for at_s in times_s if at_s is not None), default=None)
 
     def check(self) -> None:
         """Assert the invariants."""
         self._timers.check()
+        self._writes.check()
         for request, version_id in self._requests.items():
             assert request in self._fetching[version_id].requests, "a request would be forgotten"
         for version_id, fetching in self._fetching.items():
@@ -305,7 +313,9 @@ class PeerState:
     def may_read(self, lease_id: int, now_s: float) -> bool:
         """Whether this lease still holds, by this node's clock. Safe to call from any thread."""
         lease = self._leases.get(lease_id)
-        return lease is not None and lease.cancelled is None and now_s < self.lease_until_s
+        if lease is None or lease.cancelled is not None or lease.ran_out:
+            return False
+        return now_s < self.lease_until_s
 
     def fetching(self, version_id: bytes) -> Fetching | None:
         """The state of one wanted file version, for progress displays."""
@@ -339,6 +349,7 @@ class PeerState:
                     self._arm(version_id, now_s)
                 self._status_requests.discard(event.request)
                 self._holder_requests.pop(event.request, None)
+                self._writes.gone(event.request, effects)
             case StatusWanted():
                 if not self.tracker_connected:
                     effects.append(AnswerStatus(event.request, None, self._tracker_reason))
@@ -351,6 +362,15 @@ class PeerState:
                     return
                 self._holder_requests[event.request] = len(event.version_ids)
                 self._tell(Locate(event.request, event.version_ids, event.nodes_max), effects)
+
+    def _handle_writer(
+        self, event: WriteWanted | WriterAnswered, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        if isinstance(event, WriterAnswered):
+            self._writes.answered(event, now_s, effects)
+        else:
+            self._writes.want(event, now_s, effects)
+            self._beat(now_s)
 
     def _want(self, event: FileWanted, now_s: float, effects: list[PeerEffect]) -> None:
         version_id = event.version.version_id
@@ -648,6 +668,7 @@ class PeerState:
         if isinstance(event, TrackerLost):
             self.tracker_connected = False
             self._tracker_reason = event.reason
+            self._writes.tracker_lost(event.reason, now_s)
             self._heartbeat_at_s = None
             for fetching in self._fetching.values():
                 fetching.joined = False
@@ -667,7 +688,10 @@ class PeerState:
             for lease_id, lease in self._leases.items()
         ]
         # One message has room for no more; the tracker does not adopt the others, so they end.
-        self._tell(Register(self.address, now_s, leases[:LOADS_MAX], self._disk), effects)
+        writes = self._writes.held()
+        register = Register(self.address, now_s, leases[:LOADS_MAX], self._disk, writes=writes)
+        self._tell(register, effects)
+        self._writes.tracker_connected(now_s, effects)
         self._heartbeat_sent_s = now_s
         for fetching in self._fetching.values():
             if fetching.on_disk and fetching.version.size_bytes:
@@ -694,7 +718,7 @@ class PeerState:
     def _beat(self, now_s: float) -> None:
         """(Re)schedule the heartbeat: often while leases or downloads hang on it."""
         if self.tracker_connected:
-            busy = self._leases or self._fetching
+            busy = self._leases or self._fetching or self._writes
             period_s = HEARTBEAT_BUSY_S if busy else HEARTBEAT_IDLE_S
             self._heartbeat_at_s = max(now_s, self._heartbeat_sent_s + period_s)
 
@@ -708,8 +732,14 @@ class PeerState:
                 self._go_on(message.version_id, now_s, effects)
             case Lease():
                 self._handle_lease(message, now_s, effects)
+            case WriteLease():
+                self._note_run_out(now_s)
+                self.lease_until_s = max(self.lease_until_s, message.until_s)
+                self._writes.leased(message, now_s, effects)
             case Renewed():
+                self._note_run_out(now_s)
                 self.lease_until_s = message.until_s
+                self._writes.renewed(message, now_s, effects)
                 waiting = set(message.waiting)
                 for version_id, fetching in self._fetching.items():
                     fetching.waiting_for_slot = version_id in waiting
@@ -720,6 +750,7 @@ class PeerState:
                 self.lease_until_s = message.until_s
                 for lease_id in set(self._leases) - set(message.adopted):
                     self._end_lease(lease_id)
+                self._writes.registered(message, now_s, effects)
             case Joined():
                 self._handle_joined(message, now_s, effects)
             case Query():
@@ -784,6 +815,7 @@ class PeerState:
 
     def _handle_lease(self, message: Lease, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching.get(message.version_id)
+        self._note_run_out(now_s)
         self.lease_until_s = max(self.lease_until_s, message.until_s)
         download = fetching.download if fetching is not None and fetching.on_disk else None
         fits = download is not None and message.first + message.count <= download.chunk_count
@@ -805,6 +837,14 @@ class PeerState:
             ReadRange(message.version_id, message.lease_id, message.first, message.count)
         )
         self._beat(now_s)
+
+    def _note_run_out(self, now_s: float) -> None:
+        """Before the leases are renewed: what had run out is not, whatever the tracker says of all
+        of them. It may be another's by now, and its reader may not have noticed, being in the
+        middle of a piece."""
+        if now_s >= self.lease_until_s:
+            for lease in self._leases.values():
+                lease.ran_out = True
 
     def _cancel_leases(self, version_id: bytes, reason: str) -> None:
         """Nothing more is to be read of this file version."""
@@ -1103,6 +1143,7 @@ class PeerState:
             self._tell(Heartbeat(now_s, self._disk), effects)
             self._heartbeat_sent_s = now_s
             self._beat(now_s)
+        self._writes.look_after(now_s, effects)
         for key in self._timers.pop_due(now_s):
             if isinstance(key, bytes):
                 self._look_after(key, now_s, effects)

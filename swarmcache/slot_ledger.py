@@ -3,8 +3,8 @@
 Pure logic: grants nothing by itself and sends nothing; ``tracker_state.py`` asks who is next,
 decides whether that claim can be served now, and tells the node.
 
-A *claim* is a standing wish for slots (a swarm that has chunks left to read; later also one file to
-be written): it stays in the queue until it is withdrawn. Waiting is fair: round robin over users,
+A *claim* is a standing wish for slots (a swarm that has chunks left to read, or one file to be
+written): it stays in the queue until it is withdrawn. Waiting is fair: round robin over users,
 first come first served within one. A *lease* is a slot granted to one node until a deadline.
 
 Invariant: at no time are more than ``slots_max`` leases out, and a slot is free again only when its

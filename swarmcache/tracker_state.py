@@ -1,4 +1,4 @@
-"""Who holds what, and who may read which chunks from a file server.
+"""Who holds what, and who may read which chunks from a file server, or write a file to it.
 
 Pure logic: no socket, disk, clock or chance of its own. The shell (``tracker.py``) and the
 simulator feed it events and carry out the effects that it returns.
@@ -37,6 +37,7 @@ from swarmcache.messages import (
     PROTOCOL_VERSION,
     WAITING_MAX,
     DiskStatus,
+    EndWrite,
     FromTracker,
     Heartbeat,
     HeldLease,
@@ -65,6 +66,8 @@ from swarmcache.messages import (
     StatusRequest,
     Suspected,
     ToTracker,
+    WantWrite,
+    WriteLease,
 )
 from swarmcache.slot_ledger import SlotLedger
 from swarmcache.timers import Timers
@@ -80,6 +83,7 @@ from swarmcache.tracker_events import (
     TrackerEffect,
     TrackerEvent,
 )
+from swarmcache.tracker_writes import TrackerWrites, Write
 
 # A dead node's slot is free again after this long; a holder renews three times within it.
 LEASE_S = 3.0
@@ -222,6 +226,7 @@ class TrackerState:
         self._replicas: dict[bytes, dict[str, None]] = {}
         self._servers: dict[str, FileServer] = {}
         self._ranges: dict[int, LeasedRange] = {}
+        self._writes = TrackerWrites(lambda name: self._server(name).ledger)
         self._searches: dict[int, Search] = {}
         self._corrupt: dict[str, int] = {}
         self._timers: Timers[str | int] = Timers()
@@ -260,11 +265,14 @@ class TrackerState:
         for server in self._servers.values():
             server.ledger.check()
             for lease_id in server.ledger.leases:
-                assert lease_id in self._ranges, "a slot is taken by nobody's lease"
-            for version_id, _ in server.ledger.waiting():
-                assert self._swarms[version_id].unread, (
+                known = lease_id in self._ranges, self._writes.leased(lease_id) is not None
+                assert any(known), "a slot is taken by nobody's lease"
+                assert not all(known), "a slot is taken twice"
+            for claim, _ in server.ledger.waiting():
+                assert self._writes.claimed(claim) is not None or self._swarms[claim].unread, (
                     "a swarm waits for slots with nothing to read"
                 )
+        self._writes.check()
         for lease_id, leased in self._ranges.items():
             ledger = self._servers[leased.file_server].ledger
             assert lease_id in ledger.leases, "a lease is out without a slot"
@@ -321,6 +329,12 @@ class TrackerState:
                 self._range_read(node, message, now_s, effects)
             case RangeFailed():
                 self._range_failed(node, message, now_s, effects)
+            case WantWrite():
+                file_server = self._writes.want(node.address.node, message)
+                if file_server is not None:
+                    self._grant(file_server, now_s, effects)
+            case EndWrite():
+                self._end_write(node, message, now_s, effects)
             case Holding():
                 self._holding(node, message, now_s, effects)
             case Missing():
@@ -359,6 +373,10 @@ class TrackerState:
         self._sessions[session] = node
         self._nodes[name] = node
         adopted = [lease.lease_id for lease in message.leases if self._adopt(node, lease, now_s)]
+        for held in message.writes:
+            earlier = self._earlier.get(held.lease_id) == name and held.lease_id not in self._ranges
+            if self._writes.adopt(name, held, now_s, now_s + LEASE_S, earlier=earlier):
+                adopted.append(held.lease_id)
         for lease_id, holder in list(self._earlier.items()):
             if holder == name:
                 del self._earlier[lease_id]
@@ -404,6 +422,7 @@ class TrackerState:
         for lease_id in node.leases:
             ledger = self._servers[self._ranges[lease_id].file_server].ledger
             ledger.renew(lease_id, now_s + LEASE_S)
+        self._writes.renew(node.address.node, now_s + LEASE_S)
 
     def _until_s(self, node: Node, now_s: float) -> float:
         """When a lease renewed now ends on the node's own clock."""
@@ -417,7 +436,9 @@ class TrackerState:
         node.disk = message.disk
         self._renew(node, now_s)
         waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
-        renewed = Renewed(self._until_s(node, now_s), sorted(waiting)[:WAITING_MAX])
+        turns_over = self._writes.turns_over(node.address.node, now_s)
+        until_s = self._until_s(node, now_s)
+        renewed = Renewed(until_s, sorted(waiting)[:WAITING_MAX], turns_over)
         effects.append(Tell(node.session, renewed))
 
     def _waits(self, version_id: bytes) -> bool:
@@ -434,6 +455,7 @@ class TrackerState:
         name = node.address.node
         if self._nodes.get(name) is node:
             del self._nodes[name]
+        self._writes.lose_node(name)
         for version_id in node.replicas:
             self._drop_holder(version_id, name)
         for version_id in sorted(node.swarms):
@@ -824,6 +846,10 @@ class TrackerState:
         server = self._server(file_server)
         while server.ledger.free:
             for claim, user in server.ledger.waiting():
+                write = self._writes.claimed(claim)
+                if write is not None:
+                    self._lease_write(write, now_s, effects)
+                    break
                 swarm = self._swarms[claim]
                 name = self._choose_reader(swarm)
                 if name is not None:
@@ -868,6 +894,24 @@ class TrackerState:
         effects.append(JournalGrant(lease_id, name))
         until_s = self._until_s(node, now_s)
         self._tell(name, Lease(lease_id, swarm.version_id, first, count, until_s), effects)
+
+    def _lease_write(self, write: Write, now_s: float, effects: list[TrackerEffect]) -> None:
+        node = self._nodes[write.node]
+        lease_id = self._next_lease_id
+        self._next_lease_id += 1
+        self._writes.grant(write, lease_id, now_s, now_s + LEASE_S)
+        self._renew(node, now_s)  # see _lease
+        effects.append(JournalGrant(lease_id, write.node))
+        until_s = self._until_s(node, now_s)
+        self._tell(write.node, WriteLease(lease_id, write.write_id, until_s), effects)
+
+    def _end_write(
+        self, node: Node, message: EndWrite, now_s: float, effects: list[TrackerEffect]
+    ) -> None:
+        write = self._writes.end(node.address.node, message.write_id)
+        if write is not None and write.lease_id is not None:
+            effects.append(JournalEnd(write.lease_id))
+            self._grant(write.file_server, now_s, effects)
 
     def _choose_range(self, server: FileServer, swarm: Swarm, node: Node) -> tuple[int, int]:
         """The first unread chunks, as many as take ``RANGE_S`` to read.
@@ -965,7 +1009,12 @@ class TrackerState:
                 self._end_search(query_id, now_s, effects)
         for server in self._servers.values():
             for lease in server.ledger.expired(now_s):
-                self._expire(self._ranges[lease.lease_id], now_s, effects)
+                write = self._writes.leased(lease.lease_id)
+                if write is None:
+                    self._expire(self._ranges[lease.lease_id], now_s, effects)
+                else:
+                    self._writes.expire(write)
+                    effects.append(JournalEnd(lease.lease_id))
         self._grant_all(now_s, effects)
 
     def _expire(self, leased: LeasedRange, now_s: float, effects: list[TrackerEffect]) -> None:
@@ -1023,18 +1072,27 @@ class TrackerState:
             "slots_used": len(server.ledger.leases),
             "waiting": sum(1 for _ in server.ledger.waiting()),
             "read_bytes": server.read_bytes,
+            "writes": self._writes.count(name),
             "leases": [
                 {
                     "lease_id": lease.lease_id,
                     "node": lease.node,
-                    "version_id": lease.claim.hex(),
-                    "first": self._ranges[lease.lease_id].first,
-                    "count": self._ranges[lease.lease_id].count,
                     "remaining_s": round(lease.until_s - now_s, 3),
+                    **self._leased_status(lease.lease_id),
                 }
                 for lease in server.ledger.leases.values()
             ],
         }
+
+    def _leased_status(self, lease_id: int) -> dict[str, object]:
+        """What is read under a lease; of a file that is written, nobody here knows its name."""
+        leased = self._ranges.get(lease_id)
+        if leased is None:
+            return {"kind": "write"}
+        version_id = leased.version_id.hex()
+        return {
+            "kind": "read", "version_id": version_id, "first": leased.first, "count": leased.count
+        }  # fmt: skip
 
     def _swarm_status(self, swarm: Swarm) -> dict[str, object]:
         leased = 0

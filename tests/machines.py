@@ -14,6 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from blake3 import blake3
@@ -25,7 +26,9 @@ from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
+    AnswerNoSlot,
     AnswerOriginal,
+    AnswerSlot,
     AnswerStatus,
     CheckCopy,
     ChunkAbsent,
@@ -56,6 +59,7 @@ from swarmcache.peer_events import (
     RangeReadFailed,
     ReadRange,
     ReplicasLost,
+    RequestGone,
     ReserveSpace,
     SpaceRefused,
     SpaceReserved,
@@ -66,6 +70,8 @@ from swarmcache.peer_events import (
     TrackerLost,
     TrackerSaid,
     WriteFailed,
+    WriterAnswered,
+    WriteWanted,
 )
 from swarmcache.peer_state import PeerState
 from swarmcache.tracker_events import (
@@ -137,6 +143,29 @@ class Stored:
         )
 
 
+@dataclass
+class Writer:
+    """A client that writes a file in pieces, as long as it has been told that it may.
+
+    ``request``: None while its daemon is away. ``unlimited``: it was told to do without a slot.
+    """
+
+    node: Node
+    user: str
+    server: str
+    pieces: int
+    request: int | None = None
+    until_s: float = 0.0
+    unlimited: bool = False
+    writing: bool = False
+    alive: bool = True
+    paused_until_s: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return not self.alive or (not self.pieces and not self.writing)
+
+
 class Node:
     """A node with its disk. ``life`` grows with every restart; what a former life began is void."""
 
@@ -201,6 +230,8 @@ class Cluster:
         self.read_bytes = 0
         self.readers_peak = 0
         self.reading: Counter[str] = Counter()
+        self.writers: list[Writer] = []
+        self.unlimited = 0
         self.corrupting = {address_of(index).node for index in corrupting}
         self.changed: set[bytes] = set()
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -285,6 +316,24 @@ class Cluster:
         wanted = FileWanted(request, version, server, user, chunk_size_bytes, can_read)
         self.tell_node(node, wanted)
         return request
+
+    def write(self, index: int, pieces: int, *, user: str = "ada", server: str = SERVER) -> Writer:
+        """A client of this node writes a file of so many pieces."""
+        writer = Writer(self.nodes[address_of(index).node], user, server, pieces)
+        self.writers.append(writer)
+        self._want_slot(writer)
+        return writer
+
+    def kill_writer(self, writer: Writer) -> None:
+        """The client ends without a word; only the kernel tells the daemon."""
+        writer.alive = False
+        writer.writing = False
+        if writer.request is not None:
+            self._say_to_daemon(writer, RequestGone(writer.request))
+
+    def pause_writer(self, writer: Writer, duration_s: float) -> None:
+        """The client is stopped, but for the piece that is under way."""
+        writer.paused_until_s = self.now_s + duration_s
 
     def ask_holders(self, index: int, version: FileVersion) -> None:
         """A client of this node asks who else has a file."""
@@ -596,6 +645,8 @@ class Cluster:
                 self._say_to_tracker(node, Replicas(held, more=False))
             case AnswerCached() | AnswerOriginal():
                 self._answer(node, effect)
+            case AnswerSlot() | AnswerNoSlot():
+                self._answer_writer(node, effect)
             case AnswerStatus():
                 self.answers[effect.request] += 1
             case AnswerHolders():
@@ -826,9 +877,7 @@ class Cluster:
         next_piece: Callable[[Node], None],
     ) -> None:
         self.reading[node.name] += 1
-        readers = sum(self.reading.values())
-        self.readers_peak = max(self.readers_peak, readers)
-        assert readers <= self.slots_max, f"{readers} transfers, {self.slots_max} slots"
+        self._count_transfers()
 
         def end(at: Node) -> None:
             self.reading[at.name] -= 1
@@ -843,6 +892,89 @@ class Cluster:
             next_piece(at)
 
         self.after(self.rng.random() * self.piece_max_s, self._node_act(node, end))
+
+    def _count_transfers(self) -> None:
+        transfers = sum(self.reading.values())
+        transfers += sum(writer.writing and not writer.unlimited for writer in self.writers)
+        self.readers_peak = max(self.readers_peak, transfers)
+        assert transfers <= self.slots_max, f"{transfers} transfers, {self.slots_max} slots"
+
+    # --- clients that write ----------------------------------------------------------------------
+
+    def _want_slot(self, writer: Writer) -> None:
+        """Ask the daemon, or whichever daemon comes in its place."""
+        if not writer.alive or not writer.pieces:
+            return
+        if not writer.node.alive:
+            self.after(0.2, lambda: self._want_slot(writer))
+            return
+        writer.request = next(self._requests)
+        life = writer.node.life
+        wanted = WriteWanted(writer.request, writer.server, writer.user)
+        self._say_to_daemon(writer, wanted)
+
+        def hear_of_its_end() -> None:
+            if writer.node.life == life and writer.node.alive:
+                self.after(0.3, hear_of_its_end)
+            elif not writer.unlimited:
+                writer.request = None
+                self._want_slot(writer)
+
+        self.after(0.3, hear_of_its_end)
+
+    def _say_to_daemon(self, writer: Writer, event: PeerEvent) -> None:
+        node = writer.node
+        said = self._node_act(node, lambda at: self.tell_node(at, event))
+        self._in_order(("writer says", id(writer), node.life), said)
+
+    def _answer_writer(self, node: Node, effect: AnswerSlot | AnswerNoSlot) -> None:
+        for writer in self.writers:
+            if writer.node is node and writer.request == effect.request:
+                hear = partial(self._writer_hears, writer, effect)
+                self._in_order(("writer hears", id(writer), node.life), hear)
+
+    def _writer_hears(self, writer: Writer, effect: AnswerSlot | AnswerNoSlot) -> None:
+        if not writer.alive or writer.request != effect.request:
+            return
+        if writer.paused_until_s > self.now_s:
+            again = partial(self._writer_hears, writer, effect)
+            self.after(writer.paused_until_s - self.now_s, again)
+            return
+        if isinstance(effect, AnswerNoSlot):
+            writer.unlimited = True
+            self.unlimited += 1
+        else:
+            if effect.until_s is not None:
+                assert effect.until_s >= writer.until_s, "a promise was taken back"
+                writer.until_s = effect.until_s
+            self._say_to_daemon(writer, WriterAnswered(effect.request))
+        self._write_piece(writer)
+
+    def _write_piece(self, writer: Writer) -> None:
+        """The next piece, unless the last promise has run out: then the next one is awaited."""
+        if not writer.alive or writer.writing:
+            return
+        if not writer.pieces:
+            if writer.request is not None:
+                self._say_to_daemon(writer, RequestGone(writer.request))
+                writer.request = None
+            return
+        if writer.paused_until_s > self.now_s:
+            delay_s = writer.paused_until_s - self.now_s
+            self.after(delay_s, lambda: self._write_piece(writer))
+            return
+        if not writer.unlimited and writer.node.clock_s() >= writer.until_s:
+            return
+        writer.writing = True
+        self._count_transfers()
+
+        def written() -> None:
+            if writer.alive:
+                writer.writing = False
+                writer.pieces -= 1
+                self._write_piece(writer)
+
+        self.after(self.rng.random() * self.piece_max_s, written)
 
 
 def bits(*chunks: int) -> bytes:

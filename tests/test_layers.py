@@ -71,9 +71,11 @@ LAYERS = {
         "eviction",
         "gossip",
         "peer_state",
+        "peer_writes",
         "slot_ledger",
         "timers",
         "tracker_state",
+        "tracker_writes",
         "upload_slots",
     },
     "values": {

@@ -558,6 +558,19 @@ def test_a_lease_may_be_read_under_until_its_deadline_by_the_own_clock() -> None
     assert not bench.state.may_read(5, 104.0)
 
 
+def test_a_lease_that_ran_out_before_it_was_renewed_stays_over() -> None:
+    """Its reader may have been in the middle of a long piece, and not have noticed."""
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.lease(file, 5, 0, 2)
+
+    bench.now_s = 102.5
+    bench.said(Renewed(110.0))
+
+    assert not bench.state.may_read(5, 102.6)
+
+
 def test_a_lease_for_what_is_not_wanted_is_given_back_at_once() -> None:
     bench = Bench()
     file = version()
