@@ -46,7 +46,7 @@ from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
 from swarmcache.in_use import FileId, UseCheck
 from swarmcache.index_rebuild import MANIFEST, SLICE_FILES, IndexRebuild
-from swarmcache.messages import DiskStatus
+from swarmcache.messages import DiskStatus, ReplicaPlace
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
 from swarmcache.partial_store import PartialStore, SpaceLimits
 from swarmcache.quiet_read import digest_quietly, open_quietly
@@ -233,6 +233,25 @@ class CacheDir:
     def user_path(self, version: FileVersion, user: User) -> str:
         """Where the user's copy is or would be. Raises CacheDirUnusable."""
         return os.fsdecode(self._tree.path(user, version.path))
+
+    def make_directories(self, path: bytes, user: User) -> None:
+        """See ``UserTree.make_directories``."""
+        self._tree.make_directories(user, path)
+
+    def place(self, version_id: bytes, user: str) -> ReplicaPlace | None:
+        """Where the replica is for the user of this name, if it is what it was when it was
+        published; one that is not is taken out. Nothing is handed out, and no link is made.
+
+        Raises CacheDirUnusable for a name that cannot have copies.
+        """
+        directory = self._tree.directory(User(-1, user))
+        with disk_errors(f"use {self.path}"):
+            self._check_mounted()
+        with self._objects_lock:
+            if self._uses.leaving(version_id) or self._checked(version_id) is None:
+                return None
+            linked = any(user == each.name for each in self._index.links(version_id))
+        return ReplicaPlace(directory, linked)
 
     def replicas(self) -> Iterator[bytes]:
         """Version ids of all verified replicas."""

@@ -14,13 +14,14 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from swarmcache.chunks import ChunkLayout
 from swarmcache.disk import Cache, Entry, Removal, User
 from swarmcache.errors import LocalError
+from swarmcache.holder_questions import HolderQuestions
 from swarmcache.local_protocol import (
     AboutCache,
     CachedFile,
@@ -35,15 +36,7 @@ from swarmcache.local_protocol import (
     Working,
 )
 from swarmcache.local_server import LocalConnection, user_name
-from swarmcache.messages import Holders
-from swarmcache.peer_events import (
-    AnswerHolders,
-    HoldersWanted,
-    PeerEvent,
-    ReplicaDropped,
-    ReplicasRecovered,
-    RequestGone,
-)
+from swarmcache.peer_events import PeerEvent, ReplicaDropped, ReplicasRecovered
 from swarmcache.peer_state import PeerState
 
 # Each may hold a page of answers in memory, which is 2 MB with the longest possible names.
@@ -65,14 +58,14 @@ class CacheRequests:
         cache: Cache,
         disk_threads: ThreadPoolExecutor,
         state: PeerState,
-        numbers: Iterator[int],
+        tracker: HolderQuestions,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         handle: Callable[[PeerEvent], None],
         users_of: Callable[[bytes], Collection[int]],
         verify: Callable[[bytes], Awaitable[list[int] | None]],
     ) -> None:
-        """``numbers`` are those of requests to the machine, which nobody else uses.
+        """``tracker`` is asked who else holds a file.
 
         ``spawn`` runs a coroutine in the background; ``handle`` tells the machine; ``users_of``
         tells the uids of those who wait for a file that is being fetched. ``verify``: see
@@ -81,7 +74,7 @@ class CacheRequests:
         self._cache = cache
         self._threads = disk_threads
         self._state = state
-        self._numbers = numbers
+        self._tracker = tracker
         self._spawn = spawn
         self._handle = handle
         self._users_of = users_of
@@ -90,7 +83,6 @@ class CacheRequests:
         self._loop = asyncio.get_running_loop()
         self._running: Counter[int] = Counter()  # by uid
         self._busy: set[LocalConnection] = set()
-        self._questions: dict[int, asyncio.Future[list[Holders] | None]] = {}
 
     def take(self, connection: LocalConnection, request: AboutCache) -> None:
         """Begin to answer a request."""
@@ -108,12 +100,6 @@ class CacheRequests:
             connection.on_closed[self] = task.cancel
             task.add_done_callback(lambda _: self._ended(connection))
 
-    def carry_out(self, effect: AnswerHolders) -> None:
-        """Give the machine's answer to the listing that waits for it."""
-        future = self._questions.pop(effect.request)
-        if not future.done():
-            future.set_result(effect.holders)
-
     def _ended(self, connection: LocalConnection) -> None:
         self._running[connection.user.uid] -= 1
         self._running += Counter()  # forgets who has none
@@ -121,7 +107,7 @@ class CacheRequests:
         connection.on_closed.pop(self, None)
 
     async def _serve(self, connection: LocalConnection, request: AboutCache) -> None:
-        alive = self._spawn(_keep_alive(connection))
+        alive = self._spawn(keep_alive(connection))
         try:
             for path in request.paths or [b"/"]:
                 found = await self._do_all(connection, request, path)
@@ -177,8 +163,8 @@ class CacheRequests:
 
     async def _describe(self, page: list[Entry]) -> list[CachedFile]:
         version_ids = [entry.replica.version_id for entry in page]
-        holders, (in_use, names) = await asyncio.gather(
-            self._holders(version_ids), self._in_thread(self._ask_around, page)
+        (holders, _), (in_use, names) = await asyncio.gather(
+            self._tracker.ask(version_ids), self._in_thread(self._ask_around, page)
         )
         now_s = time.time()
         return [
@@ -204,18 +190,6 @@ class CacheRequests:
         """
         in_use = self._cache.in_use([entry.replica.version_id for entry in page])
         return in_use, _names_of_pins(page)
-
-    async def _holders(self, version_ids: list[bytes]) -> list[Holders] | None:
-        """How many other nodes hold these file versions; None where the tracker cannot be asked."""
-        number = next(self._numbers)
-        future: asyncio.Future[list[Holders] | None] = self._loop.create_future()
-        self._questions[number] = future
-        self._handle(HoldersWanted(number, version_ids))
-        try:
-            return await future
-        finally:
-            if self._questions.pop(number, None) is not None:
-                self._handle(RequestGone(number))
 
     # --- rm -------------------------------------------------------------------------------------
 
@@ -286,7 +260,7 @@ def _names_of_pins(page: Iterable[Entry]) -> dict[int, str]:
     return {uid: user_name(uid) for entry in page for uid in entry.pinned_by}
 
 
-async def _keep_alive(connection: LocalConnection) -> None:
+async def keep_alive(connection: LocalConnection) -> None:
     """Let the client know that its request is not forgotten, until this is cancelled."""
     while True:
         await asyncio.sleep(WORKING_S)

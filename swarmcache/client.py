@@ -275,7 +275,7 @@ class Client:
             raise DaemonRefused(f"the daemon refused: {message.get('reason', 'no reason given')}")
         return message
 
-    def send(self, line: bytes, fd: int | None = None) -> tuple[Connection, bool]:
+    def send(self, line: bytes, *fds: int) -> tuple[Connection, bool]:
         """Send on an idle connection or a new one; the second value says that it was idle.
 
         Raises DaemonUnavailable.
@@ -289,13 +289,13 @@ class Client:
             except IndexError:
                 break
             try:
-                connection.send(line, fd)
+                connection.send(line, *fds)
                 return connection, True
             except OSError:  # its daemon has ended since; there may be a new one
                 connection.close()
         connection = connect(self._socket_path, self._config_file)
         try:
-            connection.send(line, fd)
+            connection.send(line, *fds)
         except OSError as error:
             connection.close()
             raise DaemonUnavailable(f"the daemon went away: {reason_of(error)}") from error

@@ -21,6 +21,7 @@ from swarmcache.cache_commands import cache_app
 from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
 from swarmcache.options import ConfigOption, SocketOption, make_client
+from swarmcache.place_commands import place_app
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app)
+app.add_typer(place_app)
 
 
 class LogLevel(StrEnum):

@@ -35,7 +35,7 @@ from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.disk_calls import disk_errors
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.in_use import FileId, OpenFiles
-from swarmcache.messages import DiskStatus
+from swarmcache.messages import DiskStatus, ReplicaPlace
 
 __all__ = [
     "Cache",
@@ -152,11 +152,30 @@ class Cache:
         return None
 
     def user_path(self, version: FileVersion, user: User) -> str:
-        """Where the user's copy is or would be. Raises CacheDirUnusable, DiskFailed."""
-        places = self._places(version)
+        """Where the user's copy is or, as things are, would go. Decides nothing.
+
+        Raises CacheDirUnusable, DiskFailed.
+        """
+        places = self._places(version, decide=False)
         if not places:
             raise self._nothing_left()
         return places[0].user_path(version, user)
+
+    def own_path(self, path: bytes, user: User) -> str:
+        """Where a file of the user's own would belong, by the path that it is a copy of or shall
+        have; the directories on the way are made.
+
+        On the disk with most room, whatever is cached: the user may not be allowed to know.
+        Raises CacheDirUnusable, DiskFailed, LocalError.
+        """
+        for directory in self._ranked(lambda each: (each.room_bytes(),)):
+            directory.make_directories(path, user)
+            return directory.user_path(FileVersion(path, 0, 0), user)
+        raise self._nothing_left()
+
+    def place(self, version_id: bytes, user: str) -> ReplicaPlace | None:
+        """See ``CacheDir.place``. Raises CacheDirUnusable."""
+        return _first(self._answers(lambda each: each.place(version_id, user), self._suspect))
 
     def replicas(self) -> Iterator[bytes]:
         """Version ids of all verified replicas. Raises LocalError."""
@@ -395,11 +414,12 @@ class Cache:
 
     # --- where new files go -------------------------------------------------------------------
 
-    def _places(self, version: FileVersion) -> list[CacheDir]:
+    def _places(self, version: FileVersion, *, decide: bool = True) -> list[CacheDir]:
         """The directories that a file may go to, the best one first.
 
         That is the one which has some of it already, then the one with files of the same source
-        directory, then the one with most room.
+        directory, then the one with most room. ``decide``: the next files of the source directory
+        shall go there, too.
         """
         if len(self._directories) < 2:
             return list(self._directories)
@@ -414,8 +434,12 @@ class Cache:
         order = list(ranks)
         if not order or ranks[order[0]][0]:
             return order
-        # Remembered at once: another file of the directory may be placed before this one is there.
-        home = self._home(os.path.dirname(version.path), order[0])
+        source_directory = os.path.dirname(version.path)
+        if decide:
+            # Remembered at once: another file of it may be placed before this one is there.
+            home = self._home(source_directory, order[0])
+        else:
+            home = self._homes.get(source_directory, order[0])
         return sorted(order, key=lambda directory: directory is not home)
 
     def keep_together(self, tree: bytes, path: bytes) -> None:

@@ -172,6 +172,8 @@ async def serve(
         log.warning("%s: %s", request.remote, error)
     except (ConnectionError, aiohttp.ClientError) as error:
         log.info("%s has gone before the handshake: %s", request.remote, error)
+        if not socket.prepared:
+            return web.Response()  # which nobody reads; aiohttp wants one that it can end
     return socket
 
 

@@ -91,7 +91,7 @@ def _columns(texts: tuple[str, ...]) -> str:
 def file_fields(file: CachedFile) -> dict[str, Any]:
     """One cached file for programs."""
     return {
-        **_path_fields("path", file.path),
+        **path_fields("path", file.path),
         "version_id": file.version_id,
         "size_bytes": file.size_bytes,
         "age_s": file.age_s,
@@ -107,7 +107,7 @@ def file_fields(file: CachedFile) -> dict[str, Any]:
 def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     """What became of one file, for programs."""
     fields: dict[str, Any] = {
-        **_path_fields("path", outcome.path),
+        **path_fields("path", outcome.path),
         "done": outcome.done,
         "note": outcome.note,
         "size_bytes": outcome.size_bytes,
@@ -117,7 +117,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     return fields
 
 
-def _path_fields(name: str, path: bytes) -> dict[str, str]:
+def path_fields(name: str, path: bytes) -> dict[str, str]:
     text = _readable(path)
     if text.encode() == path:
         return {name: text}

@@ -25,6 +25,8 @@ from swarmcache.errors import BadMessage
 LINE_MAX_BYTES = 64 * 1024
 
 PATH_MAX_BYTES = 4096
+# How many files one ``LocationsOf`` may be about.
+LOCATIONS_FILES_MAX = 16
 
 Path = Annotated[bytes, Meta(min_length=1, max_length=PATH_MAX_BYTES)]
 SomePaths = Annotated[list[Path], Meta(min_length=1)]
@@ -93,6 +95,36 @@ class Verify(Request, tag="verify"):
     """Digest these files anew, or all of them."""
 
     paths: list[Path] = []
+
+
+class LocationsOf(Request, tag="locations"):
+    """On which nodes the files are whose ``count`` descriptors come along.
+
+    Answered by any number of ``Notice``, one ``Locations`` per file in order, and an ``End``.
+    ``limit``: of each file no more nodes than these are of interest.
+    """
+
+    count: Annotated[int, Meta(ge=1, le=LOCATIONS_FILES_MAX)]
+    limit: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def descriptor_count(self) -> int:
+        return self.count
+
+
+class CopyPathOf(Request, tag="copy_path"):
+    """Where the user's copy of a file is or would be; answered by ``CopyPath``.
+
+    ``opened``: the file's descriptor comes along. Without one, ``path`` is that of a file which the
+    user is going to put there: the directories on the way are made.
+    """
+
+    path: Path
+    opened: bool = True
+
+    @property
+    def descriptor_count(self) -> int:
+        return int(self.opened)
 
 
 class Cached(Struct, tag_field="answer", tag="cached"):
@@ -171,6 +203,43 @@ class Outcome(Struct, tag_field="answer", tag="outcome"):
     rotten_chunks: int | None = None
 
 
+class Location(Struct):
+    """A verified replica. ``node``: its host name; ``path``: of the user's copy there.
+
+    ``linked``: the path is there. Or else ``get`` puts it there at once when this user asks.
+    """
+
+    node: str
+    path: bytes
+    linked: bool
+
+
+class Locations(Struct, tag_field="answer", tag="locations"):
+    """Not final: where one file is. ``path``: the real path of the source.
+
+    ``more``: so many more nodes are said to hold it, and were not asked. ``reason``: why this is
+    not the whole truth; with an empty path, why the descriptor leads to no file that is cached.
+    """
+
+    path: bytes = b""
+    size_bytes: int = 0
+    locations: list[Location] = []
+    more: int = 0
+    reason: str = ""
+
+
+class Notice(Struct, tag_field="answer", tag="notice"):
+    """Not final: something that people should know."""
+
+    text: str
+
+
+class CopyPath(Struct, tag_field="answer", tag="copy_path"):
+    """Final: where the copy is or would be."""
+
+    path: bytes
+
+
 class Working(Struct, tag_field="answer", tag="working"):
     """Not final: the daemon is alive, and busy with this request."""
 
@@ -186,13 +255,16 @@ class Failed(Struct, tag_field="answer", tag="failed"):
 
 
 AboutCache = Ls | Rm | Pin | Unpin | Verify
-AnyRequest = Get | StatusOf | AboutCache
-Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | Working | End | Failed
+AboutPlaces = LocationsOf | CopyPathOf
+AnyRequest = Get | StatusOf | AboutCache | AboutPlaces
+OfPlaces = Notice | Locations | CopyPath | Working | End | Failed
+Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | OfPlaces
 
 AboutFile = CachedFile | Outcome
 
 _requests = msgspec.json.Decoder(AnyRequest)
 _answers = msgspec.json.Decoder(AboutFile | Working | End | Failed)
+_place_answers = msgspec.json.Decoder(OfPlaces)
 _encoder = msgspec.json.Encoder()
 
 
@@ -214,7 +286,16 @@ def decode_cache_answer(line: bytes) -> AboutFile | Working | End | Failed:
         raise BadMessage(f"not an answer: {error}") from error
 
 
-def encode_request(request: AboutCache) -> bytes:
+def decode_place_answer(line: bytes) -> OfPlaces:
+    """Decode one line of the daemon's answer to a request about places. Raises BadMessage."""
+    try:
+        answer: OfPlaces = _place_answers.decode(line)
+        return answer
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadMessage(f"not an answer: {error}") from error
+
+
+def encode_request(request: AboutCache | AboutPlaces) -> bytes:
     """One request as a line."""
     return _encoder.encode(request) + b"\n"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
+    LOCATIONS_FILES_MAX,
     Answer,
     AnyRequest,
     Failed,
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 4096
 CLIENTS_PER_USER_MAX = 1024
-DESCRIPTORS_MAX = 4
+DESCRIPTORS_MAX = LOCATIONS_FILES_MAX  # of one request; no other has as many
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 

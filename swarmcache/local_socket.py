@@ -16,7 +16,6 @@ import pwd
 import select
 import stat
 import struct
-import sys
 
 # The module that ``socket`` wraps: its own import takes 0.3 ms, that of ``socket`` 4 ms.
 from _socket import (
@@ -88,12 +87,12 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, line: bytes, fd: int | None = None) -> None:
-        """Send a request and the descriptor that goes with it. Raises OSError."""
-        if fd is None:
+    def send(self, line: bytes, *fds: int) -> None:
+        """Send a request and the descriptors that go with it. Raises OSError."""
+        if not fds:
             self._socket.sendall(line)
             return
-        rights = (SOL_SOCKET, SCM_RIGHTS, fd.to_bytes(struct.calcsize("i"), sys.byteorder))
+        rights = (SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
         sent = self._socket.sendmsg([line], [rights])
         if sent < len(line):
             self._socket.sendall(line[sent:])

@@ -2,7 +2,7 @@
 
 Messages are msgpack maps with a ``type`` tag; decoding validates every field. Unknown fields are
 ignored, so that neighbouring versions can talk during a rolling upgrade. ``VersionId`` is the
-32-byte id of a file version: no path ever crosses the network, except in the answer to
+32-byte id of a file version: no path of a file ever crosses the network, except in the answer to
 ``StatusRequest``, where no path is needed either.
 
 Bit masks of chunks travel as little-endian bytes (``chunks.mask_to_bytes``).
@@ -27,6 +27,9 @@ REPLICAS_MAX = 8192
 # at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
 LOCATE_MAX = 1024
 LOCATED_NODES_MAX = 128
+# How many file versions one ``FindReplicas`` may name: the answer has a path for each.
+FIND_MAX = 64
+PATH_MAX_BYTES = 4096
 # 2: ``Locate``, ``Suspected``. 3: leases to write. A message that the other side does not know ends
 # the connection, and with it the leases, so nodes and tracker must know the same ones.
 PROTOCOL_VERSION = 3
@@ -71,6 +74,18 @@ class Holders(Struct, frozen=True):
 
     count: Count
     nodes: Annotated[list[NodeAddress], Meta(max_length=LOCATED_NODES_MAX)] = []
+
+
+class ReplicaPlace(Struct, frozen=True):
+    """Where a node holds a replica, verified just now, for a certain user.
+
+    ``directory``: below it lies the user's copy, at the real path of the source; the name of the
+    file itself is known to whoever asks. ``linked``: the copy is there; or else a ``get`` of this
+    user on that node puts it there at once.
+    """
+
+    directory: Annotated[bytes, Meta(min_length=1, max_length=PATH_MAX_BYTES)]
+    linked: bool
 
 
 class HeldLease(Struct, frozen=True):
@@ -343,6 +358,22 @@ class Gone(Message, tag="gone"):
     version_id: VersionId
 
 
+# --- node -> node that is said to hold replicas, on a short connection of its own ----------------
+
+
+class FindReplicas(Message, tag="find_replicas"):
+    """Asks which of these file versions the node holds intact just now, and where for this user."""
+
+    user: Name
+    version_ids: Annotated[list[VersionId], Meta(max_length=FIND_MAX)]
+
+
+class ReplicasFound(Message, tag="replicas_found"):
+    """Answer to ``FindReplicas``, in the order of the question; None for what is not held."""
+
+    places: Annotated[list[ReplicaPlace | None], Meta(max_length=FIND_MAX)]
+
+
 ToTracker = (
     Register
     | Join
@@ -374,11 +405,13 @@ FromTracker = (
     | Refused
 )
 BetweenNodes = Have | Gone
+AboutReplicas = FindReplicas | ReplicasFound
 
 _encoder = msgspec.msgpack.Encoder()
 _to_tracker: msgspec.msgpack.Decoder[ToTracker] = msgspec.msgpack.Decoder(ToTracker)
 _from_tracker: msgspec.msgpack.Decoder[FromTracker] = msgspec.msgpack.Decoder(FromTracker)
 _between_nodes: msgspec.msgpack.Decoder[BetweenNodes] = msgspec.msgpack.Decoder(BetweenNodes)
+_about_replicas: msgspec.msgpack.Decoder[AboutReplicas] = msgspec.msgpack.Decoder(AboutReplicas)
 
 
 def encode(message: Message) -> bytes:
@@ -402,6 +435,11 @@ def decode_between_nodes(data: bytes) -> BetweenNodes:
     if isinstance(message, Have) and len(message.digests) != 32 * len(message.chunks):
         raise BadMessage("a Have must carry one 32-byte digest per chunk")
     return message
+
+
+def decode_about_replicas(data: bytes) -> AboutReplicas:
+    """Decode a question about replicas, or its answer. Raises BadMessage."""
+    return _decode(_about_replicas, data)
 
 
 Decoded = TypeVar("Decoded")

@@ -34,10 +34,12 @@ from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
+from swarmcache.holder_questions import HolderQuestions
 from swarmcache.link import Link, connect, serve
-from swarmcache.local_protocol import AboutCache, AnyRequest
+from swarmcache.local_protocol import AboutCache, AboutPlaces, AnyRequest
 from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
+from swarmcache.locator import Locator
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
     Message,
@@ -87,6 +89,7 @@ from swarmcache.peer_events import (
 )
 from swarmcache.peer_state import FLIGHTS_MAX, PeerState
 from swarmcache.quantities import HostPort
+from swarmcache.replica_questions import ReplicaQuestions
 from swarmcache.serving import (
     allow_many_descriptors,
     bind,
@@ -104,6 +107,7 @@ BUFFERS_BYTES_MAX = 48 << 20
 DISK_THREADS = 4
 READ_THREADS = 8
 EXAMINE_THREADS = 16
+LOOK_THREADS = 2  # for other nodes, which do not wait until those of the disk have time
 PROGRESS_S = 0.25
 # Replicas in one message of an announcement, of which the next is read when the former is on its
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
@@ -159,7 +163,11 @@ class Daemon:
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
         self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
-        for threads in (self._disk_threads, self._read_threads, self._examine_threads):
+        self._look_threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
+        for threads in (
+            *(self._disk_threads, self._read_threads),
+            *(self._examine_threads, self._look_threads),
+        ):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
 
     async def _listen(self, stack: AsyncExitStack) -> HostPort:
@@ -227,11 +235,12 @@ class Daemon:
             self._local.mend,
             self._config.cache.scrub_rate_bytes_per_s,
         )
+        self._holder_questions = HolderQuestions(numbers, self._shell.handle)
         self._about_cache = CacheRequests(
             self._cache,
             self._disk_threads,
             self._state,
-            numbers,
+            self._holder_questions,
             spawn=self._spawn,
             handle=self._shell.handle,
             users_of=self._local.users_of,
@@ -240,11 +249,23 @@ class Daemon:
         stack.callback(self._stop_machine)
 
     async def _serve(self, stack: AsyncExitStack) -> None:
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        await stack.enter_async_context(self._session)
+        self._replica_questions = ReplicaQuestions(
+            self._cache, self._look_threads, self._session, self._key, self.address, self._spawn
+        )
+        self._locator = Locator(
+            self._cache,
+            self._examiner,
+            self._examine_threads,
+            self._holder_questions,
+            self._replica_questions,
+            self.address,
+            self._spawn,
+        )
         runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
-        await stack.enter_async_context(self._session)
         stack.push_async_callback(self._end_tasks)
         await web.SockSite(runner, self._listener, backlog=1024).start()
         self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
@@ -284,6 +305,8 @@ class Daemon:
     ) -> None:
         if isinstance(request, AboutCache):
             self._about_cache.take(connection, request)
+        elif isinstance(request, AboutPlaces):
+            self._locator.take(connection, request, fds)
         else:
             self._local.take(connection, request, fds)
 
@@ -371,6 +394,7 @@ class Daemon:
     def _application(self) -> web.Application:
         application = web.Application()
         application.router.add_get("/v1/peer", self._serve_peer)
+        application.router.add_get("/v1/holder", self._replica_questions.serve)
         return application
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
@@ -449,7 +473,7 @@ class Daemon:
             case AnswerCached() | AnswerOriginal() | AnswerStatus():
                 self._local.carry_out(effect)
             case AnswerHolders():
-                self._about_cache.carry_out(effect)
+                self._holder_questions.carry_out(effect)
             case PublishFile():
                 users = self._local.begin_publishing(effect.version_id)
                 self._disk.publish(effect.version_id, users)

@@ -80,19 +80,32 @@ class UserTree:
 
         Raises CacheDirUnusable where no such place can exist.
         """
-        name = os.fsencode(user.name)
-        # A leading dot is kept for the daemon's own directory.
-        if not name or name.startswith(b".") or b"/" in name or b"\0" in name:
-            raise CacheDirUnusable(f"{user.name!r} cannot be the name of a directory in the cache")
         if not real_path.startswith(b"/") or _has_odd_component(real_path):
             raise CacheDirUnusable(f"{os.fsdecode(real_path)!r} is not a real path")
-        path = self._root + b"/" + name + real_path
+        path = self.directory(user) + real_path
         if len(path) >= PATH_MAX_BYTES:
             raise CacheDirUnusable(
                 f"the path of the copy would have {len(path)} bytes, {PATH_MAX_BYTES - 1} are"
                 " allowed: choose a shorter cache.dir"
             )
         return path
+
+    def directory(self, user: User) -> bytes:
+        """What all copies of a user lie below. Raises CacheDirUnusable where there can be none."""
+        name = os.fsencode(user.name)
+        # A leading dot is kept for the daemon's own directory.
+        if not name or name.startswith(b".") or b"/" in name or b"\0" in name:
+            raise CacheDirUnusable(f"{user.name!r} cannot be the name of a directory in the cache")
+        return self._root + b"/" + name
+
+    def make_directories(self, user: User, real_path: bytes) -> None:
+        """Make the directories on the way to the user's copy, for a file of the user's own.
+
+        Raises CacheDirUnusable when something else is in the way, LocalError when the disk fails.
+        """
+        shown = os.fsdecode(self.path(user, real_path))
+        with self._lock, ExitStack() as stack, disk_errors(f"make the directory of {shown}"):
+            self._walk(stack, user, real_path, make=True)
 
     def link(
         self,

@@ -59,6 +59,11 @@ class Uses:
             self._leaving.add(version_id)
             return True
 
+    def leaving(self, version_id: bytes) -> bool:
+        """Whether the replica is on its way out."""
+        with self._lock:
+            return version_id in self._leaving
+
     def left(self, version_id: bytes) -> None:
         """The replica is gone, or stays after all."""
         with self._lock:

@@ -18,6 +18,7 @@ from swarmcache.cache_index import LISTED_ROWS, Replica, Trust
 from swarmcache.cache_requests import REQUESTS_PER_USER_MAX, CacheRequests
 from swarmcache.disk import Cache, Entry
 from swarmcache.disk_calls import Stamp
+from swarmcache.holder_questions import HolderQuestions
 from swarmcache.local_protocol import (
     AboutCache,
     AboutFile,
@@ -82,11 +83,12 @@ class Daemon:
         self.verify_may_end = asyncio.Event()
         self.verifying = 0
         self.verifying_peak = 0
+        self.tracker = HolderQuestions(itertools.count(1), self._handle)
         self.requests = CacheRequests(
             cache,
             self.threads,
             state,
-            itertools.count(1),
+            self.tracker,
             spawn=self._spawn,
             handle=self._handle,
             users_of=lambda version_id: [],
@@ -111,7 +113,7 @@ class Daemon:
 
     def _carry_out(self, effect: PeerEffect) -> None:
         if isinstance(effect, AnswerHolders):
-            self.requests.carry_out(effect)
+            self.tracker.carry_out(effect)
 
     async def _verify(self, version_id: bytes) -> list[int] | None:
         self.verifying += 1

@@ -110,9 +110,9 @@ async def client(daemon: Daemon) -> AsyncIterator[Client]:
 @pytest.fixture
 def files(tmp_path: Path) -> list[int]:
     """Inodes of some files, which ``opened`` opens."""
-    for number in range(8):
+    for number in range(DESCRIPTORS_MAX + 4):
         (tmp_path / f"file{number}").write_bytes(b"x")
-    return [(tmp_path / f"file{number}").stat().st_ino for number in range(8)]
+    return [(tmp_path / f"file{number}").stat().st_ino for number in range(DESCRIPTORS_MAX + 4)]
 
 
 def opened(tmp_path: Path, *numbers: int) -> tuple[int, ...]:

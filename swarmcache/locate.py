@@ -1,0 +1,308 @@
+"""Where files are: on which nodes, and where on this one. The caller's end of these questions.
+
+    with Client() as client:
+        for file in locate(client, [b"/nfs/corpus/train.hdf"]):
+            print(file.path, file.replicas)
+
+Directories and bundles stand for the files in them. The daemon is shown that the caller may read
+what it is asked about, by open descriptors, as for ``get``.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import select
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from swarmcache.bundles import read_if_bundle
+from swarmcache.client import Client, open_source, real_path_of
+from swarmcache.config import load
+from swarmcache.directories import list_directory
+from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
+from swarmcache.local_protocol import (
+    LOCATIONS_FILES_MAX,
+    AboutPlaces,
+    CopyPath,
+    CopyPathOf,
+    End,
+    Failed,
+    Locations,
+    LocationsOf,
+    Notice,
+    OfPlaces,
+    Working,
+    decode_place_answer,
+    encode_request,
+)
+from swarmcache.local_socket import SILENCE_S_MAX, Connection
+from swarmcache.locations import default_cache_dir
+
+# Of one answer: the places of one file on as many nodes as the tracker names at once.
+ANSWER_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A verified copy. ``node``: its host name, ``path``: of the caller's copy there.
+
+    ``linked``: that path is there. Or else a ``get`` of the same user on that node puts it there at
+    once, without a transfer.
+    """
+
+    node: str
+    path: bytes
+    size_bytes: int
+    linked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileLocations:
+    """Where one file is. ``path``: its real path.
+
+    ``more``: so many more nodes are said to hold it, and were not asked. ``reason``: why there may
+    be replicas that nobody knows of, or, where the file is not ``readable``, why not.
+    """
+
+    path: bytes
+    size_bytes: int = 0
+    replicas: tuple[Replica, ...] = ()
+    more: int = 0
+    reason: str = ""
+    readable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBytes:
+    """How many bytes of the files in question a node holds."""
+
+    node: str
+    size_bytes: int
+
+
+def ignore(text: str) -> None:
+    """For callers who do not want to know."""
+
+
+def locate(
+    client: Client,
+    paths: Iterable[bytes],
+    limit: int | None = None,
+    on_notice: Callable[[str], None] = ignore,
+    bundle: bool | None = None,
+) -> Iterator[FileLocations]:
+    """Where each of the files is that ``paths`` stand for, in order, as the answers come.
+
+    ``limit``: no more nodes per file. ``bundle``: whether files are bundles; None to go by their
+    names. ``on_notice`` hears of nodes that do not answer, whose replicas are not listed.
+    Raises DaemonUnavailable, DaemonRefused, BadMessage, NoBundle.
+    """
+    files = (file for path in paths for file in files_of(path, bundle))
+    while batch := list(islice(files, LOCATIONS_FILES_MAX)):
+        yield from _locate_some(client, batch, limit, on_notice)
+
+
+def hosts(
+    client: Client,
+    paths: Iterable[bytes],
+    on_notice: Callable[[str], None] = ignore,
+    bundle: bool | None = None,
+) -> list[NodeBytes]:
+    """The nodes that hold some of these files, those first that hold most bytes. As ``locate``."""
+    return rank_hosts(locate(client, paths, None, on_notice, bundle))
+
+
+def rank_hosts(files: Iterable[FileLocations]) -> list[NodeBytes]:
+    """Nodes by how many bytes they hold of all these files together, the most first.
+
+    A file that is named twice counts once, and so do several daemons of one node.
+    """
+    held: Counter[str] = Counter()
+    sizes = {file.path: file for file in files}
+    for file in sizes.values():
+        for node in {replica.node for replica in file.replicas}:
+            held[node] += file.size_bytes
+    ranked = [NodeBytes(node, size_bytes) for node, size_bytes in held.items()]
+    return sorted(ranked, key=lambda each: (-each.size_bytes, each.node))
+
+
+def local_path(client: Client, path: bytes, config_file: Path | None = None) -> bytes:
+    """Where the copy of a file is on this node, or would be; nothing is copied.
+
+    For a directory: where its copy is or would be, by the first file in it. Without a daemon it is
+    as the settings say. Raises SourceUnreadable, DaemonRefused, BadMessage, ConfigError.
+    """
+    if os.path.isdir(path):
+        listing = list_directory(path)
+        first = next(iter(listing.names), None)
+        if first is None:
+            return path_by_settings(listing.root, config_file)
+        of_first = local_path(client, os.path.join(listing.root, first), config_file)
+        return of_first.removesuffix(b"/" + first)
+    source = open_source(path)
+    try:
+        answers = _answers(client, CopyPathOf(source.real_path), [source.fd])
+        return _copy_path(answers)
+    except DaemonUnavailable:
+        return path_by_settings(source.real_path, config_file)
+    finally:
+        source.close()
+
+
+def own_path(client: Client, path: bytes, config_file: Path | None = None) -> bytes:
+    """Where a file of the caller's own belongs, to be copied to ``path`` later, which need not
+    exist. The directories on the way are there afterwards.
+
+    Raises DaemonRefused, BadMessage, ConfigError, OSError.
+    """
+    real_path = real_path_of(path)
+    try:
+        return _copy_path(_answers(client, CopyPathOf(real_path, opened=False), []))
+    except DaemonUnavailable:
+        place = path_by_settings(real_path, config_file)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        return place
+
+
+def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes:
+    """Where a daemon with these settings has or would have the caller's copy. Raises ConfigError.
+
+    Of several cache directories, and root's, the first where it is; else the first.
+    """
+    uid = os.geteuid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    settings = load({}, os.environ, config_file, uid)
+    directories = [*map(os.fsencode, settings.cache.dirs), os.fsencode(default_cache_dir(0))]
+    places = [directory + b"/" + os.fsencode(user) + real_path for directory in directories]
+    return next(filter(os.path.lexists, places), places[0])
+
+
+def files_of(path: bytes, bundle: bool | None = None) -> Iterator[bytes]:
+    """The files that a path stands for: those of a bundle, those below a directory, or itself.
+
+    Raises NoBundle.
+    """
+    try:
+        lines = read_if_bundle(path, bundle)
+    except SourceUnreadable:
+        lines = None  # whoever opens it next is told the same
+    for member in [path] if lines is None else filter(None, lines):
+        if not os.path.isdir(member):
+            yield member
+            continue
+        try:
+            listing = list_directory(member)
+        except SourceUnreadable:
+            yield member
+            continue
+        yield from (os.path.join(listing.root, name) for name in listing.names)
+        yield from listing.link_targets.values()
+
+
+# --- the daemon ----------------------------------------------------------------------------------
+
+
+def _locate_some(
+    client: Client, paths: Sequence[bytes], limit: int | None, on_notice: Callable[[str], None]
+) -> Iterator[FileLocations]:
+    """As many files as one request may be about."""
+    unreadable: dict[int, FileLocations] = {}
+    with ExitStack() as stack:
+        fds = []
+        for number, path in enumerate(paths):
+            try:
+                source = open_source(path)
+            except SourceUnreadable as error:
+                unreadable[number] = FileLocations(
+                    real_path_of(path), reason=str(error), readable=False
+                )
+            else:
+                stack.callback(source.close)
+                fds.append(source.fd)
+        answers = _locations(client, fds, limit, on_notice)
+        for number in range(len(paths)):
+            yield unreadable[number] if number in unreadable else next(answers)
+
+
+def _locations(
+    client: Client, fds: Sequence[int], limit: int | None, on_notice: Callable[[str], None]
+) -> Iterator[FileLocations]:
+    """One for each descriptor, in order."""
+    missing = len(fds)
+    answers = _answers(client, LocationsOf(len(fds), limit), fds) if fds else iter(())
+    for answer in answers:
+        if isinstance(answer, Notice):
+            on_notice(answer.text)
+        elif isinstance(answer, Locations) and missing:
+            missing -= 1
+            yield _file_locations(answer)
+    if missing:
+        raise BadMessage("the daemon's answer has fewer files than were asked about")
+
+
+def _file_locations(answer: Locations) -> FileLocations:
+    replicas = tuple(
+        Replica(each.node, each.path, answer.size_bytes, each.linked) for each in answer.locations
+    )
+    return FileLocations(answer.path, answer.size_bytes, replicas, answer.more, answer.reason)
+
+
+def _copy_path(answers: Iterable[OfPlaces]) -> bytes:
+    for answer in answers:
+        if isinstance(answer, CopyPath) and answer.path.startswith(b"/"):
+            return answer.path
+    raise BadMessage("the daemon's answer names no path")
+
+
+def _answers(client: Client, request: AboutPlaces, fds: Sequence[int]) -> Iterator[OfPlaces]:
+    """What the daemon answers, up to the final line, which is not passed on if it is an ``End``.
+
+    Raises DaemonUnavailable, DaemonRefused, BadMessage.
+    """
+    line = encode_request(request)
+    connection, reused = client.send(line, *fds)
+    lines = _lines(connection)
+    try:
+        try:
+            first = next(lines)
+        except DaemonUnavailable:
+            if not reused:
+                raise
+            connection.close()  # that daemon had ended before it saw the request
+            connection, _ = client.send(line, *fds)
+            lines = _lines(connection)
+            first = next(lines)
+        for answer in chain([first], lines):
+            match answer:
+                case Failed():
+                    raise DaemonRefused(answer.reason)
+                case End():
+                    break
+                case CopyPath():
+                    yield answer
+                    break
+                case Working():
+                    continue
+                case _:
+                    yield answer
+    except BaseException:  # GeneratorExit as well: the rest of the answer would be in the way
+        connection.close()
+        raise
+    client.give_back(connection)
+
+
+def _lines(connection: Connection) -> Iterator[OfPlaces]:
+    arrival = select.poll()
+    arrival.register(connection.fileno(), select.POLLIN)
+    while True:
+        if not arrival.poll(SILENCE_S_MAX * 1000):
+            raise DaemonUnavailable(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
+        yield from map(decode_place_answer, connection.receive(ANSWER_BYTES_MAX))

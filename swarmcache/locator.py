@@ -1,0 +1,256 @@
+"""Where a user's files are, in the whole cluster: the daemon's answers to ``locate`` and ``path``.
+
+A user shows with open descriptors which files they may read, as for ``get``, and hears of no other.
+Whom to ask, and until when, decides ``holder_survey.py``.
+
+Invariant: every descriptor that was handed over is closed before the first question is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from swarmcache.cache_requests import keep_alive
+from swarmcache.disk import Cache, User
+from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.holder_questions import HolderQuestions
+from swarmcache.holder_survey import (
+    AskHolder,
+    HolderAnswered,
+    HolderSilent,
+    HolderSurvey,
+    StopAsking,
+    SurveyEffect,
+    SurveyEnded,
+    SurveyEvent,
+    SurveyWanted,
+)
+from swarmcache.local_protocol import (
+    Answer,
+    CopyPath,
+    CopyPathOf,
+    End,
+    Failed,
+    Location,
+    Locations,
+    LocationsOf,
+    Notice,
+)
+from swarmcache.local_server import LocalConnection
+from swarmcache.machine_shell import MachineShell
+from swarmcache.messages import LOCATED_NODES_MAX, Holders, NodeAddress, ReplicaPlace
+from swarmcache.peer_events import TimePassed
+from swarmcache.quantities import HostPort
+from swarmcache.replica_questions import Places, ReplicaQuestions
+from swarmcache.source_file import SourceExaminer, SourceFile
+
+# Of one user at a time; who asks for more waits.
+SURVEYS_PER_USER_MAX = 4
+# Some of those that the tracker names may turn out to hold nothing any more.
+SPARE_HOLDERS = 4
+
+Result = TypeVar("Result")
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+
+class Locator:
+    """The requests of all local clients of one daemon about where files are."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        examiner: SourceExaminer,
+        examine_threads: ThreadPoolExecutor,
+        tracker: HolderQuestions,
+        nodes: ReplicaQuestions,
+        address: NodeAddress,
+        spawn: Spawn,
+    ) -> None:
+        """``address`` is this node's own; ``spawn`` runs a coroutine in the background."""
+        self._cache = cache
+        self._examiner = examiner
+        self._threads = examine_threads
+        self._tracker = tracker
+        self._nodes = nodes
+        self._address = address
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self._turns: dict[int, asyncio.Semaphore] = {}  # by uid
+        self._busy: set[LocalConnection] = set()
+
+    def take(
+        self, connection: LocalConnection, request: LocationsOf | CopyPathOf, fds: list[int]
+    ) -> None:
+        """Begin to answer a request; owns ``fds``."""
+        if connection in self._busy:
+            _close_all(fds)
+            connection.send(Failed("one request at a time on a connection"))
+            return
+        self._busy.add(connection)
+        task = self._spawn(self._serve(connection, request, fds))
+        task.add_done_callback(lambda _: self._ended(connection))
+
+    def _ended(self, connection: LocalConnection) -> None:
+        self._busy.remove(connection)
+        connection.on_closed.pop(self, None)
+
+    async def _serve(
+        self, connection: LocalConnection, request: LocationsOf | CopyPathOf, fds: list[int]
+    ) -> None:
+        # Until all descriptors are closed the task is not cancelled.
+        sources = await asyncio.gather(*map(self._examine, fds))
+        if not connection.is_open:
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        connection.on_closed[self] = task.cancel
+        alive = self._spawn(keep_alive(connection))
+        try:
+            connection.send(*await self._answers(request, sources, connection.user))
+        except LocalError as error:
+            connection.send(Failed(str(error)))
+        except Exception as error:
+            connection.send(Failed(f"internal error: {error}"))
+            raise
+        finally:
+            alive.cancel()
+
+    async def _examine(self, fd: int) -> SourceFile | str:
+        """What a descriptor leads to, or why that is no source. Closes it."""
+        try:
+            return await self._in_thread(self._examiner.examine, fd)
+        except SwarmcacheError as error:
+            return str(error)
+        finally:
+            os.close(fd)
+
+    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
+        return await self._loop.run_in_executor(self._threads, function, *args)
+
+    async def _answers(
+        self, request: LocationsOf | CopyPathOf, sources: Sequence[SourceFile | str], user: User
+    ) -> list[Answer]:
+        if isinstance(request, LocationsOf):
+            turn = self._turns.setdefault(user.uid, asyncio.Semaphore(SURVEYS_PER_USER_MAX))
+            async with turn:
+                return [*await self._locate(sources, user, request.limit), End()]
+        if not sources:
+            path = await self._in_thread(self._cache.own_path, request.path, user)
+        elif isinstance(sources[0], str):
+            return [Failed(sources[0])]
+        else:
+            path = await self._in_thread(self._cache.user_path, sources[0].version, user)
+        return [CopyPath(os.fsencode(path))]
+
+    # --- where replicas are ---------------------------------------------------------------------
+
+    async def _locate(
+        self, sources: Sequence[SourceFile | str], user: User, limit: int | None
+    ) -> list[Answer]:
+        """A ``Locations`` for each source, in order; before them what there is to say of nodes."""
+        files = {
+            source.version.version_id: source.version.path
+            for source in sources
+            if isinstance(source, SourceFile)
+        }
+        version_ids = list(files)
+        here = await self._nodes.places(user.name, version_ids)
+        holders, fault = await self._holders(version_ids, limit)
+        wanted = [None if limit is None else limit - (place is not None) for place in here]
+        survey = HolderSurvey(holders, wanted)
+        await run_survey(
+            survey, lambda address: self._nodes.ask(address, user.name, version_ids), self._spawn
+        )
+        found: dict[bytes, tuple[list[Location], int]] = {}
+        for number, (version_id, path) in enumerate(files.items()):
+            own = here[number]
+            places = [(self._address, own)] if own is not None else []
+            places += survey.found(number)
+            locations = [_location(address, place, path) for address, place in places]
+            found[version_id] = (locations, survey.more(number))
+        answers: list[Answer] = [
+            Notice(f"{_name(address)} ({address.node}): {reason}; what it holds is not listed")
+            for address, reason in survey.silent()
+        ]
+        for source in sources:
+            if isinstance(source, str):
+                answers.append(Locations(reason=source))
+            else:
+                locations, more = found[source.version.version_id]
+                size_bytes = source.version.size_bytes
+                answers.append(Locations(source.version.path, size_bytes, locations, more, fault))
+        return answers
+
+    async def _holders(
+        self, version_ids: Sequence[bytes], limit: int | None
+    ) -> tuple[list[Holders], str]:
+        """Whom the tracker names, for each file version; nobody where it cannot be asked, and why.
+
+        One question names ``LOCATED_NODES_MAX`` nodes in all, so these may be several.
+        """
+        nodes_max = LOCATED_NODES_MAX
+        if limit is not None:
+            nodes_max = min(limit + SPARE_HOLDERS, LOCATED_NODES_MAX)
+        at_once = LOCATED_NODES_MAX // nodes_max
+        groups = [version_ids[at : at + at_once] for at in range(0, len(version_ids), at_once)]
+        answers = await asyncio.gather(
+            *(self._tracker.ask(list(group), nodes_max) for group in groups)
+        )
+        found: list[Holders] = []
+        for holders, reason in answers:
+            if holders is None:
+                return [Holders(0) for _ in version_ids], reason
+            found += holders
+        return found, ""
+
+
+async def run_survey(
+    survey: HolderSurvey, ask: Callable[[NodeAddress], Awaitable[Places]], spawn: Spawn
+) -> None:
+    """Carry out a survey; returns when it has ended."""
+    ended = asyncio.Event()
+    asked: dict[str, asyncio.Task[None]] = {}
+
+    async def ask_one(address: NodeAddress) -> None:
+        try:
+            places = await ask(address)
+        except SwarmcacheError as error:
+            shell.handle(HolderSilent(address.node, str(error)))
+        else:
+            shell.handle(HolderAnswered(address.node, places))
+
+    def carry_out(effect: SurveyEffect) -> None:
+        match effect:
+            case AskHolder():
+                asked[effect.address.node] = spawn(ask_one(effect.address))
+            case StopAsking():
+                asked[effect.node].cancel()
+            case SurveyEnded():
+                ended.set()
+
+    shell: MachineShell[SurveyEvent, SurveyEffect] = MachineShell(survey, carry_out, TimePassed())
+    try:
+        shell.handle(SurveyWanted())
+        await ended.wait()
+    finally:
+        shell.stop()
+        for task in asked.values():
+            task.cancel()
+
+
+def _name(address: NodeAddress) -> str:
+    """What a node is called, as the scheduler knows it."""
+    return address.name or HostPort.parse(address.node).host
+
+
+def _location(address: NodeAddress, place: ReplicaPlace, path: bytes) -> Location:
+    return Location(_name(address), place.directory + path, place.linked)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
