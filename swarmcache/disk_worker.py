@@ -204,13 +204,15 @@ class DiskWorker:
             log.error("cannot drop what was fetched: %s", error)
 
     async def _load_manifest(self, version_id: bytes) -> None:
-        digests: tuple[bytes, ...] = ()
+        loaded = ManifestLoaded(version_id, (), 0)
         try:
             manifest = await self._in_thread(self._cache.manifest, version_id)
-            digests = manifest.digests if manifest is not None else ()
+            if manifest is not None:
+                chunk_size_bytes = manifest.layout.chunk_size_bytes
+                loaded = ManifestLoaded(version_id, manifest.digests, chunk_size_bytes)
         except LocalError as error:
             log.error("cannot read a manifest: %s", error)
-        self._handle(ManifestLoaded(version_id, digests))
+        self._handle(loaded)
 
     def _tell_evicted(self, version_ids: Sequence[bytes]) -> Future[None]:
         """Have the tracker told in the event loop; runs in a thread."""

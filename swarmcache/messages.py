@@ -256,10 +256,15 @@ class Joined(Message, tag="joined"):
 
 
 class Peers(Message, tag="peers"):
-    """Nodes to exchange chunks of this file version with. Both sides of a pair are told."""
+    """Nodes to exchange chunks of this file version with. Both sides of a pair are told.
+
+    ``chunk_size_bytes``: how the swarm cuts the file (0: not told). A holder whose replica is cut
+    differently is of no use to it, and leaves.
+    """
 
     version_id: VersionId
     peers: Annotated[list[NodeAddress], Meta(max_length=LOADS_MAX)]
+    chunk_size_bytes: Count = 0
 
 
 class Lease(Message, tag="lease"):

@@ -175,6 +175,7 @@ class ManifestLoaded:
 
     version_id: bytes
     digests: tuple[bytes, ...]
+    chunk_size_bytes: int
 
 
 # --- events: the tracker ------------------------------------------------------------------------

@@ -177,15 +177,19 @@ class Seed:
     """A complete file version and the neighbours that may want chunks of it."""
 
     digests: tuple[bytes, ...] | None
+    chunk_size_bytes: int = 0
     nodes: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
 class Neighbour:
-    """Another node that shares at least one swarm with this one, or did until recently."""
+    """Another node that shares at least one swarm with this one, or did until recently.
+
+    ``versions``: the file versions, and how their swarms cut them (0: not told).
+    """
 
     address: NodeAddress
-    versions: set[bytes] = field(default_factory=set)
+    versions: dict[bytes, int] = field(default_factory=dict)
     up: bool = False
     dialling: bool = False
     failures: int = 0
@@ -570,7 +574,7 @@ class PeerState:
             self._join(fetching, effects)
         for neighbour in self._neighbours.values():
             if neighbour.up and event.version_id in neighbour.versions:
-                self._greet(neighbour, event.version_id, effects)
+                self._greet(neighbour, event.version_id, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
 
     def _handle_published(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
@@ -588,7 +592,7 @@ class PeerState:
         if fetching.version.size_bytes:
             self._tell(Replicas([version_id]), effects)
         self._forget_timer(version_id)
-        seed = Seed(fetching.download.digests)
+        seed = Seed(fetching.download.digests, fetching.chunk_size_bytes)
         for node in list(fetching.download.peers):
             if fetching.download.peer_is_complete(node):
                 effects.append(TellPeer(node, Gone(version_id)))
@@ -638,9 +642,27 @@ class PeerState:
             self._tell(Leave(event.version_id), effects)
             return
         seed.digests = event.digests
+        seed.chunk_size_bytes = event.chunk_size_bytes
         for node in sorted(seed.nodes):
-            if self._neighbours[node].up:
-                self._tell_all(node, event.version_id, event.digests, effects)
+            if node in seed.nodes and self._neighbours[node].up:
+                self._offer(node, event.version_id, seed, now_s, effects)
+
+    def _offer(
+        self, node: str, version_id: bytes, seed: Seed, now_s: float, effects: list[PeerEffect]
+    ) -> None:
+        """Tell a neighbour of all chunks, if its swarm cuts the file like this replica.
+
+        If not (the setting is another one since), no chunk of it would be taken for right, nor the
+        node for honest: this node leaves, so that the tracker counts on it no more.
+        """
+        wanted_bytes = self._neighbours[node].versions.get(version_id, 0)
+        if wanted_bytes in (0, seed.chunk_size_bytes):
+            assert seed.digests is not None, "offered before it was loaded"
+            self._tell_all(node, version_id, seed.digests, effects)
+            return
+        effects.extend(TellPeer(other, Gone(version_id)) for other in sorted(seed.nodes))
+        self._drop_seed(version_id, now_s)
+        self._tell(Leave(version_id), effects)
 
     def _tell_all(
         self, node: str, version_id: bytes, digests: tuple[bytes, ...], effects: list[PeerEffect]
@@ -728,7 +750,8 @@ class PeerState:
         match message:
             case Peers():
                 for address in message.peers[: self._peers_max]:
-                    self._meet(address, message.version_id, now_s, effects)
+                    cut = message.chunk_size_bytes
+                    self._meet(address, message.version_id, now_s, effects, cut)
                 self._go_on(message.version_id, now_s, effects)
             case Lease():
                 self._handle_lease(message, now_s, effects)
@@ -901,7 +924,12 @@ class PeerState:
     # --- neighbours -----------------------------------------------------------------------------
 
     def _meet(
-        self, address: NodeAddress, version_id: bytes, now_s: float, effects: list[PeerEffect]
+        self,
+        address: NodeAddress,
+        version_id: bytes,
+        now_s: float,
+        effects: list[PeerEffect],
+        chunk_size_bytes: int = 0,
     ) -> None:
         """Share a swarm with this node from now on."""
         if address.node == self.address.node:
@@ -910,11 +938,11 @@ class PeerState:
         if neighbour is None:
             neighbour = self._neighbours[address.node] = Neighbour(address)
         neighbour.address = address
-        neighbour.versions.add(version_id)
+        neighbour.versions[version_id] = chunk_size_bytes
         if address.node in self._distrusted and version_id in self._fetching:
             self._tell(ReportCorrupt(version_id, address.node), effects)
         if neighbour.up:
-            self._greet(neighbour, version_id, effects)
+            self._greet(neighbour, version_id, now_s, effects)
         elif not neighbour.dialling and self.address.node < address.node:
             self._dial(neighbour, effects)
         self._timers.set(address.node, None)
@@ -923,7 +951,9 @@ class PeerState:
         neighbour.dialling = True
         effects.append(DialPeer(neighbour.address))
 
-    def _greet(self, neighbour: Neighbour, version_id: bytes, effects: list[PeerEffect]) -> None:
+    def _greet(
+        self, neighbour: Neighbour, version_id: bytes, now_s: float, effects: list[PeerEffect]
+    ) -> None:
         """Tell a neighbour all that this node holds of a file version that both are in."""
         node = neighbour.address.node
         fetching = self._fetching.get(version_id)
@@ -935,19 +965,19 @@ class PeerState:
             return
         seed = self._seeds.get(version_id)
         if seed is None:
-            self._seeds[version_id] = Seed(None, {node})
+            self._seeds[version_id] = Seed(None, nodes={node})
             effects.append(LoadManifest(version_id))
             return
         seed.nodes.add(node)
         if seed.digests is not None:
-            self._tell_all(node, version_id, seed.digests, effects)
+            self._offer(node, version_id, seed, now_s, effects)
 
     def _part(self, node: str, version_id: bytes, now_s: float) -> None:
         """There is nothing left to exchange with this neighbour in this swarm."""
         neighbour = self._neighbours.get(node)
         if neighbour is None:
             return
-        neighbour.versions.discard(version_id)
+        neighbour.versions.pop(version_id, None)
         fetching = self._fetching.get(version_id)
         if fetching is not None and fetching.download is not None:
             fetching.download.remove_peer(node)
@@ -999,7 +1029,7 @@ class PeerState:
         if not neighbour.versions:
             self._timers.set(address.node, now_s + LINGER_S)
         for version_id in sorted(neighbour.versions):
-            self._greet(neighbour, version_id, effects)
+            self._greet(neighbour, version_id, now_s, effects)
             self._go_on(version_id, now_s, effects)
 
     def _handle_peer_said(
@@ -1062,7 +1092,7 @@ class PeerState:
             return
         self._distrusted.add(node)
         neighbour = self._neighbours.get(node)
-        shared = neighbour.versions if neighbour is not None else set()
+        shared = neighbour.versions if neighbour is not None else {}
         for other_id, fetching in self._fetching.items():
             if fetching.download is not None:
                 fetching.download.distrust(node)

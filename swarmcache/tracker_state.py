@@ -537,13 +537,16 @@ class TrackerState:
         addresses = [self._nodes[other].address for other in chosen]
         for start in range(0, len(addresses), LOADS_MAX):
             part = addresses[start : start + LOADS_MAX]
-            self._tell(name, Peers(swarm.version_id, part), effects)
+            peers = Peers(swarm.version_id, part, swarm.layout.chunk_size_bytes)
+            self._tell(name, peers, effects)
 
     def _link(self, swarm: Swarm, name: str, other: str, effects: list[TrackerEffect]) -> None:
         """Make two members neighbours, and tell ``other``."""
         swarm.members[name].neighbours.add(other)
         swarm.members[other].neighbours.add(name)
-        self._tell(other, Peers(swarm.version_id, [self._nodes[name].address]), effects)
+        address = self._nodes[name].address
+        peers = Peers(swarm.version_id, [address], swarm.layout.chunk_size_bytes)
+        self._tell(other, peers, effects)
 
     def _choose_peers(self, swarm: Swarm, name: str) -> list[str]:
         """New neighbours for a member: everybody in a small swarm, some at random in a large one.

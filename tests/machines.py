@@ -639,7 +639,7 @@ class Cluster:
             case CheckCopy():
                 pass  # what lies on these disks is right; liars lie on the wire
             case LoadManifest():
-                self._later(node, ManifestLoaded(effect.version_id, self._manifest(node, effect)))
+                self._later(node, self._manifest(node, effect))
             case AnnounceReplicas():
                 held = [key for key, stored in sorted(node.disk.items()) if stored.complete]
                 self._say_to_tracker(node, Replicas(held, more=False))
@@ -655,11 +655,12 @@ class Cluster:
             case DistrustPeer():
                 node.distrusted.add(effect.node)
 
-    def _manifest(self, node: Node, effect: LoadManifest) -> tuple[bytes, ...]:
+    def _manifest(self, node: Node, effect: LoadManifest) -> ManifestLoaded:
         stored = node.disk.get(effect.version_id)
         if stored is None or not stored.complete:
-            return ()
-        return tuple(stored.chunks[chunk] for chunk in range(stored.layout.chunk_count))
+            return ManifestLoaded(effect.version_id, (), 0)
+        digests = tuple(stored.chunks[chunk] for chunk in range(stored.layout.chunk_count))
+        return ManifestLoaded(effect.version_id, digests, stored.layout.chunk_size_bytes)
 
     def _answer(self, node: Node, effect: AnswerCached | AnswerOriginal) -> None:
         self.answers[effect.request] += 1

@@ -322,14 +322,14 @@ def test_after_the_loss_of_a_disk_all_replicas_are_told_anew_and_no_chunk_is_pro
     file = version(chunks=1)
     bench.complete(file, chunks=1)
     bench.meet(HIGHER, file)
-    bench.tell(ManifestLoaded(file.version_id, (digest(0),)))
+    bench.tell(ManifestLoaded(file.version_id, (digest(0),), CHUNK_BYTES))
 
     assert bench.tell(ReplicasLost()) == [AnnounceReplicas()]
 
     effects = bench.said(Query(file.version_id, 1, b"\x01"))
     assert [holding.held for holding in told(Holding, effects)] == [b""]
     bench.said(Peers(file.version_id, [HIGHER]))
-    effects = bench.tell(ManifestLoaded(file.version_id, ()))  # it was on that disk
+    effects = bench.tell(ManifestLoaded(file.version_id, (), 0))  # it was on that disk
     assert told(Leave, effects) == [Leave(file.version_id)]
     bench.tell(TrackerLost("away"))
     assert bench.tell(ReplicasLost()) == []
@@ -852,7 +852,7 @@ def test_a_neighbour_of_a_dropped_replica_is_hung_up() -> None:
     bench = Bench()
     file = version(chunks=1)
     bench.meet(HIGHER, file)
-    bench.tell(ManifestLoaded(file.version_id, (digest(0),)))
+    bench.tell(ManifestLoaded(file.version_id, (digest(0),), CHUNK_BYTES))
     bench.tell(ReplicaDropped(file.version_id))
 
     assert of(HangUp, bench.wait_until(101.0 + LINGER_S)) == [HangUp(HIGHER.node)]
@@ -983,7 +983,7 @@ def test_a_seed_loads_its_digests_once_and_tells_every_neighbour_all() -> None:
     bench.meet(LOWER, file)
     assert of(LoadManifest, bench.seen) == [LoadManifest(file.version_id)]
 
-    effects = bench.tell(ManifestLoaded(file.version_id, tuple(digest(n) for n in range(3))))
+    effects = bench.tell(ManifestLoaded(file.version_id, tuple(map(digest, range(3))), CHUNK_BYTES))
 
     assert {tell.node: tell.message for tell in of(TellPeer, effects)} == {
         HIGHER.node: have(file, 0, 1, 2),
@@ -991,12 +991,33 @@ def test_a_seed_loads_its_digests_once_and_tells_every_neighbour_all() -> None:
     }
 
 
+@pytest.mark.parametrize("manifest_first", [True, False])
+def test_a_seed_that_is_cut_differently_leaves_and_is_not_taken_for_a_liar(
+    manifest_first: bool,
+) -> None:
+    """The setting was another one when it was cached: no chunk of it fits the others' chunks."""
+    bench = Bench()
+    file = version()
+    loaded = ManifestLoaded(file.version_id, (digest(0), digest(1)), 2 * CHUNK_BYTES)
+    if manifest_first:
+        bench.meet(LOWER, file)
+        bench.tell(loaded)
+    bench.said(Peers(file.version_id, [HIGHER], CHUNK_BYTES))
+
+    effects = bench.tell(PeerConnected(HIGHER))
+    effects += [] if manifest_first else bench.tell(loaded)
+
+    assert not [tell for tell in of(TellPeer, effects) if isinstance(tell.message, Have)]
+    assert TellPeer(HIGHER.node, Gone(file.version_id)) in effects
+    assert told(Leave, effects) == [Leave(file.version_id)]
+
+
 def test_a_seed_without_digests_leaves_the_swarm() -> None:
     bench = Bench()
     file = version()
     bench.meet(HIGHER, file)
 
-    effects = bench.tell(ManifestLoaded(file.version_id, ()))
+    effects = bench.tell(ManifestLoaded(file.version_id, (), 0))
 
     assert told(Leave, effects) == [Leave(file.version_id)]
 
