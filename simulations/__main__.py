@@ -8,14 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 
-from simulations.cluster import ClusterSettings
+from simulations import campaign
 from simulations.engine import SimulationFailed
 from simulations.scenarios import Result, flash_crowd
+from simulations.settings import ClusterSettings
 from swarmcache.quantities import format_size, parse_count, parse_duration, parse_rate, parse_size
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one scenario. Exit status: 0 done, 1 a promise was broken, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["campaign"]:
+        return campaign.main(arguments[1:])
     asked = _parser().parse_args(arguments)
     settings = ClusterSettings(
         nodes=asked.nodes,

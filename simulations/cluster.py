@@ -8,28 +8,37 @@ these for every request of a chunk and every new connection, and ``publish_s``. 
 thinking, digests, disks. Messages are counted in their encoded size but take no bandwidth: beside
 chunks of 256 KiB and more they are a few parts in a thousand (``Result`` shows how many).
 
-Nothing fails here. An effect that only a fault can cause ends the simulation with
-``SimulationFailed``.
+What can go wrong is done to it from outside, by ``faults.py``. Without ``settings.originals`` an
+effect that only a fault can cause ends the simulation with ``SimulationFailed``.
 
-Invariant, checked whenever it could change: no file server has more than ``slots_max`` readers.
+Invariants, checked whenever they could change: no file server has more than ``slots_max`` readers;
+a request is answered once, and as cached only with a file that is complete, in place and right;
+nothing is dropped for which something is under way, nor a replica that was announced.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections import deque
-from dataclasses import dataclass
-from random import Random
+from collections.abc import Callable
 from typing import TypeAlias
 
 from blake3 import blake3
 
+from simulations.control_plane import ControlPlane, Delivery
+from simulations.disk_work import DiskWork
+from simulations.disks import content_digest
 from simulations.engine import Engine, SimulationFailed
-from simulations.network import Flow, Link, Network
-from swarmcache.chunks import ChunkLayout, FileVersion, choose_chunk_size
-from swarmcache.config import TransferSettings
-from swarmcache.messages import NodeAddress, Replicas, encode
+from simulations.file_server import FileServer, FileServerSettings
+from simulations.network import Network
+from simulations.nodes import Node
+from simulations.processes import Processes
+from simulations.readings import Readings
+from simulations.settings import FILE_SERVER, USER, ClusterSettings
+from simulations.tracker_host import TrackerHost
+from simulations.transfers import Transfers
+from swarmcache.chunks import FileVersion, choose_chunk_size
+from swarmcache.messages import encode
 from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
@@ -39,202 +48,116 @@ from swarmcache.peer_events import (
     AnswerSlot,
     AnswerStatus,
     CheckCopy,
-    ChunkAbsent,
-    ChunkArrived,
-    ChunkCorrupt,
-    ChunkRead,
-    ChunksRecovered,
     DialPeer,
     DistrustPeer,
     DropPartial,
     FetchChunk,
-    FilePublished,
     FileWanted,
     HangUp,
     LoadManifest,
-    ManifestLoaded,
-    PeerBusy,
-    PeerConnected,
     PeerEffect,
     PeerEvent,
-    PeerLost,
     PeerSaid,
-    PeerUnreachable,
     PublishFile,
-    RangeReadDone,
-    RangeReadFailed,
     ReadRange,
+    RequestGone,
     ReserveSpace,
-    SpaceReserved,
     TellPeer,
     TellTracker,
-    TrackerConnected,
-    TrackerSaid,
 )
 from swarmcache.peer_events import TimePassed as PeerTimePassed
-from swarmcache.peer_state import PeerState
 from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
     JournalGrant,
-    NodeConnected,
-    NodeSaid,
     Tell,
     TrackerEvent,
 )
 from swarmcache.tracker_events import TimePassed as TrackerTimePassed
-from swarmcache.tracker_state import TrackerState
-from swarmcache.upload_slots import Upload, UploadSlots
 
-FILE_SERVER = "nfs01:/export"
-USER = "user"
 EVENTS_MAX = 100_000_000
+# A machine that is woken so often in a row without time going on would spin for ever.
+SPINS_MAX = 100
 
-
-@dataclass(frozen=True, slots=True)
-class ClusterSettings:
-    """What a simulated cluster is like. Rates in bytes/s, each way.
-
-    ``check_every``: the machine at hand is asked to ``check()`` itself every so many events.
-    """
-
-    nodes: int
-    seed: int
-    node_rate: float = 125e6
-    file_server_rate: float = 125e6
-    slots_max: int = 8
-    uploads_max: int = TransferSettings().uploads_max
-    latency_s: float = 0.0002
-    publish_s: float = 0.001
-    check_every: int = 10_000
-
-
-@dataclass(slots=True)
-class Replica:
-    """What a node has on its disk of one file version: symbolic digests by chunk."""
-
-    layout: ChunkLayout
-    digests: dict[int, bytes]
-    published: bool = False
-
-
-class Node:
-    """One simulated node: its machine, its links, its disk and its connections."""
-
-    __slots__ = ("answered_s", "armed_s", "connected", "down", "index", "machine", "name",
-                 "replicas", "up", "upload_slots", "uploads_waiting")  # fmt: skip
-
-    def __init__(self, index: int, settings: ClusterSettings) -> None:
-        self.index = index
-        self.name = f"node{index:05d}:7381"
-        address = NodeAddress(self.name, 7382, f"node{index:05d}")
-        rng = Random(f"{settings.seed} {self.name}")
-        self.machine = PeerState(address, rng, window=settings.uploads_max)
-        self.up = Link(f"{self.name} up", settings.node_rate)
-        self.down = Link(f"{self.name} down", settings.node_rate)
-        # When the engine will wake the machine; never later than it wants.
-        self.armed_s = math.inf
-        self.connected: set[str] = set()
-        self.upload_slots = UploadSlots(settings.uploads_max)
-        self.uploads_waiting: deque[Fetch] = deque()
-        self.replicas: dict[bytes, Replica] = {}
-        self.answered_s: dict[int, float] = {}
-
-
-class Fetch(Flow):
-    """A chunk on its way from one node to another."""
-
-    __slots__ = ("cluster", "effect", "node", "source", "upload")
-
-    def __init__(self, cluster: Cluster, node: Node, effect: FetchChunk) -> None:
-        self.cluster = cluster
-        self.node = node
-        self.effect = effect
-        self.source = cluster.nodes[effect.address.node]
-        self.upload = Upload(effect.version_id, effect.held_chunks)
-        deadline_s = cluster.engine.now_s + effect.deadline_s
-        super().__init__(self.source.up, node.down, effect.length_bytes, deadline_s)
-
-    def ended(self, complete: bool) -> None:
-        self.cluster.fetch_ended(self, complete)
-
-
-class RangeReading:
-    """One leased range being read: chunk by chunk, as the production reader does."""
-
-    __slots__ = ("chunk", "effect", "node", "read_bytes", "since_s")
-
-    def __init__(self, node: Node, effect: ReadRange, now_s: float) -> None:
-        self.node = node
-        self.effect = effect
-        self.chunk = effect.first
-        self.read_bytes = 0
-        self.since_s = now_s
-
-
-class ServerRead(Flow):
-    """A chunk on its way from the file server to a leaseholder."""
-
-    __slots__ = ("cluster", "reading")
-
-    def __init__(self, cluster: Cluster, reading: RangeReading, length_bytes: int) -> None:
-        self.cluster = cluster
-        self.reading = reading
-        super().__init__(cluster.file_server_up, reading.node.down, length_bytes, math.inf)
-
-    def ended(self, complete: bool) -> None:
-        assert complete, "a read without a deadline ended early"
-        self.cluster.server_read_ended(self)
-
-
-# Messages that arrive at the same time: an event and the nodes that it goes to.
-Delivery: TypeAlias = list[tuple[PeerEvent, list[Node]]]
+# What something that a life of a node began has come to.
+Outcome: TypeAlias = tuple[Node, int, bytes | None, tuple[PeerEvent, ...]]
 
 
 class Cluster:
     """The nodes, the tracker and the file server, joined by one network.
 
-    ``run`` ends when every request was answered.
+    ``run`` ends when every request was answered. ``on_answer`` is told of each answer: node,
+    request, file version, whether it is cached, and why not.
     """
 
     def __init__(self, settings: ClusterSettings) -> None:
         self.settings = settings
+        self.strict = settings.check_every == 1
         self.engine = Engine(EVENTS_MAX)
         self.network = Network(self.engine)
         self.trace = Trace(self.engine)
-        self.file_server_up = Link("file server", settings.file_server_rate)
-        self.readers = 0
-        self.readers_peak = 0
-        self.machine_events = 0
-        self.repeats = 0
-        self.deadlines_missed = 0
-        self.uploads_refused = 0
-        self.unanswered = 0
-        node_list = [Node(index, settings) for index in range(settings.nodes)]
-        self.nodes = {node.name: node for node in node_list}
-        self._sessions = node_list
-        self._tracker = TrackerState(
-            Random(f"{settings.seed} tracker"), slots_max=lambda _: settings.slots_max
+        server = FileServerSettings(
+            settings.file_server_rate, settings.slots_max, settings.reader_cost
         )
-        self._tracker_armed_s = math.inf
-        self._versions: dict[bytes, FileVersion] = {}
+        self.file_server = FileServer(FILE_SERVER, self.network, server)
+        self.machine_events = 0
+        self.unanswered = 0
+        self.originals = 0
+        self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
+        self.on_holders: Callable[[Node, AnswerHolders], None] | None = None
+        self.node_list = [Node(index, settings) for index in range(settings.nodes)]
+        self.nodes = {node.name: node for node in self.node_list}
+        self.tracker = TrackerHost(settings)
+        self.versions: dict[bytes, FileVersion] = {}
+        self.control = ControlPlane(self, settings)
+        self.transfers = Transfers(self)
+        self.readings = Readings(self)
+        self.disks = DiskWork(self, settings)
+        self.processes = Processes(self)
         self._until_check = settings.check_every
 
     # --- what a scenario asks for ----------------------------------------------------------------
 
     def connect_all(self) -> None:
         """Every node connects to the tracker now."""
-        for node in self._sessions:
-            self._tell_tracker(NodeConnected(node.index))
-            self._tell(node, TrackerConnected())
+        for node in self.node_list:
+            self.control.connect_to_tracker(node)
 
-    def want_file(self, node_index: int, version: FileVersion, request: int) -> None:
+    def want_file(
+        self,
+        node_index: int,
+        version: FileVersion,
+        request: int,
+        *,
+        user: str = USER,
+        can_read: bool = True,
+        chunk_size_bytes: int | None = None,
+    ) -> None:
         """A local client of this node wants the file now. ``request``: a number of its own."""
-        self._versions[version.version_id] = version
+        node = self.node_list[node_index]
+        self.versions[version.version_id] = version
+        self.file_server.current.setdefault(version.path, version)
         self.unanswered += 1
-        chunk_size_bytes = choose_chunk_size(version.size_bytes)
-        event = FileWanted(request, version, FILE_SERVER, USER, chunk_size_bytes)
-        self._tell(self._sessions[node_index], event)
+        node.waiting[request] = version
+        replica = node.disk.replicas.get(version.version_id)
+        if replica is not None and replica.published and replica.settled:
+            self._hand_out(node, request, version)
+            return
+        size_bytes = chunk_size_bytes or choose_chunk_size(version.size_bytes)
+        event = FileWanted(request, version, FILE_SERVER, user, size_bytes, can_read)
+        self.hand(node, event)
+
+    def change_source(self, path: bytes) -> FileVersion:
+        """Somebody writes this file anew: its size stays, its time does not."""
+        former = self.file_server.current[path]
+        version = FileVersion(path, former.size_bytes, former.mtime_ns + 1)
+        self.file_server.current[path] = version
+        return version
+
+    def client_goes(self, node: Node, request: int) -> None:
+        """The client of this request waits no longer, and takes the original."""
+        self.answer_without_daemon(node, request)
+        self.hand(node, RequestGone(request))
 
     def run(self, until_s: float) -> None:
         """Run until every request is answered. Raises SimulationFailed."""
@@ -247,91 +170,142 @@ class Cluster:
 
     def check(self) -> None:
         """Every machine checks itself."""
-        self._tracker.check()
-        for node in self._sessions:
+        self.tracker.machine.check()
+        for node in self.node_list:
             node.machine.check()
+            node.upload_slots.check()
+            node.disk.check()
 
     def check_replica(self, node: Node, version: FileVersion) -> None:
         """The node has the whole file in place, with the right content."""
-        replica = node.replicas.get(version.version_id)
+        replica = node.disk.replicas.get(version.version_id)
         if replica is None or not replica.published:
             raise SimulationFailed(f"{node.name} has no replica")
         for chunk in range(replica.layout.chunk_count):
-            if replica.digests.get(chunk) != content_digest(version.version_id, chunk):
+            right = content_digest(version.version_id, replica.layout, chunk)
+            if replica.digests.get(chunk) != right and not replica.rotten >> chunk & 1:
                 raise SimulationFailed(f"{node.name} has a wrong chunk {chunk}")
 
     # --- machines --------------------------------------------------------------------------------
 
-    def _tell(self, node: Node, event: PeerEvent) -> None:
+    def hand(self, node: Node, event: PeerEvent) -> None:
+        """Give a daemon an event: at once, when it goes on, or not at all if it is not there."""
+        if node.stopped:
+            node.inbox.append((self._handed, (node, event)))
+        elif node.alive:
+            self.tell(node, event)
+
+    def _handed(self, late: tuple[Node, PeerEvent]) -> None:
+        self.hand(*late)
+
+    def tell(self, node: Node, event: PeerEvent) -> None:
         """Hand an event to a node's machine, carry out what it wants, see when to wake it."""
         now_s = self.engine.now_s
+        clock_s = node.clock.read(now_s)
         machine = node.machine
-        effects = machine.handle(event, now_s)
+        effects = machine.handle(event, clock_s)
         if effects:
             self.carry_out(node, effects)
+            if node.machine is not machine:  # a fault has ended its life meanwhile
+                return
         wake_at_s = machine.wake_at_s()
-        if wake_at_s is not None and wake_at_s < node.armed_s:
-            node.armed_s = wake_at_s
-            self.engine.at(max(wake_at_s, now_s), self._wake, node)
+        if wake_at_s is not None:
+            at_s = node.clock.when(wake_at_s)
+            if at_s < node.armed_s:
+                node.armed_s = at_s
+                self.engine.at(max(at_s, now_s), self._wake, node)
         self.machine_events += 1
         self._until_check -= 1
         if self._until_check == 0:
             self._until_check = self.settings.check_every
             machine.check()
-            self._tracker.check()
+            self.tracker.machine.check()
 
     def _wake(self, node: Node) -> None:
         """The time has come that a machine named, unless it has named another one since."""
         now_s = self.engine.now_s
-        if node.armed_s > now_s:
+        if node.armed_s > now_s or not node.alive:
+            return
+        if node.stopped:
+            node.inbox.append((self._wake, node))
             return
         node.armed_s = math.inf
         wake_at_s = node.machine.wake_at_s()
         if wake_at_s is None:
             return
-        if wake_at_s <= now_s:
-            self._tell(node, PeerTimePassed())
+        if wake_at_s <= node.clock.read(now_s):
+            node.wakes = node.wakes + 1 if now_s == node.woken_s else 0
+            node.woken_s = now_s
+            if node.wakes > SPINS_MAX:
+                raise SimulationFailed(f"{node.name} is woken again and again at {now_s:.6f} s")
+            self.tell(node, PeerTimePassed())
         else:
-            node.armed_s = wake_at_s
-            self.engine.at(wake_at_s, self._wake, node)
+            # Not at once, where the clocks differ by no more than rounding.
+            node.armed_s = max(node.clock.when(wake_at_s), math.nextafter(now_s, math.inf))
+            self.engine.at(node.armed_s, self._wake, node)
 
-    def _tell_tracker(self, event: TrackerEvent) -> None:
+    def tell_tracker(self, event: TrackerEvent) -> None:
+        """Give the tracker an event, carry out what it wants, see when to wake it."""
+        host = self.tracker
+        if host.stopped:
+            host.inbox.append((self.tell_tracker, event))
+        if host.stopped or not host.alive:
+            return
         now_s = self.engine.now_s
-        effects = self._tracker.handle(event, now_s)
+        effects = host.machine.handle(event, host.clock.read(now_s))
         delivery: Delivery = []
         for effect in effects:
             match effect:
                 case Tell():
-                    node = self._sessions[effect.session]
-                    self.trace.message("tracker", encode(effect.message), 1)
-                    delivery.append((TrackerSaid(effect.message), [node]))
+                    self.control.tell_from_tracker(effect.session, effect.message, delivery)
                 case CloseSession():
-                    raise SimulationFailed(f"the tracker closed a session: {effect.reason}")
-                case JournalGrant() | JournalEnd():
-                    pass  # this tracker does not restart
+                    if not self.settings.originals:
+                        raise SimulationFailed(f"the tracker closed a session: {effect.reason}")
+                    self.control.lose_session(effect.session, effect.reason)
+                case JournalGrant():
+                    host.note_grant(effect.lease_id, effect.node)
+                case JournalEnd():
+                    host.note_end(effect.lease_id)
         if delivery:
-            self.engine.at(now_s + self.settings.latency_s, self._deliver, delivery)
+            self.engine.at(now_s + self.settings.latency_s, self.control.deliver, delivery)
         self.machine_events += 1
-        wake_at_s = self._tracker.wake_at_s()
-        if wake_at_s is not None and wake_at_s < self._tracker_armed_s:
-            self._tracker_armed_s = wake_at_s
-            self.engine.at(max(wake_at_s, now_s), self._wake_tracker, None)
+        if self.strict:
+            host.machine.check()
+        self.arm_tracker()
+
+    def arm_tracker(self) -> None:
+        """See to it that the tracker is woken when it wants."""
+        host = self.tracker
+        wake_at_s = host.machine.wake_at_s()
+        if wake_at_s is not None:
+            at_s = host.clock.when(wake_at_s)
+            if at_s < host.armed_s:
+                host.armed_s = at_s
+                self.engine.at(max(at_s, self.engine.now_s), self._wake_tracker, None)
 
     def _wake_tracker(self, _: object) -> None:
+        host = self.tracker
         now_s = self.engine.now_s
-        if self._tracker_armed_s > now_s:
+        if host.armed_s > now_s or not host.alive:
             return
-        self._tracker_armed_s = math.inf
-        wake_at_s = self._tracker.wake_at_s()
+        if host.stopped:
+            host.inbox.append((self._wake_tracker, None))
+            return
+        host.armed_s = math.inf
+        wake_at_s = host.machine.wake_at_s()
         if wake_at_s is None:
             return
-        if wake_at_s <= now_s:
-            self._tell_tracker(TrackerTimePassed())
+        if wake_at_s <= host.clock.read(now_s):
+            host.wakes = host.wakes + 1 if now_s == host.woken_s else 0
+            host.woken_s = now_s
+            if host.wakes > SPINS_MAX:
+                raise SimulationFailed(f"the tracker is woken again and again at {now_s:.6f} s")
+            self.tell_tracker(TrackerTimePassed())
         else:
-            self._tracker_armed_s = wake_at_s
-            self.engine.at(wake_at_s, self._wake_tracker, None)
+            host.armed_s = max(host.clock.when(wake_at_s), math.nextafter(now_s, math.inf))
+            self.engine.at(host.armed_s, self._wake_tracker, None)
 
-    # --- messages --------------------------------------------------------------------------------
+    # --- effects ---------------------------------------------------------------------------------
 
     def carry_out(self, node: Node, effects: list[PeerEffect]) -> None:
         """Carry out the effects of one call. Messages to peers, by far the most, go as a batch."""
@@ -339,218 +313,131 @@ class Cluster:
         message = None
         receivers: list[Node] = []
         nodes = self.nodes
+        control = self.control
+        one_by_one = control.wires.cut or bool(node.traps)
         for effect in effects:
-            if type(effect) is TellPeer:
+            if type(effect) is not TellPeer:
+                self._carry_out_one(node, effect)
+            elif one_by_one:
+                control.say_to_peer(node, nodes[effect.node], effect.message)
+            else:
                 if effect.message is not message:
                     message = effect.message
                     receivers = []
-                    delivery.append((PeerSaid(node.name, message), receivers))
+                    delivery.append((PeerSaid(node.name, control.checked(message)), receivers))
                 receivers.append(nodes[effect.node])
-            else:
-                self._carry_out_one(node, effect)
         if delivery:
             for said, receivers in delivery:
                 assert type(said) is PeerSaid
                 self.trace.message(node.name, encode(said.message), len(receivers))
-            self.engine.at(self.engine.now_s + self.settings.latency_s, self._deliver, delivery)
-
-    def _deliver(self, delivery: Delivery) -> None:
-        for event, receivers in delivery:
-            if type(event) is PeerSaid:
-                sender = event.node
-                for node in receivers:
-                    # What was under way when a connection was closed does not arrive.
-                    if sender in node.connected:
-                        self._tell(node, event)
-            else:
-                for node in receivers:
-                    self._tell(node, event)
-
-    # --- effects ---------------------------------------------------------------------------------
+            self.engine.at(self.engine.now_s + self.settings.latency_s, control.deliver, delivery)
 
     def _carry_out_one(self, node: Node, effect: PeerEffect) -> None:
-        now_s = self.engine.now_s
-        latency_s = self.settings.latency_s
         match effect:
             case FetchChunk():
-                fetch = Fetch(self, node, effect)
-                self.engine.at(now_s + 2 * latency_s, self._fetch_begins, fetch)
+                self.transfers.fetch(node, effect)
             case TellTracker():
-                self.trace.message(node.name, encode(effect.message), 1)
-                said = NodeSaid(node.index, effect.message)
-                self.engine.at(now_s + latency_s, self._tell_tracker, said)
+                self.control.say_to_tracker(node, effect.message)
             case DialPeer():
-                dialled = (node, self.nodes[effect.address.node])
-                self.engine.at(now_s + 2 * latency_s, self._connect, dialled)
+                self.control.dial(node, effect)
             case HangUp():
-                self._hang_up(node, self.nodes[effect.node])
+                self.control.hang_up(node, self.nodes[effect.node])
             case ReserveSpace():
-                self._reserve(node, effect)
+                self.disks.reserve(node, effect)
             case ReadRange():
-                self._read_begins(node, effect)
+                self.readings.begin(node, effect)
             case PublishFile():
-                publishing = (node, effect.version_id)
-                self.engine.at(now_s + self.settings.publish_s, self._publish, publishing)
+                self.disks.publish(node, effect.version_id)
             case DropPartial():
-                node.replicas.pop(effect.version_id, None)
+                self.disks.drop(node, effect)
             case LoadManifest():
-                self._soon(node, ManifestLoaded(effect.version_id, self._manifest(node, effect)))
+                self.disks.load_manifest(node, effect)
             case AnnounceReplicas():
-                self._announce(node)
+                self.disks.announce(node)
             case AnswerCached():
                 self._answer(node, effect)
             case AnswerOriginal():
-                raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
-            case TellPeer() | AnswerStatus() | AnswerHolders() | DistrustPeer() | CheckCopy():
+                self._answer_original(node, effect)
+            case CheckCopy():
+                self.disks.check_copy(node, effect)
+            case AnswerHolders():
+                assert self.on_holders is not None, "nobody has asked for holders"
+                self.on_holders(node, effect)
+            case DistrustPeer():
+                node.distrusted.add(effect.node)
+            case TellPeer() | AnswerStatus():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
             case AnswerSlot() | AnswerNoSlot():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
-    def _soon(self, node: Node, *events: PeerEvent) -> None:
+    def soon(self, node: Node, *events: PeerEvent, version_id: bytes | None = None) -> None:
         """Events that follow at once, but not before the running call has ended."""
-        self.engine.at(self.engine.now_s, self._deliver, [(event, [node]) for event in events])
+        self.after(0.0, node, *events, version_id=version_id)
 
-    def _connect(self, dialled: tuple[Node, Node]) -> None:
-        dialler, target = dialled
-        if dialler.name in target.connected:  # the other one dialled as well
+    def after(
+        self, delay_s: float, node: Node, *events: PeerEvent, version_id: bytes | None = None
+    ) -> None:
+        """What this life of a node has begun comes to these events. ``version_id``: with the first
+        of them nothing is under way any more that was counted for it."""
+        outcome = (node, node.life, version_id, events)
+        self.engine.at(self.engine.now_s + delay_s, self.come_to, outcome)
+
+    def come_to(self, outcome: Outcome) -> None:
+        node, life, version_id, events = outcome
+        if node.life != life:
             return
-        dialler.connected.add(target.name)
-        target.connected.add(dialler.name)
-        self._tell(target, PeerConnected(dialler.machine.address))
-        self._tell(dialler, PeerConnected(target.machine.address))
-
-    def _hang_up(self, node: Node, other: Node) -> None:
-        if other.name not in node.connected:
+        if node.stopped:
+            node.inbox.append((self.come_to, outcome))
             return
-        node.connected.discard(other.name)
-        arrival_s = self.engine.now_s + self.settings.latency_s
-        self.engine.at(arrival_s, self._hung_up, (other, node.name))
+        for event in events[:-1]:
+            self.hand(node, event)
+        if version_id is not None:
+            node.under_way[version_id] -= 1
+        if node.life == life:
+            self.hand(node, events[-1])
 
-    def _hung_up(self, lost: tuple[Node, str]) -> None:
-        node, name = lost
-        if name in node.connected:
-            node.connected.discard(name)
-            self._tell(node, PeerLost(name, "closed by the other side"))
-
-    def _fetch_begins(self, fetch: Fetch) -> None:
-        """A request has reached its source, and the first byte would be back now."""
-        effect, source = fetch.effect, fetch.source
-        replica = source.replicas.get(effect.version_id)
-        chunk = effect.chunk
-        if replica is None or chunk not in replica.digests:
-            self._tell(fetch.node, ChunkAbsent(effect.version_id, chunk, source.name))
-        elif not source.upload_slots.admit(fetch.upload):
-            self.uploads_refused += 1
-            self._tell(fetch.node, PeerBusy(effect.version_id, chunk, source.name))
-        elif source.upload_slots.waiting:
-            source.uploads_waiting.append(fetch)
-        else:
-            self.network.start(fetch)
-
-    def fetch_ended(self, fetch: Fetch, complete: bool) -> None:
-        """A chunk has come from a peer, or its deadline has."""
-        effect, source, node = fetch.effect, fetch.source, fetch.node
-        version_id, chunk = effect.version_id, effect.chunk
-        source.upload_slots.leave(fetch.upload)
-        if source.uploads_waiting:
-            self.network.start(source.uploads_waiting.popleft())
-        self.trace.chunk(source.index, node.index, chunk)
-        event: PeerEvent
-        if not complete:
-            self.deadlines_missed += 1
-            event = PeerUnreachable(version_id, chunk, source.name, "past its deadline")
-        elif (digest := source.replicas[version_id].digests[chunk]) != effect.digest:
-            event = ChunkCorrupt(version_id, chunk, source.name)
-        else:
-            replica = node.replicas[version_id]
-            self.repeats += chunk in replica.digests
-            replica.digests[chunk] = digest
-            event = ChunkArrived(version_id, chunk, source.name)
-        self._tell(node, event)
-
-    def _reserve(self, node: Node, effect: ReserveSpace) -> None:
-        version_id = effect.version.version_id
-        layout = ChunkLayout(effect.version.size_bytes, effect.chunk_size_bytes)
-        node.replicas[version_id] = Replica(layout, {})
-        self._soon(
-            node,
-            SpaceReserved(version_id, effect.chunk_size_bytes),
-            ChunksRecovered(version_id, {}),
-        )
-
-    def _read_begins(self, node: Node, effect: ReadRange) -> None:
-        self.readers += 1
-        self.readers_peak = max(self.readers_peak, self.readers)
-        if self.readers > self.settings.slots_max:
-            raise SimulationFailed(
-                f"{self.readers} readers of {FILE_SERVER} at {self.engine.now_s:.6f} s, "
-                f"but {self.settings.slots_max} slots"
-            )
-        # The reader's first request goes to the file server; the others are read ahead.
-        reading = RangeReading(node, effect, self.engine.now_s)
-        first_byte_s = self.engine.now_s + 2 * self.settings.latency_s
-        self.engine.at(first_byte_s, self._read_piece, reading)
-
-    def _read_piece(self, reading: RangeReading) -> None:
-        node, effect = reading.node, reading.effect
-        if not node.machine.may_read(effect.lease_id, self.engine.now_s):
-            self.readers -= 1
-            self._tell(
-                node, RangeReadFailed(effect.version_id, effect.lease_id, "the lease ran out")
-            )
-            return
-        layout = node.replicas[effect.version_id].layout
-        length_bytes = layout.length_bytes(reading.chunk)
-        self.network.start(ServerRead(self, reading, length_bytes))
-
-    def server_read_ended(self, flow: ServerRead) -> None:
-        """A chunk of a leased range was read."""
-        reading = flow.reading
-        node, effect, chunk = reading.node, reading.effect, reading.chunk
-        version_id = effect.version_id
-        digest = content_digest(version_id, chunk)
-        node.replicas[version_id].digests[chunk] = digest
-        self.trace.chunk(-1, node.index, chunk)
-        reading.read_bytes += flow.length_bytes
-        reading.chunk += 1
-        done = reading.chunk == effect.first + effect.count
-        if done:
-            self.readers -= 1
-        else:
-            self._read_piece(reading)
-        self._tell(node, ChunkRead(version_id, effect.lease_id, chunk, digest))
-        if done:
-            elapsed_s = self.engine.now_s - reading.since_s
-            read = RangeReadDone(version_id, effect.lease_id, reading.read_bytes, elapsed_s)
-            self._tell(node, read)
-
-    def _publish(self, publishing: tuple[Node, bytes]) -> None:
-        node, version_id = publishing
-        replica = node.replicas[version_id]
-        if len(replica.digests) != replica.layout.chunk_count:
-            raise SimulationFailed(f"{node.name} published a file that is not complete")
-        replica.published = True
-        self._tell(node, FilePublished(version_id))
-
-    def _manifest(self, node: Node, effect: LoadManifest) -> tuple[bytes, ...]:
-        replica = node.replicas.get(effect.version_id)
-        if replica is None or not replica.published:
-            return ()
-        return tuple(replica.digests[chunk] for chunk in range(replica.layout.chunk_count))
-
-    def _announce(self, node: Node) -> None:
-        held = [version_id for version_id, replica in node.replicas.items() if replica.published]
-        if held:
-            self._carry_out_one(node, TellTracker(Replicas(held, more=False)))
+    # --- answers ---------------------------------------------------------------------------------
 
     def _answer(self, node: Node, effect: AnswerCached) -> None:
-        if effect.request in node.answered_s:
-            raise SimulationFailed(f"{node.name} answered request {effect.request} twice")
-        self.check_replica(node, self._versions[effect.version_id])
-        node.answered_s[effect.request] = self.engine.now_s
-        self.trace.answer(node.index, effect.request)
+        version = self._waited_for(node, effect.request, effect.version_id)
+        self._hand_out(node, effect.request, version)
+
+    def _waited_for(self, node: Node, request: int, version_id: bytes) -> FileVersion:
+        version = node.waiting.get(request)
+        if version is None or version.version_id != version_id:
+            raise SimulationFailed(f"{node.name} answered request {request} twice, or nobody")
+        return version
+
+    def _hand_out(self, node: Node, request: int, version: FileVersion) -> None:
+        """The client gets the cached copy, if the source is still what was asked for."""
+        if not self.file_server.is_current(version):
+            self._answered(node, request, False, "the source changed meanwhile")
+            return
+        self.check_replica(node, version)
+        replica = node.disk.replicas[version.version_id]
+        replica.uses += 1
+        replica.last_used_s = self.engine.now_s
+        self._answered(node, request, True, "")
+
+    def _answer_original(self, node: Node, effect: AnswerOriginal) -> None:
+        if not self.settings.originals:
+            raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
+        self._waited_for(node, effect.request, effect.version_id)
+        self._answered(node, effect.request, False, effect.reason)
+
+    def answer_without_daemon(self, node: Node, request: int) -> None:
+        """The client has lost its daemon, or has waited long enough: it takes the original."""
+        self._answered(node, request, False, "no daemon")
+
+    def _answered(self, node: Node, request: int, cached: bool, reason: str) -> None:
+        version = node.waiting.pop(request)
+        self.originals += not cached
+        node.answered_s[request] = self.engine.now_s
+        self.trace.answer(node.index, request)
         self.unanswered -= 1
-        if self.unanswered == 0:
+        if self.on_answer is not None:
+            self.on_answer(node, request, version, cached, reason)
+        elif self.unanswered == 0:
             self.engine.stop()
 
 
@@ -583,8 +470,3 @@ class Trace:
     def digest(self) -> str:
         """64 hexadecimal digits."""
         return self._hasher.hexdigest()
-
-
-def content_digest(version_id: bytes, chunk: int) -> bytes:
-    """The symbolic digest of a chunk's right content; 32 bytes."""
-    return version_id[:24] + chunk.to_bytes(8, "little")

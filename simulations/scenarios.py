@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from simulations.cluster import USER, Cluster, ClusterSettings
+from simulations.cluster import Cluster
+from simulations.settings import USER, ClusterSettings
 from swarmcache.chunks import FileVersion
 
 # Before the crowd comes every daemon has been up long enough to be known to the tracker.
@@ -109,17 +110,17 @@ def _measure(scenario: str, cluster: Cluster, version: FileVersion, least_s: flo
         file_server_rate=settings.file_server_rate,
         slots_max=settings.slots_max,
         efficiency=least_s / last_node_s,
-        amplification=cluster.file_server_up.carried_bytes / size_bytes,
-        readers_peak=cluster.readers_peak,
+        amplification=cluster.file_server.up.carried_bytes / size_bytes,
+        readers_peak=cluster.file_server.readers_peak,
         first_node_s=times_s[0],
         median_node_s=times_s[len(times_s) // 2],
         last_node_s=last_node_s,
         bound_s=least_s,
         messages=cluster.trace.messages,
         message_bytes=cluster.trace.message_bytes,
-        repeats=cluster.repeats,
-        deadlines_missed=cluster.deadlines_missed,
-        uploads_refused=cluster.uploads_refused,
+        repeats=cluster.transfers.repeats,
+        deadlines_missed=cluster.transfers.deadlines_missed,
+        uploads_refused=cluster.transfers.uploads_refused,
         machine_events=cluster.machine_events,
         engine_events=cluster.engine.events,
         trace_digest=cluster.trace.digest,

@@ -14,10 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simulations.__main__ import main
-from simulations.cluster import Cluster, ClusterSettings, Replica, content_digest
+from simulations.cluster import Cluster
+from simulations.disks import Replica, content_digest
 from simulations.engine import Engine, SimulationFailed
 from simulations.network import WORTH_HANDING_OUT, Flow, Link, Network
+from simulations.readings import RangeReading
 from simulations.scenarios import bound_s, flash_crowd
+from simulations.settings import ClusterSettings
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.peer_events import ReadRange
 
@@ -303,12 +306,12 @@ def test_one_reader_above_the_slots_ends_the_simulation() -> None:
     """The checker must be able to fail: reads are begun that nobody granted."""
     cluster = Cluster(small(nodes=3, slots_max=2))
     read = ReadRange(b"v" * 32, lease_id=1, first=0, count=1)
-    nodes = list(cluster.nodes.values())
-    for node in nodes[:2]:
-        cluster.carry_out(node, [read])
+    first, second, third = (RangeReading(node, read, 0.0) for node in cluster.node_list)
+    cluster.file_server.enter(first, 0.0)
+    cluster.file_server.enter(second, 0.0)
 
     with pytest.raises(SimulationFailed, match="3 readers"):
-        cluster.carry_out(nodes[2], [read])
+        cluster.file_server.enter(third, 0.0)
 
 
 def test_a_wrong_chunk_on_a_disk_is_found() -> None:
@@ -316,11 +319,11 @@ def test_a_wrong_chunk_on_a_disk_is_found() -> None:
     version = FileVersion(b"/export/file", MiB, 0)
     replica = Replica(ChunkLayout(MiB, MiB), {0: b"x" * 32}, published=True)
     node = next(iter(cluster.nodes.values()))
-    node.replicas[version.version_id] = replica
+    node.disk.replicas[version.version_id] = replica
 
     with pytest.raises(SimulationFailed, match="wrong chunk 0"):
         cluster.check_replica(node, version)
-    replica.digests[0] = content_digest(version.version_id, 0)
+    replica.digests[0] = content_digest(version.version_id, replica.layout, 0)
     cluster.check_replica(node, version)
 
 

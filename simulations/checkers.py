@@ -1,0 +1,126 @@
+"""What must hold of a whole cluster, beyond what each machine and each model checks itself.
+
+Checked all the time by the models: the limit of readers (``file_server.py``), right bytes in every
+answer and every answer once (``cluster.py``), nothing dropped that is under way or was announced
+(``disk_work.py``), the room on disks (``disks.py``), the limits of messages (``control_plane.py``).
+Here is the rest: what must be so while it runs (``Watch``), and when everything has come to rest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from simulations.clients import Clients
+from simulations.engine import SimulationFailed
+from simulations.nodes import Node
+from swarmcache.download import HEDGES_MIN
+from swarmcache.peer_state import FLIGHTS_MAX
+from swarmcache.upload_slots import WAITING_MAX
+
+if TYPE_CHECKING:
+    from simulations.cluster import Cluster
+
+WATCH_S = 0.5
+# Longest time between asking and an answer, whatever breaks: the patience with a disk that works
+# (peer_state: 12 times 5 s), and as long again while chunks trickle in.
+ANSWER_MAX_S = 120.0
+
+
+class Watch:
+    """Looks at the cluster every ``WATCH_S``. ``evaluated``: how often each invariant was."""
+
+    def __init__(self, cluster: Cluster, clients: Clients) -> None:
+        self._cluster = cluster
+        self._clients = clients
+        self.evaluated: Counter[str] = Counter()
+        cluster.engine.at(cluster.engine.now_s, self._look, None)
+
+    def _look(self, _: object) -> None:
+        cluster = self._cluster
+        now_s = cluster.engine.now_s
+        for node in cluster.node_list:
+            self._look_at(node)
+        oldest_s = min(self._clients.waiting_since_s(), default=now_s)
+        self.require("answered in time", now_s - oldest_s <= ANSWER_MAX_S, "a request waits")
+        cluster.engine.at(now_s + WATCH_S, self._look, None)
+
+    def _look_at(self, node: Node) -> None:
+        node.disk.check()
+        node.upload_slots.check()
+        self.evaluated["accounts of disk and upload slots"] += 2
+        room = node.disk.used_bytes <= node.disk.room_bytes
+        self.require("disk floor", room, f"{node.name} uses more of its disk than it may")
+        few = len(node.fetches) <= FLIGHTS_MAX
+        self.require("requests in flight", few, f"{node.name} has too many requests in flight")
+        places = node.settings.uploads_max + WAITING_MAX
+        self.require("uploads", len(node.serving) <= places, f"{node.name} serves too many")
+        for fetching in node.machine.downloads():
+            if fetching.download is not None:
+                hedges_max = HEDGES_MIN + fetching.download.chunk_count // 100
+                few = fetching.download.hedges <= hedges_max
+                self.require("hedges", few, f"{node.name} asks twice for too many chunks")
+
+    def require(self, invariant: str, holds: bool, complaint: str) -> None:
+        """Count one look at an invariant. Raises SimulationFailed when it does not hold."""
+        self.evaluated[invariant] += 1
+        if not holds:
+            raise SimulationFailed(f"{complaint} at {self._cluster.engine.now_s:.3f} s")
+
+    # --- at rest ---------------------------------------------------------------------------------
+
+    def at_rest(self, *, all_replicas_known: bool = True) -> None:
+        """Nothing is under way: nothing may be left over, and nothing may be lost.
+
+        ``all_replicas_known``: none is of no use to the others, and therefore not listed.
+        """
+        cluster = self._cluster
+        cluster.check()
+        for node in cluster.node_list:
+            if node.alive:
+                self._node_at_rest(node)
+        self._tracker_at_rest(all_replicas_known)
+        readers = len(cluster.file_server.readers)
+        self.require("no reader left", not readers, f"{readers} readers are left over")
+
+    def _node_at_rest(self, node: Node) -> None:
+        name = node.name
+        self.require("connected", node.session is not None, f"{name} is not with the tracker")
+        downloads = list(node.machine.downloads())
+        self.require("no download left", not downloads, f"{name} still fetches something")
+        self.require("nobody waits", not node.waiting, f"{name} has forgotten a request")
+        left = {key: count for key, count in node.under_way.items() if count}
+        self.require("nothing under way", not left, f"{name} has something under way for ever")
+        self.require("no transfer left", not node.fetches, f"{name} still fetches chunks")
+        self.require("no upload left", not node.serving, f"{name} still serves chunks")
+        for version_id in node.disk.published():
+            self._cluster.check_replica(node, self._cluster.versions[version_id])
+            rotten = node.disk.replicas[version_id].rotten
+            self.require("no rot left", not rotten, f"{name} has a rotten replica")
+
+    def _tracker_at_rest(self, all_replicas_known: bool) -> None:
+        cluster = self._cluster
+        host = cluster.tracker
+        status: dict[str, Any] = host.machine.status(host.clock.read(cluster.engine.now_s))
+        known = {entry["node"]: entry for entry in status["nodes"]}
+        alive = {node.name for node in cluster.node_list if node.alive}
+        self.require("known nodes", known.keys() == alive, "the tracker knows other nodes")
+        for node in cluster.node_list:
+            if node.alive:
+                entry = known[node.name]
+                # Empty files need no announcement, but have some after a new connection.
+                held = [
+                    each.layout.size_bytes for each in node.disk.replicas.values() if each.published
+                ]
+                least = sum(map(bool, held)) if all_replicas_known else 0
+                told = least <= entry["replicas"] <= len(held)
+                self.require("known replicas", told, f"{node.name} is thought to hold others")
+                self.require("no lease left", not entry["leases"], f"{node.name} has a lease")
+        for server in status["file_servers"]:
+            used, waiting = server["slots_used"], server["waiting"]
+            self.require("no slot left", not used, f"{used} slots are taken for ever")
+            self.require("nobody waits for a slot", not waiting, "a swarm waits for a slot")
+        swarms = status["swarms"]
+        self.require("no swarm left", not swarms, f"{len(swarms)} swarms are left over")
+        left = len(host.journal)
+        self.require("journal", not left, f"{left} leases are in the journal for ever")

@@ -1,0 +1,164 @@
+"""What one seed of the campaign is: a small cluster, its jobs and its faults, all drawn up front.
+
+Everything is drawn before anything happens, so that taking a fault away changes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from simulations.faults import EVENTS, TRAPS, Fault
+from simulations.settings import ClusterSettings
+
+KIB = 1 << 10
+CHUNK_BYTES = 256 * KIB
+FAULTS_UNTIL_S = 8.0
+TRAPS_MAX = 240
+EVENTS_MAX = 8
+
+# Events that leave every message and every chunk of the others alone.
+_ENDS = ["daemon killed", "daemon killed, partial files torn", "node lost"]
+# What may happen under each theme: kinds of events, and words with which kinds of traps begin.
+THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "calm": ((), ()),
+    "ends of nodes": (_ENDS, ()),
+    "chunks": (("node slow",), ("chunk",)),
+    "messages": (
+        ("peer connection reset", "tracker connection reset"),
+        ("message", "peer", "tracker", "dial"),
+    ),
+    "cuts": (
+        ("cut from a peer", "cut from tracker", "cut to tracker", "partition", "unplugged"),
+        ("message", "peer message"),
+    ),
+    "processes": (
+        (*_ENDS, "daemon stopped", "power cut", "client gone", "tracker stopped"),
+        ("chunk",),
+    ),
+    "tracker": (
+        ("journal lost", "tracker killed", "tracker stopped", "tracker connection reset"),
+        ("message", "tracker"),
+    ),
+    "disks": (
+        ("disk lost", "replica removed", "replica rotten", "power cut"),
+        ("disk", "publication", "reservation", "write", "manifest"),
+    ),
+    "file server": (
+        ("file server slow", "source changed", "daemon stopped", "cut to tracker"),
+        ("read", "write of a range"),
+    ),
+    "everything": (sorted(EVENTS), sorted(TRAPS)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job on a node that wants a file, both by number, at some time."""
+
+    at_s: float
+    node: int
+    file: int
+    user: str
+    can_read: bool
+    chunk_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One seed. ``mixed_cuts``: nodes cut files differently, so that some replicas are of no use to
+    others."""
+
+    seed: int
+    theme: str
+    settings: ClusterSettings
+    sizes_bytes: tuple[int, ...]
+    jobs: tuple[Job, ...]
+    faults: tuple[Fault, ...]
+    mixed_cuts: bool = False
+
+
+def draw(seed: int) -> Plan:
+    """What this seed stands for."""
+    rng = Random(f"plan {seed}")
+    theme = rng.choice(list(THEMES))
+    nodes = rng.choice((2, 3, 3, 4, 4, 5, 6, 8, 12))
+    chunks_max = 4 if nodes > 6 else 10
+    sizes = [rng.randint(1, chunks_max) * CHUNK_BYTES for _ in range(rng.randint(1, 3))]
+    sizes = [max(size - rng.randrange(CHUNK_BYTES) * rng.randint(0, 1), 1) for size in sizes]
+    if rng.random() < 0.05:
+        sizes.append(0)
+    settings = _draw_settings(rng, seed, nodes, sizes)
+    mixed_cuts = rng.random() < 0.15
+    jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts)
+    faults = _draw_faults(rng, theme, nodes)
+    return Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts)
+
+
+def _draw_settings(rng: Random, seed: int, nodes: int, sizes: Sequence[int]) -> ClusterSettings:
+    slots_max = rng.randint(1, 3)
+    # A piece for each of three readers in less than the margin of a lease.
+    rate = rng.choice((1.5e6, 3e6, 12e6))
+    room_bytes = float("inf")
+    if rng.random() < 0.25:
+        room_bytes = max(sizes) * rng.choice((1.0, 1.2, 2.0))
+    return ClusterSettings(
+        nodes=nodes,
+        seed=seed,
+        node_rate=rate * rng.choice((1, 2)),
+        file_server_rate=rate,
+        slots_max=slots_max,
+        uploads_max=rng.choice((1, 2, 4)),
+        peers_max=rng.choice((4, 40)),
+        latency_s=rng.choice((0.0002, 0.01)),
+        check_every=1,
+        originals=True,
+        piece_bytes=CHUNK_BYTES // 2,
+        reader_cost=rng.choice((0.0, 0.05)),
+        disk_bytes=room_bytes,
+        clock_spread_s=rng.choice((0.0, 500.0)),
+        clock_drift=rng.choice((0.0, 0.0005)),
+    )
+
+
+def _draw_jobs(rng: Random, nodes: int, files: int, mixed_cuts: bool) -> tuple[Job, ...]:
+    spread_s = rng.choice((0.0, 1.0, 4.0))
+    jobs = []
+    for file in range(files):
+        readers = rng.sample(range(nodes), rng.randint(1, nodes))
+        for node in rng.sample(range(nodes), rng.randint(1, nodes)):
+            size_bytes = CHUNK_BYTES << (rng.randint(0, 1) if mixed_cuts else 0)
+            can_read = mixed_cuts or node in readers or rng.random() < 0.7
+            at_s = rng.random() * spread_s
+            jobs.append(Job(at_s, node, file, rng.choice(("ada", "bob")), can_read, size_bytes))
+        # Somebody can always read it, or nobody would ever get it.
+        at_s = rng.random() * spread_s
+        jobs.append(Job(at_s, readers[0], file, "ada", True, CHUNK_BYTES))
+    return tuple(sorted(jobs, key=lambda job: job.at_s))
+
+
+def _draw_faults(rng: Random, theme: str, nodes: int) -> tuple[Fault, ...]:
+    events, words = THEMES[theme]
+    traps = [kind for kind in TRAPS if kind.startswith(tuple(words))] if words else []
+    if "chunk corrupted" in traps and rng.random() < 0.8:
+        traps.remove("chunk corrupted")  # few nodes are trusted for long once there are some
+    liar = rng.randrange(nodes)
+    faults = []
+    for _ in range(rng.randint(1, EVENTS_MAX) if events else 0):
+        fault = Fault(
+            rng.random() * FAULTS_UNTIL_S,
+            rng.choice(list(events)),
+            rng.randrange(nodes),
+            rng.randrange(nodes),
+            rng.expovariate(1 / 3.0),
+            rng.random(),
+        )
+        faults.append(fault)
+    for _ in range(rng.randint(20, TRAPS_MAX) if traps else 0):
+        kind = rng.choice(traps)
+        least_s, most_s = TRAPS[kind]
+        node = liar if kind == "chunk corrupted" else rng.randrange(nodes)
+        at_s = rng.random() * FAULTS_UNTIL_S
+        faults.append(Fault(at_s, kind, node, duration_s=rng.uniform(least_s, most_s)))
+    return tuple(sorted(faults, key=lambda fault: fault.at_s))

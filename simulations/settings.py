@@ -1,0 +1,41 @@
+"""What a simulated cluster is like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from swarmcache.config import TransferSettings
+
+FILE_SERVER = "nfs01:/export"
+USER = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """Rates in bytes/s, each way.
+
+    ``check_every``: the machine at hand is asked to ``check()`` itself every so many events; 1
+    also has every message decoded again. ``originals``: a request may be answered with the original
+    path. ``piece_bytes``: what a reader asks of the file server at once; None for whole chunks.
+    ``disk_bytes``: the most that the cache of a node may take. ``clock_spread_s``: clocks of nodes
+    differ by up to twice this; ``clock_drift``: and run faster or slower by up to this part.
+    """
+
+    nodes: int
+    seed: int
+    node_rate: float = 125e6
+    file_server_rate: float = 125e6
+    slots_max: int = 8
+    uploads_max: int = TransferSettings().uploads_max
+    peers_max: int = TransferSettings().peers_max
+    latency_s: float = 0.0002
+    publish_s: float = 0.001
+    check_every: int = 10_000
+    originals: bool = False
+    piece_bytes: int | None = None
+    reader_cost: float = 0.0
+    disk_bytes: float = math.inf
+    min_age_s: float = 0.0
+    clock_spread_s: float = 0.0
+    clock_drift: float = 0.0
