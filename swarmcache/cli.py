@@ -12,6 +12,10 @@ import sys
 
 def main() -> int:
     """Run the command line in ``sys.argv`` and return the exit code."""
+    if sys.argv[1:2] == ["cf"]:  # has a command line of its own, and is called as often
+        from swarmcache.cf import run_cf
+
+        return run_cf(sys.argv[2:])
     names = plain_get(sys.argv[1:])
     if names:
         from swarmcache.client import Client

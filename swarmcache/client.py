@@ -91,13 +91,17 @@ class Answer:
 
 
 class Progress:
-    """How far one file is. ``index``: its place among the files of the call."""
+    """How far one file is. ``index``: its place among the files of the call.
+
+    ``joined``: the daemon was fetching it already, for somebody else.
+    """
 
     __slots__ = (
         "asked",
         "from_file_server_bytes",
         "from_peers_bytes",
         "index",
+        "joined",
         "peers",
         "recovered_bytes",
         "size_bytes",
@@ -114,6 +118,7 @@ class Progress:
         self.recovered_bytes = int(message["recovered_bytes"])
         self.peers = int(message["peers"])
         self.waiting_for = str(message.get("waiting_for", ""))
+        self.joined = message.get("joined") is True
 
     def complete(self, answer: Answer) -> None:
         """The file has come; the last figures are those of its answer."""

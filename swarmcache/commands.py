@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarmcache.cache_commands import cache_app
+from swarmcache.cf_commands import cf_app
 from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
 from swarmcache.options import ConfigOption, SocketOption, make_client
@@ -41,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app)
+app.add_typer(cf_app)
 app.add_typer(place_app)
 
 

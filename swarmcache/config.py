@@ -47,10 +47,12 @@ from swarmcache.quantities import (
     parse_duration_above_zero,
     parse_rate,
     parse_size,
+    parse_truth,
 )
 
 __all__ = [
     "CacheSettings",
+    "CfSettings",
     "ClusterSettings",
     "Config",
     "DaemonSettings",
@@ -197,6 +199,12 @@ class GetSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stall_s: Annotated[float, parse_duration_above_zero] = field(name="stall", default=5.0)
 
 
+class CfSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``cf``: with ``strict`` it exits 3 where a path is not a cached one."""
+
+    strict: Annotated[bool, parse_truth] = False
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """All settings. ``file`` is the file that was read, None if there was none.
 
@@ -210,6 +218,7 @@ class Config(Struct, frozen=True, kw_only=True):
     file_servers: dict[str, FileServerSettings]
     transfer: TransferSettings
     get: GetSettings
+    cf: CfSettings
     file: Path | None = None
 
     def slots_max(self, file_server: str) -> int:
@@ -238,6 +247,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "file_servers": FileServerSettings,
     "transfer": TransferSettings,
     "get": GetSettings,
+    "cf": CfSettings,
 }
 # (section, setting), or ("file_servers", file server, setting)
 Key = tuple[str, ...]

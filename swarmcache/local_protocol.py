@@ -148,7 +148,7 @@ class Original(Struct, tag_field="answer", tag="original"):
 
 
 class Progress(Struct, tag_field="answer", tag="progress"):
-    """Not final: how far the file is."""
+    """Not final: how far the file is. ``joined``: it was being fetched before the request."""
 
     size_bytes: int
     from_peers_bytes: int
@@ -156,6 +156,7 @@ class Progress(Struct, tag_field="answer", tag="progress"):
     recovered_bytes: int
     peers: int
     waiting_for: str = ""
+    joined: bool = False
 
 
 class NodeStatus(Struct, tag_field="answer", tag="status"):

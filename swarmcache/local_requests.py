@@ -57,13 +57,15 @@ Result = TypeVar("Result")
 class LocalRequest:
     """A client that waits for a file. ``file`` is the descriptor that it handed over.
 
-    ``hold``: the client keeps the copy when it has got it.
+    ``hold``: the client keeps the copy when it has got it. ``joined``: the file was being fetched
+    already when this request came.
     """
 
     connection: LocalConnection
     source: SourceFile
     file: SharedFile
     hold: bool
+    joined: bool
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
@@ -273,7 +275,8 @@ class LocalRequests:
             connection.send(hit)
             return
         number = next(self._numbers)
-        request = LocalRequest(connection, source, SharedFile(fd), get.hold)
+        joined = self._state.fetching(source.version.version_id) is not None
+        request = LocalRequest(connection, source, SharedFile(fd), get.hold, joined)
         self._requests[number] = request
         self._cache.hold(source.version.version_id)  # not evicted before it is handed out
         connection.on_closed[number] = lambda: self._client_gone(number)
@@ -323,7 +326,7 @@ class LocalRequests:
         version = request.source.version
         fetching = self._state.fetching(version.version_id)
         download = fetching.download if fetching is not None else None
-        progress = Progress(version.size_bytes, 0, 0, 0, 0)
+        progress = Progress(version.size_bytes, 0, 0, 0, 0, joined=request.joined)
         if fetching is not None and download is not None:
             progress = Progress(
                 version.size_bytes,
@@ -332,6 +335,7 @@ class LocalRequests:
                 download.recovered_bytes,
                 len(download.peers),
                 waiting_for=self._waiting_for(fetching),
+                joined=request.joined,
             )
         request.connection.send(progress)
         request.timers.append(self._loop.call_later(PROGRESS_S, self._send_progress, number))

@@ -34,5 +34,10 @@ def default_state_dir(uid: int) -> str:
     return "/var/lib/swarmcache" if uid == 0 else f"{_user_dir(uid)}/tracker"
 
 
+def default_output_dir(uid: int) -> str:
+    """The directory for files that a job writes and ``cf -cp`` brings to a file server."""
+    return f"{_user_dir(uid)}/outputs"
+
+
 def _user_dir(uid: int) -> str:
     return f"/var/tmp/swarmcache-{uid}"  # noqa: S108 (its owner is checked before it is used)

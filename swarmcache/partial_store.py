@@ -385,8 +385,8 @@ class PartialStore:
         if wanted_bytes > room_bytes:
             limit = "cache.max_usage" if allowed_bytes < free_bytes else "cache.min_free"
             raise NoSpace(
-                f"{os.fsdecode(version.path)} needs {wanted_bytes} bytes, but {limit} leaves"
-                f" {room_bytes} on this node"
+                f"not enough free space: {os.fsdecode(version.path)} needs {wanted_bytes}"
+                f" bytes, but {limit} leaves {room_bytes} on this node"
             )
 
     def _find_room(self, version_id: bytes, wanted_bytes: int) -> None:

@@ -113,6 +113,14 @@ def parse_count(value: object) -> int:
     return int(match[0])
 
 
+def parse_truth(value: object) -> bool:
+    """True or False, in an environment variable also as 1 or 0. Raises ValueError."""
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None:
+        raise ValueError("true or false")
+    return found
+
+
 def _match(pattern: str, value: object) -> re.Match[str] | None:
     """Match the whole of a text or number, in lower case."""
     if not isinstance(value, (str, int, float)):

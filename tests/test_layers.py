@@ -29,6 +29,14 @@ LAYERS = {
         "cache_index",
         "chunk_sources",
         "cache_requests",
+        "cf",
+        "cf_actions",
+        "cf_arguments",
+        "cf_commands",
+        "cf_config",
+        "cf_install",
+        "cf_package",
+        "cf_talk",
         "cli",
         "client",
         "clock",
@@ -130,7 +138,10 @@ MACHINE_CALLS_BANNED = {"__import__", "eval", "exec", "input", "open", "print"}
 VALUE_IMPORTS_BANNED = {"aiohttp", "asyncio", "random", "socket", "subprocess", "threading", "time"}
 # The way of a cache hit, which must not wait for imports. What it needs in other cases only, these
 # modules import inside functions.
-HIT_MODULES = {"cli", "client", "errors", "get", "local_socket", "locations"}
+HIT_MODULES = {
+    *("cli", "client", "errors", "get", "local_socket", "locations"),
+    *("cf", "cf_arguments", "cf_config", "cf_talk"),
+}
 HIT_IMPORTS = {f"swarmcache.{module}" for module in HIT_MODULES} | sys.stdlib_module_names
 
 

@@ -1,0 +1,192 @@
+"""What ``install-cf`` puts where callers of CacheManager look, and what it leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache import cf_package
+from swarmcache.cf_install import install
+from swarmcache.errors import LocalError, UsageError
+from tests.local_daemons import COMMAND
+from tests.scripted_daemon import ScriptedDaemon, caching_in
+
+# As in RETURNN configurations; the Python that runs them has no swarmcache.
+CALLER = """
+import importlib, sys
+sys.path.append(sys.argv[1] + "/")
+sys.path.append(sys.argv[1] + "/cache-manager/")
+cm = importlib.import_module("cache-manager")
+"""
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return tmp_path / "usr local"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedDaemon]:
+    (tmp_path / "run").mkdir(mode=0o700)
+    with ScriptedDaemon(tmp_path / "run", caching_in(tmp_path / "cache")) as daemon:
+        monkeypatch.setenv("SWARMCACHE_SOCKET", str(daemon.path))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        yield daemon
+
+
+def call(prefix: Path, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a caller's program in a Python without any package."""
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", CALLER + script, prefix, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_command_tells_what_it_has_installed(prefix: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "install-cf", "--prefix", prefix], capture_output=True, text=True, check=True
+    )
+
+    installed = {
+        prefix / "cache-manager/cf",
+        prefix / "cache-manager/__init__.py",
+        prefix / "cache-manager/client.py",
+        prefix / "bin/cf",
+    }
+    assert set(map(Path, done.stdout.splitlines())) == installed
+    assert {path for path in prefix.rglob("*") if not path.is_dir()} == installed
+    assert os.path.samefile(prefix / "bin/cf", prefix / "cache-manager/cf")
+    assert os.access(prefix / "bin/cf", os.X_OK)
+
+
+def test_it_can_be_installed_again_while_it_runs(prefix: Path) -> None:
+    install(prefix)
+    program = prefix / "cache-manager/cf"
+    with open(program) as running:
+        before = running.read()
+
+        install(prefix)
+
+        running.seek(0)
+        assert running.read() == before == program.read_text()
+        assert os.fstat(running.fileno()).st_ino != program.stat().st_ino
+
+
+@pytest.mark.parametrize("name", ["cache-manager/cf", "cache-manager/__init__.py", "bin/cf"])
+def test_what_is_not_ours_is_not_replaced(prefix: Path, name: str) -> None:
+    file = prefix / name
+    file.parent.mkdir(parents=True)
+    file.write_text("#!/bin/bash\n")
+
+    with pytest.raises(UsageError, match="is not from swarmcache: move"):
+        install(prefix)
+
+    assert [path for path in prefix.rglob("*") if not path.is_dir()] == [file]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(LocalError, match=f"cannot install cf below {tmp_path}/file"):
+        install(tmp_path / "file")
+
+
+# --- the Python package --------------------------------------------------------------------------
+
+
+def test_the_package_needs_nothing_that_python_3_8_does_not_have() -> None:
+    tree = ast.parse(Path(cf_package.__file__).read_text(), feature_version=(3, 8))
+
+    imported = {
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert imported == {"os", "subprocess", "sys"}
+
+
+def test_cache_file_gives_the_path_of_the_copy(
+    daemon: ScriptedDaemon, prefix: Path, tmp_path: Path
+) -> None:
+    install(prefix)
+    source = tmp_path / "a file.hdf"
+    source.write_text("1")
+
+    done = call(
+        prefix,
+        "print(cm.cacheFile(sys.argv[2]), cm.cacheFile(sys.argv[2].encode(), verbose=False))",
+        source,
+    )
+
+    copy = f"{tmp_path}/cache/user{source}"
+    assert done.stdout == f"{copy} {copy.encode()!r}\n"
+    assert done.stderr.count("LOG: request:") == 1
+
+
+@pytest.mark.parametrize("cf", ["there", "away"])
+def test_cache_file_gives_the_original_path_whatever_happens(
+    prefix: Path, tmp_path: Path, cf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARMCACHE_SOCKET", "/nowhere/daemon.sock")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    install(prefix)
+    if cf == "away":
+        (prefix / "cache-manager/cf").unlink()
+    (tmp_path / "file").touch()
+
+    done = call(
+        prefix,
+        "for name in sys.argv[2:] + ['a\\0b']: print(repr(cm.cacheFile(name)))",
+        tmp_path / "file",
+        tmp_path / "missing",
+    )
+
+    assert done.stdout == f"'{tmp_path}/file'\n'{tmp_path}/missing'\n'a\\x00b'\n"
+
+
+def test_a_client_tells_whether_the_path_is_a_cached_one(
+    daemon: ScriptedDaemon, prefix: Path, tmp_path: Path
+) -> None:
+    install(prefix)
+    (tmp_path / ".cmclient").write_text(f"CACHE_DIR = {tmp_path}/outputs")
+    source = tmp_path / "file"
+    source.touch()
+
+    done = call(
+        prefix,
+        "import client\n"
+        "config = client.ClientConfiguration(); config.loadDefault()\n"
+        "cm = client.CmClient(config, single=False)\n"
+        "print(cm.isConnected(), *cm.fetch(sys.argv[2]))\n"
+        "import os; os.environ['SWARMCACHE_SOCKET'] = '/nowhere/daemon.sock'\n"
+        "print(cm.isConnected(), *cm.fetch(sys.argv[2]))\n"
+        "print(cm.getDestination('fs', sys.argv[2]))\n",
+        source,
+    )
+
+    copy = f"{tmp_path}/cache/user{source}"
+    assert done.stdout == f"True {copy} True\nFalse {source} False\n{tmp_path}/outputs{source}\n"
+
+
+@pytest.mark.parametrize(("level", "lines"), [("QUIET", 0), ("NORMAL", 2), ("DEBUG", 3)])
+def test_the_log_level_says_how_much_is_told(
+    daemon: ScriptedDaemon, prefix: Path, tmp_path: Path, level: str, lines: int
+) -> None:
+    install(prefix)
+    (tmp_path / "file").touch()
+
+    done = call(
+        prefix,
+        f"cm.LogLevel.set(cm.LogLevel.{level}); cm.cacheFile(sys.argv[2])",
+        tmp_path / "file",
+    )
+
+    assert len(done.stderr.splitlines()) == lines
