@@ -10,15 +10,26 @@ is a file like any other.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from tempfile import mkstemp
+
+from blake3 import blake3
 
 from swarmcache.client import open_source
 from swarmcache.errors import SourceUnreadable, UsageError
+from swarmcache.locations import RESULTS_DIRECTORY
 
 SUFFIX = b".bundle"
 # A list of a million files has some 100 MB. What is larger, or is no text, is a file whose name
 # happens to end like that (as git's do).
 BUNDLE_BYTES_MAX = 256 << 20
 LINE_BYTES_MAX = 4096  # linux/limits.h: PATH_MAX
+# Jobs run for a week, and may open the list once more near their end.
+RESULT_AGE_MAX_S = 14 * 86400.0
+DIGEST_BYTES = 12  # enough for a user's own lists; the content is compared as well
+STEM_BYTES_MAX, SUFFIX_BYTES_MAX = 180, 40  # of names of at most 255 bytes (NAME_MAX)
 
 
 class NoBundle(UsageError):
@@ -72,3 +83,60 @@ def parse_bundle(data: bytes, directory: bytes) -> list[bytes]:
     if any(len(line) > LINE_BYTES_MAX for line in lines):
         raise NoBundle(f"it is no list of paths: a line has more than {LINE_BYTES_MAX} bytes")
     return [line and os.path.join(directory, line) for line in lines]
+
+
+# --- the results ---------------------------------------------------------------------------------
+
+
+def write_result(directory: bytes, name: bytes, lines: Sequence[bytes]) -> bytes:
+    """Write these lines into a file, and tell where it is. Raises OSError.
+
+    ``directory``: the user's own in the cache. ``name``: of the bundle; the file is called after it
+    and after its content. So equal lines give the same file, and nothing piles up: those that
+    nobody has asked for or read for ``RESULT_AGE_MAX_S`` are removed. Its time of modification is
+    when it was written, that of access when it was last asked for.
+    """
+    data = b"".join(line + b"\n" for line in lines)
+    results = os.path.join(directory, os.fsencode(RESULTS_DIRECTORY))
+    stem, suffix = os.path.splitext(name)
+    digest = blake3(data).hexdigest(DIGEST_BYTES).encode()
+    path = os.path.join(results, stem[:STEM_BYTES_MAX] + b"." + digest + suffix[-SUFFIX_BYTES_MAX:])
+    if not _has(path, data):  # or no more than a power cut has left of it
+        os.makedirs(results, mode=0o700, exist_ok=True)
+        _put(path, data)
+        _remove_old(results, time.time() - RESULT_AGE_MAX_S)
+    return path
+
+
+def _has(path: bytes, data: bytes) -> bool:
+    """Whether a file has this content. If so, its time of access is now."""
+    try:
+        with open(path, "rb") as file:
+            found = file.read(len(data) + 1) == data
+            if found:
+                os.utime(file.fileno(), ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+            return found
+    except FileNotFoundError:
+        return False
+
+
+def _put(path: bytes, data: bytes) -> None:
+    fd, beside = mkstemp(dir=os.path.dirname(path))
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.chmod(beside, 0o444)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _remove_old(results: bytes, before_s: float) -> None:
+    """Remove the results that were not used since then, and what a killed process has left."""
+    with os.scandir(results) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # removed by another process of the user
+                status = entry.stat(follow_symlinks=False)
+                if max(status.st_atime, status.st_mtime) < before_s:
+                    os.unlink(entry.path)

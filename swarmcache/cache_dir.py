@@ -591,6 +591,26 @@ class CacheDir:
         """How much more the limits allow. Raises LocalError when the disk fails."""
         return self._partials.room_bytes()
 
+    def attainable_bytes(self) -> int:
+        """How much room there would be if all was evicted that may be. Slow. Raises LocalError."""
+        return max(0, self._partials.balance_bytes() + self._evictor.spare_bytes())
+
+    def needed_bytes(self, version: FileVersion) -> int | None:
+        """What of ``attainable_bytes`` would be lost to a file that stays, or is being fetched.
+
+        None where there is nothing of it. Raises LocalError.
+        """
+        version_id = version.version_id
+        if not self.knows(version_id):
+            return None
+        return self._evictor.spare_bytes(version_id)
+
+    def wanted_bytes(self, version: FileVersion, chunk_size_bytes: int) -> int:
+        """What is to be reserved for a file of which nothing is here. Raises LocalError."""
+        return self._partials.wanted_bytes(
+            version, ChunkLayout(version.size_bytes, chunk_size_bytes)
+        )
+
     def status(self) -> DiskStatus:
         """Room on the disk; what partial files have reserved counts as used. Raises LocalError."""
         file_count, stored_bytes = self._index.totals()

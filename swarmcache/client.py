@@ -85,6 +85,13 @@ class Answer:
         self.from_peers_bytes = from_peers_bytes
         self.from_file_server_bytes = from_file_server_bytes
 
+    def complaints(self) -> list[str]:
+        """What people should know of it, a line each."""
+        if self.usable and self.cached:
+            return []
+        rest = "; using the original path" if self.usable else ""
+        return [f"{self.asked!r}: {self.reason}{rest}"]
+
     def __repr__(self) -> str:
         state = "hit" if self.hit else "cached" if self.cached else self.reason
         return f"<Answer {self.path!r}: {state}>"

@@ -21,7 +21,7 @@ from swarmcache.cache_commands import cache_app
 from swarmcache.cf_commands import cf_app
 from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
-from swarmcache.options import ConfigOption, SocketOption, make_client
+from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 from swarmcache.place_commands import place_app
 
 if TYPE_CHECKING:
@@ -125,6 +125,14 @@ def get(
     nul: Annotated[
         bool, typer.Option("-0", "--null", help="End each path with a NUL, not with a newline.")
     ] = False,
+    bundle: BundleOption = None,
+    all_or_nothing: Annotated[
+        bool,
+        typer.Option(
+            "--all-or-nothing",
+            help="Cache all files of a bundle, or leave nothing of it behind and print the bundle.",
+        ),
+    ] = False,
     socket: SocketOption = None,
     config_file: ConfigOption = None,
 ) -> None:
@@ -132,11 +140,17 @@ def get(
 
     That is the path of a verified copy on this node's disk or, where caching was impossible, the
     original: the real path of FILE, symbolic links resolved. The reason goes to stderr. A directory
-    stands for all files below it, and its copy is a directory.
+    stands for all files below it, and its copy is a directory. A bundle lists files, one path a
+    line; its result lists the paths to use, in the same order.
 
     Exit code 0: every printed path is usable. 1: a FILE does not exist or may not be read; the
     others are printed all the same. 2: wrong usage. 3: with --strict, a path is not a cached one.
     """
+    if all_or_nothing and timeout is not None:
+        raise typer.BadParameter(
+            "what is not there in time goes on being copied, which is neither all nor nothing",
+            param_hint="--timeout with --all-or-nothing",
+        )
     client = make_client(socket, config_file)
     raise typer.Exit(
         run_get(
@@ -146,6 +160,8 @@ def get(
             timeout_s=timeout,
             progress=progress,
             end=b"\0" if nul else b"\n",
+            bundle=bundle,
+            all_or_nothing=all_or_nothing,
         )
     )
 

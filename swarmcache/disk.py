@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -322,6 +323,22 @@ class Cache:
         if no_space is None and failed is not None and self._directories:
             raise failed
         raise no_space or self._nothing_left()
+
+    def room(self, files: Sequence[tuple[FileVersion, int]]) -> tuple[int, int]:
+        """What these files need, out of the room that could be had in all; see ``Room``.
+
+        With each the size of its chunks. An estimate: what is in use cannot be had, and a file must
+        fit on one disk. Slow. Raises LocalError.
+        """
+        needed_bytes = 0
+        for version, chunk_size_bytes in files:
+            needs = partial(CacheDir.needed_bytes, version=version)
+            found = _first(self._answers(needs, self._examine))
+            if found is None and self._directories:
+                found = self._directories[0].wanted_bytes(version, chunk_size_bytes)
+            needed_bytes += found or 0
+        room_bytes = self._answers(lambda each: each.attainable_bytes(), self._examine)
+        return needed_bytes, sum(room_bytes)
 
     def hold(self, version_id: bytes) -> None:
         """Keep a file version, whether it is here already or not, until ``release``."""

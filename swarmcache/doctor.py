@@ -39,6 +39,7 @@ from swarmcache.errors import (
 )
 from swarmcache.in_use import UseCheck
 from swarmcache.listing import shown_path
+from swarmcache.locations import RESULTS_DIRECTORY
 from swarmcache.partial_store import PARTIAL_AGE_MAX_S
 from swarmcache.user_tree import ACL_NAME, acl_for, check_ours, open_cache_root
 
@@ -421,7 +422,8 @@ class _Directory:
         foreign_bytes = 0
         for path, _, names, fd in os.fwalk(".", dir_fd=root_fd, follow_symlinks=False):
             below = path[2:]
-            if below.partition("/")[0] == ".swarmcache":
+            above, *within = below.split("/")
+            if above == ".swarmcache" or within[:1] == [RESULTS_DIRECTORY]:
                 continue
             for name in names:
                 try:

@@ -92,6 +92,17 @@ class Evictor:
         self.tell: Callable[[Sequence[bytes]], Future[None]] = _tell_nobody
         self._policy = policy
 
+    def spare_bytes(self, version_id: bytes | None = None) -> int:
+        """What could be evicted, at first sight: of all replicas, or of one. What is in use counts,
+        too, since nobody is asked. Slow. Raises LocalError."""
+        newest_s = time.time() - self._min_age_s
+        if version_id is None:
+            return Kept(*self._index.kept(newest_s)).others_bytes
+        replica = self._index.find(version_id)
+        if replica is None or self._index.wanted([version_id], newest_s):
+            return 0
+        return replica.stored_bytes
+
     def make_room(self, wanted_bytes: int, overhead_bytes: int = 0) -> None:
         """Take replicas away that have so many bytes, each its own and ``overhead_bytes``. Slow.
 

@@ -35,12 +35,18 @@ def run_get(
     timeout_s: float | None = None,
     progress: bool = True,
     end: bytes = b"\n",
+    bundle: bool | None = None,
+    all_or_nothing: bool = False,
 ) -> int:
-    """Print one path per FILE and return the exit code. Nothing but paths goes to stdout."""
+    """Print one path per FILE and return the exit code. Nothing but paths goes to stdout.
+
+    ``bundle``: whether files are bundles; None to go by their names.
+    """
     bar = _Bar(progress and sys.stderr is not None and sys.stderr.isatty())
     unusable = not_cached = False
     try:
-        for answer in _answers(client, [os.fsencode(name) for name in names], timeout_s, bar):
+        paths = [os.fsencode(name) for name in names]
+        for answer in _answers(client, paths, timeout_s, bar, bundle, all_or_nothing):
             bar.clear()
             unusable |= not answer.usable
             not_cached |= not answer.cached
@@ -62,8 +68,20 @@ def run_get(
 
 
 def _answers(
-    client: Client, paths: list[bytes], timeout_s: float | None, bar: _Bar
+    client: Client,
+    paths: list[bytes],
+    timeout_s: float | None,
+    bar: _Bar,
+    bundle: bool | None,
+    all_or_nothing: bool,
 ) -> Iterator[Answer]:
+    named = any(path.endswith(b".bundle") for path in paths)
+    if bundle or (named and bundle is None):
+        from swarmcache.bundle_get import get_with_bundles
+
+        return get_with_bundles(
+            client, paths, timeout_s, bar.show, bundle=bundle, all_or_nothing=all_or_nothing
+        )
     if not any(map(os.path.isdir, paths)):
         return client.get_all(paths, timeout_s, bar.show)
     from swarmcache.directories import get_everything
@@ -72,11 +90,10 @@ def _answers(
 
 
 def _tell(answer: Answer, end: bytes) -> None:
+    for complaint in answer.complaints():
+        say(complaint)
     if not answer.usable:
-        say(f"{answer.asked!r}: {answer.reason}")
         return
-    if not answer.cached:
-        say(f"{answer.asked!r}: {answer.reason}; using the original path")
     if sys.stdout is None:
         raise OSError(0, "stdout is closed")
     sys.stdout.buffer.write(os.fsencode(answer.path) + end)

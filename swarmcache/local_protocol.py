@@ -127,6 +127,17 @@ class CopyPathOf(Request, tag="copy_path"):
         return int(self.opened)
 
 
+class RoomFor(Request, tag="room"):
+    """Whether there can be room for the files whose ``count`` descriptors come along; answered by
+    ``Room``. Nothing is set aside or evicted."""
+
+    count: Annotated[int, Meta(ge=1, le=LOCATIONS_FILES_MAX)]
+
+    @property
+    def descriptor_count(self) -> int:
+        return self.count
+
+
 class Cached(Struct, tag_field="answer", tag="cached"):
     """Final: the path of the verified copy. ``hit``: it was there before the request.
 
@@ -241,6 +252,14 @@ class CopyPath(Struct, tag_field="answer", tag="copy_path"):
     path: bytes
 
 
+class Room(Struct, tag_field="answer", tag="room"):
+    """Final: ``needed_bytes`` of the files that were asked about, out of ``room_bytes`` that could
+    be had in all. What is cached already needs room as well if it would be evicted to make some."""
+
+    needed_bytes: int
+    room_bytes: int
+
+
 class Working(Struct, tag_field="answer", tag="working"):
     """Not final: the daemon is alive, and busy with this request."""
 
@@ -256,9 +275,9 @@ class Failed(Struct, tag_field="answer", tag="failed"):
 
 
 AboutCache = Ls | Rm | Pin | Unpin | Verify
-AboutPlaces = LocationsOf | CopyPathOf
+AboutPlaces = LocationsOf | CopyPathOf | RoomFor
 AnyRequest = Get | StatusOf | AboutCache | AboutPlaces
-OfPlaces = Notice | Locations | CopyPath | Working | End | Failed
+OfPlaces = Notice | Locations | CopyPath | Room | Working | End | Failed
 Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | OfPlaces
 
 AboutFile = CachedFile | Outcome

@@ -36,6 +36,8 @@ from swarmcache.local_protocol import (
     LocationsOf,
     Notice,
     OfPlaces,
+    Room,
+    RoomFor,
     Working,
     decode_place_answer,
     encode_request,
@@ -169,6 +171,17 @@ def own_path(client: Client, path: bytes, config_file: Path | None = None) -> by
         return place
 
 
+def room_for(client: Client, fds: Sequence[int]) -> Room:
+    """Whether there can be room for open files, at most ``LOCATIONS_FILES_MAX`` of them.
+
+    Raises DaemonUnavailable, DaemonRefused, BadMessage.
+    """
+    for answer in _answers(client, RoomFor(len(fds)), fds):
+        if isinstance(answer, Room):
+            return answer
+    raise BadMessage("the daemon's answer says nothing of room")
+
+
 def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes:
     """Where a daemon with these settings has or would have the caller's copy. Raises ConfigError.
 
@@ -286,7 +299,7 @@ def _answers(client: Client, request: AboutPlaces, fds: Sequence[int]) -> Iterat
                     raise DaemonRefused(answer.reason)
                 case End():
                     break
-                case CopyPath():
+                case CopyPath() | Room():
                     yield answer
                     break
                 case Working():

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 SYSTEM_SOCKET = "/run/swarmcache/daemon.sock"
 SYSTEM_CONFIG = "/etc/swarmcache/config.toml"
+# In a user's directory of the cache: the lists that a ``get`` of bundles has printed.
+RESULTS_DIRECTORY = ".swarmcache-bundles"
 
 
 def default_socket_candidates(uid: int) -> list[str]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from swarmcache.cache_requests import keep_alive
+from swarmcache.chunks import choose_chunk_size
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
@@ -30,15 +31,17 @@ from swarmcache.holder_survey import (
     SurveyWanted,
 )
 from swarmcache.local_protocol import (
+    AboutPlaces,
     Answer,
     CopyPath,
-    CopyPathOf,
     End,
     Failed,
     Location,
     Locations,
     LocationsOf,
     Notice,
+    Room,
+    RoomFor,
 )
 from swarmcache.local_server import LocalConnection
 from swarmcache.machine_shell import MachineShell
@@ -68,23 +71,24 @@ class Locator:
         tracker: HolderQuestions,
         nodes: ReplicaQuestions,
         address: NodeAddress,
+        chunk_size_bytes: int | None,
         spawn: Spawn,
     ) -> None:
-        """``address`` is this node's own; ``spawn`` runs a coroutine in the background."""
+        """``address`` is this node's own; ``chunk_size_bytes``: None to choose by the size of the
+        file; ``spawn`` runs a coroutine in the background."""
         self._cache = cache
         self._examiner = examiner
         self._threads = examine_threads
         self._tracker = tracker
         self._nodes = nodes
         self._address = address
+        self._chunk_size_bytes = chunk_size_bytes
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._turns: dict[int, asyncio.Semaphore] = {}  # by uid
         self._busy: set[LocalConnection] = set()
 
-    def take(
-        self, connection: LocalConnection, request: LocationsOf | CopyPathOf, fds: list[int]
-    ) -> None:
+    def take(self, connection: LocalConnection, request: AboutPlaces, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
         if connection in self._busy:
             _close_all(fds)
@@ -99,7 +103,7 @@ class Locator:
         connection.on_closed.pop(self, None)
 
     async def _serve(
-        self, connection: LocalConnection, request: LocationsOf | CopyPathOf, fds: list[int]
+        self, connection: LocalConnection, request: AboutPlaces, fds: list[int]
     ) -> None:
         # Until all descriptors are closed the task is not cancelled.
         sources = await asyncio.gather(*map(self._examine, fds))
@@ -132,12 +136,14 @@ class Locator:
         return await self._loop.run_in_executor(self._threads, function, *args)
 
     async def _answers(
-        self, request: LocationsOf | CopyPathOf, sources: Sequence[SourceFile | str], user: User
+        self, request: AboutPlaces, sources: Sequence[SourceFile | str], user: User
     ) -> list[Answer]:
         if isinstance(request, LocationsOf):
             turn = self._turns.setdefault(user.uid, asyncio.Semaphore(SURVEYS_PER_USER_MAX))
             async with turn:
                 return [*await self._locate(sources, user, request.limit), End()]
+        if isinstance(request, RoomFor):
+            return [await self._room(sources)]
         if not sources:
             path = await self._in_thread(self._cache.own_path, request.path, user)
         elif isinstance(sources[0], str):
@@ -145,6 +151,15 @@ class Locator:
         else:
             path = await self._in_thread(self._cache.user_path, sources[0].version, user)
         return [CopyPath(os.fsencode(path))]
+
+    async def _room(self, sources: Sequence[SourceFile | str]) -> Room:
+        """What cannot be cached needs no room."""
+        versions = [source.version for source in sources if isinstance(source, SourceFile)]
+        files = [
+            (version, self._chunk_size_bytes or choose_chunk_size(version.size_bytes))
+            for version in versions
+        ]
+        return Room(*await self._in_thread(self._cache.room, files))
 
     # --- where replicas are ---------------------------------------------------------------------
 

@@ -13,6 +13,15 @@ from swarmcache.client import Client
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The file with the settings.")]
 SocketOption = Annotated[Path | None, typer.Option("--socket", help="The daemon's local socket.")]
 
+BundleOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bundle/--no-bundle",
+        show_default=False,
+        help="Whether FILE is a bundle, a list of files; without this option *.bundle is one.",
+    ),
+]
+
 
 def make_client(socket: Path | None, config_file: Path | None) -> Client:
     """A client of the daemon that these options name."""

@@ -147,7 +147,7 @@ class PartialStore:
         """What a replica takes of the disk, with its manifest, in whole blocks."""
         return self._in_blocks(version.size_bytes, manifest_size_bytes(version, layout))
 
-    def _wanted_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
+    def wanted_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
         """What is reserved for a file. The journal is no shorter than the manifest."""
         return self._in_blocks(version.size_bytes, journal_size_bytes(version, layout))
 
@@ -167,7 +167,7 @@ class PartialStore:
             if not may_evict:
                 raise
             refusal = error
-        wanted_bytes = self._wanted_bytes(version, layout)
+        wanted_bytes = self.wanted_bytes(version, layout)
         with self._room_lock:
             self._claim = (version.version_id, wanted_bytes)
             try:
@@ -190,7 +190,7 @@ class PartialStore:
             claims, journal_end = self._resumable(name, version, layout)
             if journal_end == 0:
                 self._remove(version_id)
-                self._check_room(version, self._wanted_bytes(version, layout))
+                self._check_room(version, self.wanted_bytes(version, layout))
                 stack.callback(self._remove, version_id)
             else:
                 # Read-only already if a publication was cut short.
@@ -234,7 +234,7 @@ class PartialStore:
             finally:
                 os.close(fd)
             os.rename(object_at[0], name, src_dir_fd=object_at[1], dst_dir_fd=self._fd)
-            self._reserved_bytes[version_id] = self._wanted_bytes(version, manifest.layout)
+            self._reserved_bytes[version_id] = self.wanted_bytes(version, manifest.layout)
             self._unallocated[version_id] = 0
             return True
 
@@ -357,8 +357,12 @@ class PartialStore:
 
     def room_bytes(self) -> int:
         """How much more the limits allow. Raises LocalError when the disk fails."""
+        return max(0, self.balance_bytes())
+
+    def balance_bytes(self) -> int:
+        """The same; below 0 it is what is missing to keep the limits. Raises LocalError."""
         with self._lock, disk_errors("ask for free space"):
-            return max(0, min(self._rooms_bytes()))
+            return min(self._rooms_bytes())
 
     def _rooms_bytes(self, for_version: bytes = b"") -> tuple[int, int]:
         """What is left of ``max_usage``, and what is free above ``min_free``."""
@@ -441,7 +445,7 @@ class PartialStore:
 
     def _reserve(self, version: FileVersion, layout: ChunkLayout, fd: int, journal_fd: int) -> None:
         version_id = version.version_id
-        self._reserved_bytes[version_id] = self._wanted_bytes(version, layout)
+        self._reserved_bytes[version_id] = self.wanted_bytes(version, layout)
         set_aside = reserve(fd, version.size_bytes)
         self._unallocated[version_id] = 0 if set_aside else version.size_bytes
         reserve(journal_fd, journal_size_bytes(version, layout), keep_size=True)

@@ -261,6 +261,7 @@ class Daemon:
             self._holder_questions,
             self._replica_questions,
             self.address,
+            self._config.transfer.chunk_size_bytes,
             self._spawn,
         )
         runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from swarmcache.options import ConfigOption, SocketOption, make_client
+from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 
 FILES_HELP = "A file; a directory stands for all files below it, a bundle for those that it lists."
 
@@ -24,14 +24,6 @@ LimitOption = Annotated[
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON array, an element per line, for programs.")
-]
-BundleOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--bundle/--no-bundle",
-        show_default=False,
-        help="Whether FILE is a list of files, one a line; without this option *.bundle is.",
-    ),
 ]
 
 

@@ -21,6 +21,7 @@ LINE_COLUMNS_MAX = 100
 LAYERS = {
     "shells": {
         "__main__",
+        "bundle_get",
         "bundles",
         "cache_dir",
         "cache_actions",
