@@ -11,18 +11,20 @@ until one fails is taken out again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 
 from swarmcache.bundles import NoBundle, read_if_bundle, write_result
-from swarmcache.cache_client import ask
-from swarmcache.client import Answer, Client, Progress, open_source, real_path_of
+from swarmcache.client import Answer, open_source, real_path_of
 from swarmcache.directories import get_everything
 from swarmcache.errors import SourceUnreadable, SwarmcacheError
-from swarmcache.local_protocol import LOCATIONS_FILES_MAX, Rm
 from swarmcache.local_socket import reason_of
-from swarmcache.locate import files_of, room_for
+
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from swarmcache.client import Client, Progress
 
 TOLD_MAX = 10  # members of one bundle that people are told about by name
 
@@ -152,6 +154,9 @@ def _directory_of(cached: Sequence[Answer]) -> bytes:
 
 def _why_not_all(client: Client, bundle: Bundle) -> str:
     """Why the members cannot all be cached, as far as that is known before; or nothing."""
+    from swarmcache.local_protocol import LOCATIONS_FILES_MAX
+    from swarmcache.locate import files_of, room_for
+
     files = [file for member in bundle.members for file in files_of(member, bundle=False)]
     rest = iter(dict.fromkeys(files))
     needed_bytes = room_bytes = 0
@@ -177,6 +182,9 @@ def _why_not_all(client: Client, bundle: Bundle) -> str:
 
 def _take_out(client: Client, answers: Sequence[Answer]) -> None:
     """Take these copies of the user's out of the cache again."""
+    from swarmcache.cache_client import ask
+    from swarmcache.local_protocol import Rm
+
     copies = [os.fsencode(answer.path) for answer in answers]
     with suppress(SwarmcacheError):  # a daemon that has gone: its next start knows no more of it
         for _ in ask(client, Rm(copies)) if copies else ():

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from tempfile import mkstemp
 
 from blake3 import blake3
 
 from swarmcache.client import open_source
 from swarmcache.errors import SourceUnreadable, UsageError
 from swarmcache.locations import RESULTS_DIRECTORY
+
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SUFFIX = b".bundle"
 # A list of a million files has some 100 MB. What is larger, or is no text, is a file whose name
@@ -121,11 +123,12 @@ def _has(path: bytes, data: bytes) -> bool:
 
 
 def _put(path: bytes, data: bytes) -> None:
-    fd, beside = mkstemp(dir=os.path.dirname(path))
+    name = b"new-%d-%d" % (os.getpid(), time.monotonic_ns())
+    beside = os.path.join(os.path.dirname(path), name)
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
     try:
         with open(fd, "wb") as file:
             file.write(data)
-        os.chmod(beside, 0o444)
         os.replace(beside, path)
     except BaseException:
         os.unlink(beside)

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from swarmcache.bundles import read_if_bundle
 from swarmcache.client import Client, open_source, real_path_of
-from swarmcache.config import load
 from swarmcache.directories import list_directory
 from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
 from swarmcache.local_protocol import (
@@ -187,6 +186,8 @@ def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes
 
     Of several cache directories, and root's, the first where it is; else the first.
     """
+    from swarmcache.config import load
+
     uid = os.geteuid()
     try:
         user = pwd.getpwuid(uid).pw_name
