@@ -40,6 +40,7 @@ from simulations.transfers import Transfers
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.messages import encode
 from swarmcache.peer_events import (
+    AddReplica,
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
@@ -60,6 +61,7 @@ from swarmcache.peer_events import (
     PeerSaid,
     PublishFile,
     ReadRange,
+    RefuseReplica,
     RequestGone,
     ReserveSpace,
     TellPeer,
@@ -367,7 +369,7 @@ class Cluster:
                 node.distrusted.add(effect.node)
             case TellPeer() | AnswerStatus():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
-            case AnswerSlot() | AnswerNoSlot():
+            case AnswerSlot() | AnswerNoSlot() | AddReplica() | RefuseReplica():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
     def soon(self, node: Node, *events: PeerEvent, version_id: bytes | None = None) -> None:

@@ -19,6 +19,7 @@ import typer
 
 from swarmcache.cache_commands import cache_app
 from swarmcache.cf_commands import cf_app
+from swarmcache.cp_command import cp_app
 from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.get import run_get, say
 from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
@@ -41,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cp_app)
 app.add_typer(cache_app)
 app.add_typer(cf_app)
 app.add_typer(place_app)

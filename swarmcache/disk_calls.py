@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import sys
 import threading
@@ -27,6 +28,9 @@ _DISK_FAILED = (
     *(errno.EUCLEAN, errno.EBADMSG, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT),
 )
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS)
+# What file systems say that cannot share blocks, or not between these two files.
+_CANNOT_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
+_FICLONE = 0x40049409  # linux/fs.h
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
 # SQLite integers are signed 64 bit; some stacked file systems use the topmost bit of an inode.
 _INODE_MASK = (1 << 63) - 1
@@ -88,6 +92,20 @@ def reserve(fd: int, size_bytes: int, *, keep_size: bool = False) -> bool:
     if not keep_size:
         os.ftruncate(fd, size_bytes)
     return reserved
+
+
+def clone(fd: int, from_fd: int) -> bool:
+    """Give a file all bytes of another one, sharing its blocks until one of the two is written to.
+
+    False where the file system cannot. Raises OSError.
+    """
+    try:
+        fcntl.ioctl(fd, _FICLONE, from_fd)
+    except OSError as error:
+        if error.errno in _CANNOT_CLONE:
+            return False
+        raise
+    return True
 
 
 def _is_tmpfs(fd: int) -> bool:

@@ -28,7 +28,9 @@ from swarmcache.peer_events import (
     PeerEffect,
     PeerEvent,
     PublishFailed,
+    ReplicaAdded,
     ReplicaDropped,
+    ReplicaNotAdded,
     ReplicasLost,
     ReserveSpace,
     SpaceRefused,
@@ -113,6 +115,10 @@ class DiskWorker:
         """Carry out ``PublishFile``, with links for these users."""
         self._after(version_id, self._publish(version_id, users), PublishFailed)
 
+    def add_replica(self, version_id: bytes, make: Coroutine[Any, Any, None]) -> None:
+        """Carry out ``AddReplica``: ``make`` makes the replica, or raises LocalError."""
+        self._after(version_id, self._add_replica(version_id, make), ReplicaNotAdded)
+
     def _after(
         self,
         version_id: bytes,
@@ -173,6 +179,18 @@ class DiskWorker:
             return
         del self._partials[version_id]
         self._handle(FilePublished(version_id))
+        await self._answer_and_make_durable(version_id)
+
+    async def _add_replica(self, version_id: bytes, make: Coroutine[Any, Any, None]) -> None:
+        try:
+            await make
+        except LocalError as error:
+            self._handle(ReplicaNotAdded(version_id, str(error)))
+            return
+        self._handle(ReplicaAdded(version_id))
+        await self._answer_and_make_durable(version_id)
+
+    async def _answer_and_make_durable(self, version_id: bytes) -> None:
         answers = self._end_work(version_id)
         if answers:  # jobs do not share the disk with our fsync
             await asyncio.wait(answers)

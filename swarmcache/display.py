@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import pick_unit_and_suffix
@@ -26,6 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmcache.client import Progress
+
+if TYPE_CHECKING:
+    from swarmcache.cp import CopyProgress
 
 NAME_COLUMNS_MAX = 28
 BINARY_UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
@@ -72,6 +75,31 @@ class ProgressDisplay:
         """Take the bar from the terminal until ``show`` is called again."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class CopyDisplay:
+    """One bar for all files of a ``cp``, on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bar = _SwarmProgress(console or Console(stderr=True))
+        self._task = self._bar.add_task("", total=None, sources="")
+        self._files: dict[int, tuple[int, int]] = {}  # size and what is done, by index
+
+    def show(self, progress: CopyProgress) -> None:
+        self._files[progress.index] = (progress.size_bytes, progress.done_bytes)
+        waiting = f"waiting for a slot of {progress.waiting_for}" if progress.waiting_for else ""
+        self._bar.update(
+            self._task,
+            description=_name_text(os.fsdecode(progress.source), len(self._files)),
+            total=sum(size_bytes for size_bytes, _ in self._files.values()),
+            completed=sum(done_bytes for _, done_bytes in self._files.values()),
+            sources=waiting or "to the file server",
+        )
+        self._bar.start()
+
+    def clear(self) -> None:
+        """Take the bar from the terminal until ``show`` is called again."""
+        self._bar.stop()
 
 
 class _SwarmProgress(RichProgress):

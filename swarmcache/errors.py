@@ -83,5 +83,9 @@ class SourceFailed(LocalError):
     """Reading the source failed (I/O error on the file server, stale handle)."""
 
 
+class CopyFailed(LocalError):
+    """A file could not be copied to its destination, which is as it was."""
+
+
 class LeaseExpired(LocalError):
     """The lease ran out by this node's own clock before the range was read."""

@@ -138,6 +138,37 @@ class RoomFor(Request, tag="room"):
         return self.count
 
 
+class WriteSlot(Request, tag="write_slot"):
+    """A slot, to write a file into the directory whose descriptor comes along.
+
+    Answered by any number of ``Slot`` lines, each of which is to be answered by ``SlotHeard``, and
+    perhaps a ``NoSlot``. The slot is given back when the connection closes.
+    """
+
+    @property
+    def descriptor_count(self) -> int:
+        return 1
+
+
+class SlotHeard(Request, tag="slot_heard"):
+    """The client has got a ``Slot``, so it is neither stopped nor hangs. Not answered."""
+
+
+class OfferReplica(Request, tag="offer_replica"):
+    """Make a replica of a file that was just written from what it was copied of.
+
+    Two descriptors come along: the file, open for reading and writing, and what it was copied of,
+    open for reading. ``digest``: BLAKE3 of the bytes that were written. Answered by ``End`` or
+    ``Failed``.
+    """
+
+    digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+    @property
+    def descriptor_count(self) -> int:
+        return 2
+
+
 class Cached(Struct, tag_field="answer", tag="cached"):
     """Final: the path of the verified copy. ``hit``: it was there before the request.
 
@@ -260,6 +291,19 @@ class Room(Struct, tag_field="answer", tag="room"):
     room_bytes: int
 
 
+class Slot(Struct, tag_field="answer", tag="slot"):
+    """Not final: write until ``until_s`` (CLOCK_BOOTTIME), whatever comes; None: not yet."""
+
+    until_s: float | None
+    file_server: str
+
+
+class NoSlot(Struct, tag_field="answer", tag="no_slot"):
+    """Final: there is no slot to be had, and why. Write without one."""
+
+    reason: str
+
+
 class Working(Struct, tag_field="answer", tag="working"):
     """Not final: the daemon is alive, and busy with this request."""
 
@@ -276,9 +320,11 @@ class Failed(Struct, tag_field="answer", tag="failed"):
 
 AboutCache = Ls | Rm | Pin | Unpin | Verify
 AboutPlaces = LocationsOf | CopyPathOf | RoomFor
-AnyRequest = Get | StatusOf | AboutCache | AboutPlaces
+AboutWriting = WriteSlot | SlotHeard | OfferReplica
+AnyRequest = Get | StatusOf | AboutCache | AboutPlaces | AboutWriting
 OfPlaces = Notice | Locations | CopyPath | Room | Working | End | Failed
-Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | OfPlaces
+OfWriting = Slot | NoSlot | Working | End | Failed
+Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | OfPlaces | OfWriting
 
 AboutFile = CachedFile | Outcome
 
@@ -315,7 +361,7 @@ def decode_place_answer(line: bytes) -> OfPlaces:
         raise BadMessage(f"not an answer: {error}") from error
 
 
-def encode_request(request: AboutCache | AboutPlaces) -> bytes:
+def encode_request(request: AboutCache | AboutPlaces | OfferReplica) -> bytes:
     """One request as a line."""
     return _encoder.encode(request) + b"\n"
 

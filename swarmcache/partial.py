@@ -24,7 +24,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, FileVersion, Manifest
-from swarmcache.disk_calls import SharedFile, disk_errors, is_full, write_all
+from swarmcache.disk_calls import SharedFile, clone, disk_errors, is_full, write_all
 from swarmcache.errors import LocalError
 from swarmcache.user_tree import User
 
@@ -228,6 +228,22 @@ class Partial:
         chunk, within = divmod(offset_bytes, self.layout.chunk_size_bytes)
         assert within + len(data) <= self.layout.length_bytes(chunk), "a piece of two chunks"
         self._write(chunk, offset_bytes, data)
+
+    def clone(self, fd: int) -> bool:
+        """Take all bytes of another file, of which the disk need not keep a second copy.
+
+        Each chunk counts only after ``commit_chunk``. False where the file system cannot, or the
+        other file is not as long. Raises NoSpace, LocalError.
+        """
+        assert not self._digests, "chunks that are had would be written again"
+        if not self._begin_use(0):
+            return False
+        try:
+            with disk_errors("share blocks with another file"):
+                cloned = clone(self.file.fd, fd)
+                return cloned and os.fstat(self.file.fd).st_size == self.layout.size_bytes
+        finally:
+            self._end_use()
 
     def commit_chunk(self, chunk: int, digest: bytes) -> None:
         """All bytes of the chunk are written and have this digest: note it, serve it.

@@ -36,7 +36,7 @@ from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.link import Link, connect, serve
-from swarmcache.local_protocol import AboutCache, AboutPlaces, AnyRequest
+from swarmcache.local_protocol import AboutCache, AboutPlaces, AboutWriting, AnyRequest
 from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.locator import Locator
@@ -51,10 +51,13 @@ from swarmcache.messages import (
 )
 from swarmcache.partial import Partial
 from swarmcache.peer_events import (
+    AddReplica,
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
+    AnswerNoSlot,
     AnswerOriginal,
+    AnswerSlot,
     AnswerStatus,
     CheckCopy,
     ChunkAbsent,
@@ -78,6 +81,7 @@ from swarmcache.peer_events import (
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
+    RefuseReplica,
     ReserveSpace,
     TellPeer,
     TellTracker,
@@ -100,6 +104,7 @@ from swarmcache.serving import (
 from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
 from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
+from swarmcache.write_requests import WriteRequests
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +113,7 @@ DISK_THREADS = 4
 READ_THREADS = 8
 EXAMINE_THREADS = 16
 LOOK_THREADS = 2  # for other nodes, which do not wait until those of the disk have time
+COPY_THREADS = 4
 PROGRESS_S = 0.25
 # Replicas in one message of an announcement, of which the next is read when the former is on its
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
@@ -164,9 +170,10 @@ class Daemon:
         self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
         self._look_threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
+        self._copy_threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
         for threads in (
             *(self._disk_threads, self._read_threads),
-            *(self._examine_threads, self._look_threads),
+            *(self._examine_threads, self._look_threads, self._copy_threads),
         ):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
 
@@ -236,6 +243,17 @@ class Daemon:
             self._config.cache.scrub_rate_bytes_per_s,
         )
         self._holder_questions = HolderQuestions(numbers, self._shell.handle)
+        self._writing = WriteRequests(
+            self._cache,
+            self._examiner,
+            self._examine_threads,
+            self._copy_threads,
+            self._disk,
+            numbers,
+            chunk_size_bytes=self._config.transfer.chunk_size_bytes,
+            spawn=self._spawn,
+            handle=self._shell.handle,
+        )
         self._about_cache = CacheRequests(
             self._cache,
             self._disk_threads,
@@ -308,6 +326,8 @@ class Daemon:
             self._about_cache.take(connection, request)
         elif isinstance(request, AboutPlaces):
             self._locator.take(connection, request, fds)
+        elif isinstance(request, AboutWriting):
+            self._writing.take(connection, request, fds)
         else:
             self._local.take(connection, request, fds)
 
@@ -475,6 +495,8 @@ class Daemon:
                 self._local.carry_out(effect)
             case AnswerHolders():
                 self._holder_questions.carry_out(effect)
+            case AnswerSlot() | AnswerNoSlot() | AddReplica() | RefuseReplica():
+                self._writing.carry_out(effect)
             case PublishFile():
                 users = self._local.begin_publishing(effect.version_id)
                 self._disk.publish(effect.version_id, users)

@@ -170,6 +170,29 @@ class ReplicasRecovered:
 
 
 @dataclass(slots=True)
+class ReplicaOffered:
+    """A local client has a copy of what it has just written to this file version."""
+
+    request: int
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class ReplicaAdded:
+    """The file is in place and servable, without having been fetched."""
+
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class ReplicaNotAdded:
+    """It could not be made. ``reason`` is for people."""
+
+    version_id: bytes
+    reason: str
+
+
+@dataclass(slots=True)
 class ManifestLoaded:
     """The digests of a replica, in order of the chunks; empty where there is none any more."""
 
@@ -338,6 +361,9 @@ PeerEvent: TypeAlias = (
     | ReplicasLost
     | CopyWanted
     | ReplicasRecovered
+    | ReplicaOffered
+    | ReplicaAdded
+    | ReplicaNotAdded
     | ManifestLoaded
     | TrackerConnected
     | TrackerLost
@@ -456,6 +482,22 @@ class LoadManifest:
 
 
 @dataclass(slots=True)
+class AddReplica:
+    """Make the replica that was offered. Ends in ``ReplicaAdded`` or ``ReplicaNotAdded``."""
+
+    request: int
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class RefuseReplica:
+    """Tell who offered a replica that it is not made, and why."""
+
+    request: int
+    reason: str
+
+
+@dataclass(slots=True)
 class CheckCopy:
     """Digest a replica, if there is one: a peer has got wrong bytes of it. Ends in nothing, or as
     every copy that is found to be wrong, in ``ReplicaDropped``."""
@@ -551,6 +593,8 @@ PeerEffect: TypeAlias = (
     | PublishFile
     | DropPartial
     | LoadManifest
+    | AddReplica
+    | RefuseReplica
     | CheckCopy
     | AnnounceReplicas
     | AnswerCached

@@ -66,6 +66,7 @@ from swarmcache.messages import (
     WriteLease,
 )
 from swarmcache.peer_events import (
+    AddReplica,
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
@@ -100,7 +101,11 @@ from swarmcache.peer_events import (
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
+    RefuseReplica,
+    ReplicaAdded,
     ReplicaDropped,
+    ReplicaNotAdded,
+    ReplicaOffered,
     ReplicasLost,
     ReplicasRecovered,
     RequestGone,
@@ -482,6 +487,9 @@ class PeerState:
         | ReplicasLost
         | CopyWanted
         | ReplicasRecovered
+        | ReplicaOffered
+        | ReplicaAdded
+        | ReplicaNotAdded
         | ManifestLoaded
         | DiskMeasured,
         now_s: float,
@@ -506,6 +514,12 @@ class PeerState:
                 self._want_copy(event, now_s, effects)
             case ReplicasRecovered():
                 self._tell(Replicas(event.version_ids), effects)
+            case ReplicaOffered():
+                self._handle_offered(event, effects)
+            case ReplicaAdded():
+                self._handle_added(event.version_id, effects)
+            case ReplicaNotAdded():
+                self._end(event.version_id, effects)
             case ManifestLoaded():
                 self._handle_manifest(event, now_s, effects)
             case DiskMeasured():
@@ -517,6 +531,27 @@ class PeerState:
         fetching = self._fetching.get(version_id)
         if fetching is not None and fetching.joined:
             self._join(fetching, effects)  # it is wanted again already, and not to be left for that
+
+    def _handle_offered(self, event: ReplicaOffered, effects: list[PeerEffect]) -> None:
+        """Whoever wants the file meanwhile waits for that."""
+        version_id = event.version_id
+        if version_id in self._fetching or version_id in self._busy:
+            effects.append(RefuseReplica(event.request, "it is being fetched already"))
+        else:
+            self._begin(version_id)
+            effects.append(AddReplica(event.request, version_id))
+
+    def _handle_added(self, version_id: bytes, effects: list[PeerEffect]) -> None:
+        self._tell(Replicas([version_id]), effects)
+        fetching = self._fetching.get(version_id)
+        if fetching is not None:
+            assert fetching.blocked, "fetched while a replica was added"
+            del self._fetching[version_id]
+            self._forget_timer(version_id)
+            for request in fetching.requests:
+                del self._requests[request]
+                effects.append(AnswerCached(request, version_id))
+        self._end(version_id, effects)
 
     def _handle_disk_failed(
         self,

@@ -120,6 +120,21 @@ class SourceExaminer:
         version = FileVersion(path, status.st_size, status.st_mtime_ns, origin)
         return SourceFile(version, file_server)
 
+    def file_server_of_directory(self, fd: int) -> str:
+        """The file server of a directory. Raises SourceUnreadable, SourceFailed.
+
+        A directory that may be entered but not listed can be opened with O_PATH only.
+        """
+        try:
+            status = os.fstat(fd)
+            path = os.readlink(b"/proc/self/fd/%d" % fd)
+        except OSError as error:
+            raise SourceFailed(f"cannot look at the directory: {error}") from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise SourceUnreadable("not a directory")
+        _check_name(path, status)
+        return self._place(path)[0]
+
     def file_server(self, version: FileVersion) -> str | None:
         """The file server of a source that was examined earlier; None when it is not mounted now.
 

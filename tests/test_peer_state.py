@@ -41,6 +41,7 @@ from swarmcache.messages import (
     Suspected,
 )
 from swarmcache.peer_events import (
+    AddReplica,
     AnnounceReplicas,
     AnswerCached,
     AnswerHolders,
@@ -73,7 +74,11 @@ from swarmcache.peer_events import (
     RangeReadDone,
     RangeReadFailed,
     ReadRange,
+    RefuseReplica,
+    ReplicaAdded,
     ReplicaDropped,
+    ReplicaNotAdded,
+    ReplicaOffered,
     ReplicasLost,
     ReplicasRecovered,
     RequestGone,
@@ -556,6 +561,39 @@ def test_a_lease_may_be_read_under_until_its_deadline_by_the_own_clock() -> None
     bench.said(Renewed(104.0))
     assert bench.state.may_read(5, 103.9)
     assert not bench.state.may_read(5, 104.0)
+
+
+def test_a_replica_that_is_being_added_answers_whoever_wants_the_file_meanwhile() -> None:
+    bench = Bench()
+    file = version()
+    assert bench.tell(ReplicaOffered(1, file.version_id)) == [AddReplica(1, file.version_id)]
+
+    assert of(ReserveSpace, bench.tell(FileWanted(2, file, "nfs", "ada", CHUNK_BYTES))) == []
+    effects = bench.tell(ReplicaAdded(file.version_id))
+
+    assert told(Replicas, effects) == [Replicas([file.version_id])]
+    assert of(AnswerCached, effects) == [AnswerCached(2, file.version_id)]
+
+
+def test_a_replica_that_could_not_be_added_is_fetched_by_whoever_wants_the_file() -> None:
+    bench = Bench()
+    file = version()
+    bench.tell(ReplicaOffered(1, file.version_id))
+    bench.tell(FileWanted(2, file, "nfs", "ada", CHUNK_BYTES))
+
+    effects = bench.tell(ReplicaNotAdded(file.version_id, "no room"))
+
+    assert effects == [ReserveSpace(file, CHUNK_BYTES)]
+
+
+def test_a_file_that_is_being_fetched_is_not_made_a_replica_as_well() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+
+    (refused,) = bench.tell(ReplicaOffered(9, file.version_id))
+
+    assert refused == RefuseReplica(9, "it is being fetched already")
 
 
 def test_a_lease_that_ran_out_before_it_was_renewed_stays_over() -> None:

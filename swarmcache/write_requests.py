@@ -1,0 +1,272 @@
+"""Answers what local clients ask that write files: a slot, and a replica of what they wrote.
+
+The client writes by itself, with its user's own rights. The daemon knows the file server from the
+descriptor of the directory, and asks the machine; what the machine says goes to the client as it
+comes. When the connection closes, however the client ends, the machine knows that nobody writes.
+
+A replica is made for a client that has the file open for writing: who may only read it must not
+decide what others get to see of it.
+
+Invariant: every descriptor that was handed over is closed when its request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from swarmcache.chunks import FileVersion, choose_chunk_size
+from swarmcache.disk import Cache
+from swarmcache.disk_calls import SharedFile
+from swarmcache.disk_worker import DiskWorker
+from swarmcache.errors import LocalError, SourceUnreadable, SwarmcacheError
+from swarmcache.local_protocol import (
+    AboutWriting,
+    End,
+    Failed,
+    NoSlot,
+    OfferReplica,
+    Slot,
+    SlotHeard,
+    Working,
+    WriteSlot,
+)
+from swarmcache.local_server import LocalConnection
+from swarmcache.peer_events import (
+    AddReplica,
+    AnswerNoSlot,
+    AnswerSlot,
+    PeerEvent,
+    RefuseReplica,
+    ReplicaDropped,
+    ReplicaOffered,
+    RequestGone,
+    WriterAnswered,
+    WriteWanted,
+)
+from swarmcache.replica_copy import add_replica, is_replica
+from swarmcache.source_file import SourceExaminer
+
+WORKING_S = 1.0
+
+Task = asyncio.Task[None]
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Offer:
+    """A file that a client has written, and a copy of it, whose BLAKE3 is ``digest``.
+
+    ``done`` tells why there is no replica of it, or nothing.
+    """
+
+    connection: LocalConnection
+    version: FileVersion
+    file: SharedFile
+    copy: SharedFile
+    digest: bytes
+    done: asyncio.Future[str]
+
+
+class WriteRequests:
+    """The requests of all clients of one daemon that write."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        examiner: SourceExaminer,
+        examine_threads: ThreadPoolExecutor,
+        copy_threads: ThreadPoolExecutor,
+        disk: DiskWorker,
+        numbers: Iterator[int],
+        *,
+        chunk_size_bytes: int | None,
+        spawn: Callable[[Coroutine[Any, Any, None]], Task],
+        handle: Callable[[PeerEvent], None],
+    ) -> None:
+        """``numbers``, ``chunk_size_bytes``, ``spawn`` and ``handle`` as for ``LocalRequests``.
+
+        ``copy_threads`` make replicas, one at a time for each user.
+        """
+        self._cache = cache
+        self._examiner = examiner
+        self._examine_threads = examine_threads
+        self._copy_threads = copy_threads
+        self._disk = disk
+        self._numbers = numbers
+        self._chunk_size_bytes = chunk_size_bytes
+        self._spawn = spawn
+        self._handle = handle
+        self._loop = asyncio.get_running_loop()
+        self._writers: dict[int, tuple[LocalConnection, str]] = {}  # with the file server
+        self._by_connection: dict[LocalConnection, int] = {}
+        self._offers: dict[int, Offer] = {}
+        self._turns: dict[int, asyncio.Lock] = {}  # by uid
+
+    def take(self, connection: LocalConnection, request: AboutWriting, fds: list[int]) -> None:
+        """Begin to answer a request; owns ``fds``."""
+        match request:
+            case SlotHeard():
+                number = self._by_connection.get(connection)
+                if number is not None:
+                    self._handle(WriterAnswered(number))
+            case WriteSlot():
+                self._spawn(self._want_slot(connection, *fds))
+            case OfferReplica():
+                self._spawn(self._add_replica(connection, request.digest, *fds))
+
+    def carry_out(self, effect: AnswerSlot | AnswerNoSlot | AddReplica | RefuseReplica) -> None:
+        """Give the machine's answer to the client who asked."""
+        match effect:
+            case AnswerSlot():
+                connection, file_server = self._writers[effect.request]
+                connection.send(Slot(effect.until_s, file_server))
+            case AnswerNoSlot():
+                connection, _ = self._writers[effect.request]
+                self._forget(effect.request)
+                connection.send(NoSlot(effect.reason))
+            case AddReplica():
+                offer = self._offers[effect.request]
+                self._disk.add_replica(effect.version_id, self._make(offer))
+            case RefuseReplica():
+                self._offers[effect.request].done.set_result(effect.reason)
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    async def _want_slot(self, connection: LocalConnection, directory_fd: int) -> None:
+        try:
+            file_server = await self._loop.run_in_executor(
+                self._examine_threads, self._examiner.file_server_of_directory, directory_fd
+            )
+        except SwarmcacheError as error:
+            connection.send(NoSlot(str(error)))
+            return
+        except Exception as error:
+            connection.send(NoSlot(f"internal error: {error}"))
+            raise
+        finally:
+            os.close(directory_fd)
+        if connection in self._by_connection:
+            connection.send(Failed("one slot at a time on a connection"))
+            return
+        if not connection.is_open:
+            return
+        number = next(self._numbers)
+        self._writers[number] = (connection, file_server)
+        self._by_connection[connection] = number
+        connection.on_closed[self] = lambda: self._gone(number)
+        self._handle(WriteWanted(number, file_server, connection.user.name))
+
+    def _gone(self, number: int) -> None:
+        self._forget(number)
+        self._handle(RequestGone(number))
+
+    def _forget(self, number: int) -> None:
+        connection, _ = self._writers.pop(number)
+        del self._by_connection[connection]
+        connection.on_closed.pop(self, None)
+
+    # --- replicas -------------------------------------------------------------------------------
+
+    async def _add_replica(
+        self, connection: LocalConnection, digest: bytes, file_fd: int, copy_fd: int
+    ) -> None:
+        file, copy = SharedFile(file_fd), SharedFile(copy_fd)
+        alive = self._spawn(_keep_alive(connection))
+        turn = self._turns.setdefault(connection.user.uid, asyncio.Lock())
+        try:
+            version = await self._in_thread(self._examine_threads, self._examine, file, copy)
+            reason = ""
+            if version.size_bytes:  # an empty file needs no replica
+                async with turn:
+                    offer = Offer(connection, version, file, copy, digest, asyncio.Future())
+                    reason = await self._offer(offer)
+            connection.send(Failed(reason) if reason else End())
+        except SwarmcacheError as error:
+            connection.send(Failed(str(error)))
+        except Exception as error:
+            connection.send(Failed(f"internal error: {error}"))
+            raise
+        finally:
+            alive.cancel()
+            file.release()
+            copy.release()
+
+    def _examine(self, file: SharedFile, copy: SharedFile) -> FileVersion:
+        """What a replica is to be made of. Raises SourceUnreadable, SourceFailed."""
+        if fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise SourceUnreadable("the file is not open for reading and writing")
+        version = self._examiner.examine(file.fd).version
+        found = os.fstat(copy.fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != version.size_bytes:
+            raise SourceUnreadable("the copy is no regular file of the same size")
+        return version
+
+    async def _offer(self, offer: Offer) -> str:
+        """Have the machine decide; the reason why there is no replica, or nothing."""
+        version_id = offer.version.version_id
+        if self._cache.lookup(offer.version, offer.connection.user) is not None:
+            if await self._in_thread(
+                self._copy_threads, lambda: is_replica(self._cache, version_id, offer.digest)
+            ):
+                return ""
+            # Of what was there before, whose size and time happen to be the same.
+            self._handle(ReplicaDropped(version_id))
+            await self._in_thread(self._copy_threads, lambda: self._cache.drop(version_id))
+        number = next(self._numbers)
+        self._offers[number] = offer
+        try:
+            self._handle(ReplicaOffered(number, version_id))
+            return await offer.done
+        finally:
+            del self._offers[number]
+
+    async def _make(self, offer: Offer) -> None:
+        """For ``DiskWorker``: make the replica. Raises LocalError."""
+        version = offer.version
+        chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(version.size_bytes)
+
+        def add(file: SharedFile, copy: SharedFile) -> None:
+            fds = (file.fd, copy.fd)
+            users = [offer.connection.user]
+            add_replica(self._cache, version, chunk_size_bytes, *fds, offer.digest, users)
+
+        reason = "internal error"
+        try:
+            await self._in_thread(self._copy_threads, add, offer.file, offer.copy)
+            reason = ""
+        except LocalError as error:
+            reason = str(error)
+            raise
+        finally:
+            if not offer.done.done():
+                offer.done.set_result(reason)
+
+    async def _in_thread(
+        self, threads: ThreadPoolExecutor, function: Callable[..., Result], *files: SharedFile
+    ) -> Result:
+        """Call ``function(*files)`` in a thread, which keeps them open as long as it runs."""
+        for file in files:
+            file.retain()
+
+        def call() -> Result:
+            try:
+                return function(*files)
+            finally:
+                for file in files:
+                    file.release()
+
+        return await self._loop.run_in_executor(threads, call)
+
+
+async def _keep_alive(connection: LocalConnection) -> None:
+    """Let the client know that its request is not forgotten, until this is cancelled."""
+    while True:
+        await asyncio.sleep(WORKING_S)
+        connection.send(Working())

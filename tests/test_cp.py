@@ -1,0 +1,368 @@
+"""``swarmcache cp``: all of a file or none of it, cached at once, whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from swarmcache.client import Client
+from swarmcache.cp import CopyOutcome, CopyProgress, copy_files
+from swarmcache.errors import UsageError
+from swarmcache.write_beside import PREFIX
+from tests.box import wait_until
+from tests.local_daemons import COMMAND, PATIENCE_S, LocalDaemons
+
+pytestmark = pytest.mark.slow
+
+MIB = 1024 * 1024
+MTIME_NS = 1_600_000_000_123_456_789
+
+
+class Nodes:
+    """Two nodes with a tracker, and a directory that both take for a file server's."""
+
+    def __init__(self, directory: Path, local: LocalDaemons) -> None:
+        self.directory = directory
+        self.server = directory / "server"
+        self.server.mkdir()
+        settings = f'[file_servers.nfs]\npaths = ["{self.server}"]\n'
+        local.start_tracker()
+        self.first = local.start_daemon("first", settings)
+        self.second = local.start_daemon("second", settings)
+
+    def read_bytes(self) -> int:
+        """What was ever read from the file server under leases."""
+        (server,) = self.first.status()["cluster"]["file_servers"]
+        return int(server["read_bytes"])
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    directory = tmp_path_factory.mktemp("nodes")
+    with LocalDaemons(directory) as local:
+        yield Nodes(directory, local)
+
+
+@pytest.fixture
+def server(nodes: Nodes, request: pytest.FixtureRequest) -> Path:
+    """A directory on the file server for one test."""
+    directory = nodes.server / str(request.node.name).replace("/", "-")
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def client(nodes: Nodes) -> Iterator[Client]:
+    """A client of the first node."""
+    with Client(os.fsencode(nodes.first.socket)) as client:
+        yield client
+
+
+def make(path: Path, size_bytes: int = 1000, mtime_ns: int = MTIME_NS) -> Path:
+    """A source with bytes of its own."""
+    path.write_bytes(os.urandom(size_bytes))
+    path.chmod(0o640)
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+    return path
+
+
+def nobody(directory: Path) -> Client:
+    """A client without a daemon."""
+    return Client(os.fsencode(directory / "no.sock"))
+
+
+def copied(*sources: Path, to: Path, client: Client | None = None) -> CopyOutcome:
+    """What became of the last of these."""
+    client = client or nobody(to)
+    return list(copy_files(client, map(os.fsencode, sources), os.fsencode(to)))[-1]
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+# --- what a copy is ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_bytes", [0, 3 * MIB + 17])
+def test_a_copy_has_bytes_mode_and_time_and_is_cached_without_being_read_again(
+    nodes: Nodes, server: Path, tmp_path: Path, size_bytes: int
+) -> None:
+    source, target = make(tmp_path / "source", size_bytes), server / "target"
+
+    done = nodes.first.run("cp", source, target)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert target.read_bytes() == source.read_bytes()
+    status = target.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o640, MTIME_NS)
+    assert names_in(server) == {"target"}
+    for node in (nodes.second, nodes.first):
+        (copy,) = node.get(target)
+        assert Path(os.fsdecode(copy)).read_bytes() == source.read_bytes()
+    assert nodes.read_bytes() == 0
+
+
+def test_who_has_the_destination_open_keeps_what_was_there(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+    target.write_text("before")
+
+    with open(target) as reader:
+        assert not copied(source, to=target).error
+        assert reader.read() == "before"
+
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    (tmp_path / "elsewhere").mkdir()
+    for name, leads_to in (("link", "elsewhere/old"), ("dangling", "elsewhere/new")):
+        (tmp_path / name).symlink_to(leads_to)
+    (tmp_path / "elsewhere/old").write_text("before")
+
+    for name in ("link", "dangling"):
+        assert not copied(source, to=tmp_path / name).error
+
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_bytes() == source.read_bytes()
+
+
+def test_several_sources_go_into_a_directory_and_one_that_fails_does_not_stop_the_others(
+    nodes: Nodes, server: Path, tmp_path: Path
+) -> None:
+    first, last = make(tmp_path / "first"), make(tmp_path / "last \udcff\n")
+
+    done = nodes.first.run("cp", first, tmp_path / "none", tmp_path, last, server)
+
+    assert done.returncode == 4
+    assert names_in(server) == {"first", "last \udcff\n"}
+    assert (server / last.name).read_bytes() == last.read_bytes()
+    said = done.stderr.decode().splitlines()
+    assert [line.rpartition(": ")[2] for line in said] == [
+        "No such file or directory",
+        "is a directory",
+    ]
+
+
+def test_of_two_sources_with_one_name_the_second_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "to").mkdir()
+    first, second = make(tmp_path / "same"), make(tmp_path / "other/same")
+
+    outcome = copied(first, second, to=tmp_path / "to")
+
+    assert outcome.error == "another source of the same name was copied there just now"
+    assert (tmp_path / "to/same").read_bytes() == first.read_bytes()
+
+
+def test_several_sources_need_a_directory(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+
+    with pytest.raises(UsageError, match="must be a directory"):
+        copied(source, source, to=tmp_path / "target")
+
+    assert names_in(tmp_path) == {"source"}
+
+
+def test_wrong_usage_says_what_was_expected(nodes: Nodes, tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+
+    for arguments in ([source], [source, source, tmp_path / "target"]):
+        done = nodes.first.run("cp", *arguments)
+
+        assert done.returncode == 2
+        assert b"expected SRC and DST" in done.stderr or b"must be a directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        ("source", "source and destination are the same file"),
+        ("hard link", "source and destination are the same file"),
+        ("none/target", "cannot use the destination: No such file or directory"),
+        ("none/", "there is no such directory"),
+        ("source/target", "cannot use the destination: Not a directory"),
+        ("fifo", "the destination is neither file nor directory"),
+        ("loop", "cannot use the destination: Too many levels of symbolic links"),
+        ("n" * 256, "cannot use the destination: File name too long"),
+    ],
+)
+def test_where_a_file_cannot_be_nothing_is_lost(tmp_path: Path, target: str, error: str) -> None:
+    source = make(tmp_path / "source")
+    bytes_before = source.read_bytes()
+    os.link(source, tmp_path / "hard link")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    before = names_in(tmp_path)
+
+    (outcome,) = copy_files(
+        nobody(tmp_path), [os.fsencode(source)], os.fsencode(f"{tmp_path}/{target}")
+    )
+
+    assert outcome.error == error
+    assert names_in(tmp_path) == before
+    assert source.read_bytes() == bytes_before
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_source_that_changes_meanwhile_is_not_copied(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source", 2 * MIB), tmp_path / "target"
+    target.write_text("before")
+
+    def grow(_: CopyProgress) -> None:
+        with open(source, "ab") as file:
+            file.write(b"more")
+
+    outcomes = copy_files(
+        nobody(tmp_path), [os.fsencode(source)], os.fsencode(target), on_progress=grow
+    )
+
+    assert [outcome.error for outcome in outcomes] == ["the source was changed while it was copied"]
+    assert target.read_text() == "before"
+    assert names_in(tmp_path) == {"source", "target"}
+
+
+def test_a_full_file_server_leaves_the_destination_as_it_was(
+    nodes: Nodes, server: Path, tmp_path: Path
+) -> None:
+    large, small = make(tmp_path / "large", MIB), make(tmp_path / "small")
+    (server / "large").write_text("before")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [*COMMAND, "cp", f"--socket={nodes.first.socket}", large, small, server],
+        capture_output=True,
+        check=False,
+        env={},
+        preexec_fn=limit,
+    )
+
+    assert done.returncode == 4
+    assert b"cannot write the copy: File too large" in done.stderr
+    assert names_in(server) == {"large", "small"}
+    assert (server / "large").read_text() == "before"
+    assert (server / "small").read_bytes() == small.read_bytes()
+
+
+def test_without_a_daemon_it_is_copied_all_the_same_and_said_why(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+
+    outcome = copied(source, to=target)
+
+    assert outcome.error == ""
+    assert "no daemon answers" in outcome.unsupervised
+    assert "no daemon answers" in outcome.not_registered
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_other_bytes_under_the_same_size_and_time_get_another_time(
+    nodes: Nodes, client: Client, server: Path, tmp_path: Path
+) -> None:
+    """Whoever has cached what was there before would take them for that."""
+    source, target = make(tmp_path / "source"), server / "target"
+    assert copied(source, to=target, client=client).notes == []
+    assert copied(source, to=target, client=client).notes == ["it was the same already"]
+    assert target.stat().st_mtime_ns == MTIME_NS
+    nodes.second.get(target)
+
+    outcome = copied(make(source), to=target, client=client)
+
+    assert (outcome.error, outcome.not_registered) == ("", "")
+    assert outcome.notes == [
+        "the time of the source was not kept: it is that of what was there before"
+    ]
+    assert target.stat().st_mtime_ns > MTIME_NS
+    for node in (nodes.first, nodes.second):
+        (copy,) = node.get(target)
+        assert Path(os.fsdecode(copy)).read_bytes() == source.read_bytes()
+
+
+# --- what a kill leaves --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_cp(nodes: Nodes) -> Iterator[Callable[[Path, Path], subprocess.Popen[bytes]]]:
+    """Starts a ``cp`` and stops it in the middle, when a part is written."""
+    with ExitStack() as stack:
+
+        def start(source: Path, target: Path) -> subprocess.Popen[bytes]:
+            before = names_in(target.parent)
+            process = subprocess.Popen(
+                [*COMMAND, "cp", f"--socket={nodes.first.socket}", source, target],
+                env={},
+                stderr=subprocess.DEVNULL,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+
+            def is_writing() -> bool:
+                return any(
+                    (target.parent / name).stat().st_size
+                    for name in names_in(target.parent) - before
+                    if name.startswith(PREFIX)
+                )
+
+            wait_until(is_writing, PATIENCE_S, "a part of the copy")
+            process.send_signal(signal.SIGSTOP)
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A source that takes longer to copy than a test does; it takes no room."""
+    path = tmp_path / "endless"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    return path
+
+
+def test_what_a_killed_copy_leaves_is_removed_by_the_next_one_but_nothing_that_is_alive(
+    nodes: Nodes,
+    server: Path,
+    endless: Path,
+    start_cp: Callable[[Path, Path], subprocess.Popen[bytes]],
+) -> None:
+    alive = start_cp(endless, server / "target")
+    (temporary,) = names_in(server)
+    source = make(server.parent / "small")
+
+    nodes.first.run("cp", source, server)
+    assert names_in(server) == {temporary, "small"}
+
+    alive.kill()
+    alive.wait()
+    done = nodes.first.run("cp", source, server)
+    assert names_in(server) == {temporary, "small"}, "nothing was to be written"
+    done = nodes.first.run("cp", make(source), server / "other")
+
+    assert names_in(server) == {"small", "other"}
+    assert f"removed {temporary}" in done.stderr.decode()
+    assert not (server / "target").exists()
+
+
+def test_a_copy_that_is_ended_by_its_job_system_leaves_nothing(
+    server: Path, endless: Path, start_cp: Callable[[Path, Path], subprocess.Popen[bytes]]
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        process = start_cp(endless, server / "target")
+
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+
+        assert process.wait(timeout=PATIENCE_S) == 128 + number
+        assert names_in(server) == set()
