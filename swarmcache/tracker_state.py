@@ -96,7 +96,10 @@ RANGE_S = 0.5
 RANGE_FIRST_BYTES = 4 << 20
 QUERY_S = 1.0
 NODE_SILENT_S = 30.0
+# Who has failed to read so often in a row is left alone for a while: it may be the node, but it may
+# also have been the file server.
 READ_FAILURES_MAX = 3
+READ_AGAIN_S = 10.0
 CHUNK_COUNT_MAX = 1 << 21
 
 
@@ -150,6 +153,7 @@ class Member:
     neighbours: set[str] = field(default_factory=set)
     guarded: int = 0
     failures: int = 0
+    failed_s: float = 0.0
     reading: bool = False
 
 
@@ -583,6 +587,7 @@ class TrackerState:
         swarm = self._swarms.get(version_id)
         if swarm is not None and name in swarm.members:
             self._remove_member(swarm, name, 0, now_s, effects)
+            self._grant(swarm.file_server, now_s, effects)
 
     def _drop_replica(self, node: Node, version_id: bytes) -> None:
         if version_id in node.replicas:
@@ -598,7 +603,10 @@ class TrackerState:
     def _remove_member(
         self, swarm: Swarm, name: str, orphaned: int, now_s: float, effects: list[TrackerEffect]
     ) -> None:
-        """A node is no longer in the swarm; somebody must take over what it guarded."""
+        """A node is no longer in the swarm; somebody must take over what it guarded.
+
+        Grants nothing: a node that is lost is still a member of its other swarms.
+        """
         member = swarm.members.pop(name)
         swarm.order.remove(name)
         node = self._nodes.get(name)
@@ -616,7 +624,6 @@ class TrackerState:
             if few and len(swarm.members) > self._peers_max // 4:
                 self._introduce(swarm, other, effects)
         self._reclaim(swarm)
-        self._grant(swarm.file_server, now_s, effects)
 
     def _take_over(
         self,
@@ -685,6 +692,8 @@ class TrackerState:
             if other not in swarm.members[name].neighbours:
                 self._link(swarm, name, other, effects)
                 self._link(swarm, other, name, effects)
+        # Perhaps nobody was able to read them, and somebody is now.
+        self._grant(swarm.file_server, now_s, effects)
 
     def _holding(
         self, node: Node, message: Holding, now_s: float, effects: list[TrackerEffect]
@@ -854,20 +863,22 @@ class TrackerState:
                     self._lease_write(write, now_s, effects)
                     break
                 swarm = self._swarms[claim]
-                name = self._choose_reader(swarm)
+                name = self._choose_reader(swarm, now_s)
                 if name is not None:
                     self._lease(server, swarm, name, user, now_s, effects)
                     break
             else:
                 return
 
-    def _choose_reader(self, swarm: Swarm) -> str | None:
+    def _choose_reader(self, swarm: Swarm, now_s: float) -> str | None:
         """The member that may read and has waited longest; it goes to the end of the line."""
         for position, name in enumerate(swarm.order):
             member = swarm.members[name]
             able = member.can_read and not member.complete and not member.reading
             able = able and not self._nodes[name].silent
-            if able and member.trusted and member.failures < READ_FAILURES_MAX:
+            patient = member.failures < READ_FAILURES_MAX
+            patient = patient or member.failed_s + READ_AGAIN_S <= now_s
+            if able and member.trusted and patient:
                 swarm.order.append(swarm.order.pop(position))
                 return name
         return None
@@ -992,6 +1003,7 @@ class TrackerState:
             member = swarm.members.get(node.address.node)
             if member is not None and not held & leased.mask:
                 member.failures += 1
+                member.failed_s = now_s
         if message.source_changed:
             self._revoke(leased.version_id, message.reason, effects)
         self._grant(leased.file_server, now_s, effects)
@@ -1034,6 +1046,7 @@ class TrackerState:
         if member is not None:
             member.reading = False
             member.failures += 1
+            member.failed_s = now_s
             neighbours = sorted(member.neighbours)
         self._take_over(swarm, leased.mask, neighbours, now_s, effects)
         self._reclaim(swarm)

@@ -61,6 +61,7 @@ from swarmcache.tracker_state import (
     LEASE_S,
     NODE_SILENT_S,
     QUERY_S,
+    READ_AGAIN_S,
     READ_FAILURES_MAX,
     TrackerState,
 )
@@ -295,6 +296,40 @@ def test_who_cannot_read_gets_no_lease() -> None:
     bench.join("b", chunks=4)
 
     assert {bench.holder(lease) for lease in bench.out()} == {"b"}
+
+
+def test_a_node_that_is_lost_is_not_looked_for_among_the_readers_of_its_other_swarms() -> None:
+    """Found in simulation: the tracker ended with a KeyError."""
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b")
+    bench.join("a", file=OTHER, chunks=4)
+    for _ in range(READ_FAILURES_MAX):
+        lease = bench.leases("a")[-1]
+        bench.say("a", RangeFailed(lease.lease_id, OTHER, b"", "stale file handle"))
+    for name in ("a", "b"):
+        bench.say(name, Join(FILE, SERVER, "ada", 4 * MIB, MIB, can_read=False))
+
+    bench.lose("a")  # the slot is free, and both swarms wait for it
+
+    assert bench.out() == []
+
+
+def test_a_member_that_failed_to_read_may_try_again_when_it_asks_again_some_time_later() -> None:
+    """Found in simulation: with nobody else to read, jobs got the original for ever."""
+    bench = Bench(slots_max=1)
+    bench.connect("a")
+    bench.join("a")
+    for _ in range(READ_FAILURES_MAX):
+        (lease,) = bench.out()
+        bench.say("a", RangeFailed(lease.lease_id, FILE, b"", "stale file handle"))
+    bench.wait_until(bench.now_s + READ_AGAIN_S / 2, "a")
+    bench.say("a", Missing(FILE, b"\xff"))
+    assert bench.out() == []
+
+    bench.wait_until(bench.now_s + READ_AGAIN_S / 2, "a")
+    bench.say("a", Missing(FILE, b"\xff"))
+
+    assert [bench.holder(lease) for lease in bench.out()] == ["a"]
 
 
 def test_a_member_that_fails_to_read_three_times_is_not_chosen_again() -> None:
