@@ -158,6 +158,7 @@ class Cluster:
 
     def client_goes(self, node: Node, request: int) -> None:
         """The client of this request waits no longer, and takes the original."""
+        node.gone.add(request)
         self.answer_without_daemon(node, request)
         self.hand(node, RequestGone(request))
 
@@ -401,6 +402,8 @@ class Cluster:
     # --- answers ---------------------------------------------------------------------------------
 
     def _answer(self, node: Node, effect: AnswerCached) -> None:
+        if effect.request in node.gone:
+            return
         version = self._waited_for(node, effect.request, effect.version_id)
         self._hand_out(node, effect.request, version)
 
@@ -424,6 +427,8 @@ class Cluster:
     def _answer_original(self, node: Node, effect: AnswerOriginal) -> None:
         if not self.settings.originals:
             raise SimulationFailed(f"{node.name} answered original: {effect.reason}")
+        if effect.request in node.gone:
+            return
         self._waited_for(node, effect.request, effect.version_id)
         self._answered(node, effect.request, False, effect.reason)
 

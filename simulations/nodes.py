@@ -45,6 +45,7 @@ class Node:
             self.clock = Clock(rng.uniform(0, 2 * spread_s), 1 + rng.uniform(-drift, drift))
         self.disk = Disk(settings.disk_bytes, settings.min_age_s)
         self.waiting: dict[int, FileVersion] = {}
+        self.gone: set[int] = set()  # requests of clients who did not wait for the answer
         self.answered_s: dict[int, float] = {}
         self.alive = True
         self.powered = True

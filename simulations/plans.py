@@ -15,7 +15,7 @@ from simulations.settings import ClusterSettings
 KIB = 1 << 10
 CHUNK_BYTES = 256 * KIB
 FAULTS_UNTIL_S = 8.0
-TRAPS_MAX = 240
+TRAPS_MAX = 800
 EVENTS_MAX = 8
 
 # Events that leave every message and every chunk of the others alone.
@@ -91,8 +91,11 @@ def draw(seed: int) -> Plan:
         sizes.append(0)
     settings = _draw_settings(rng, seed, nodes, sizes)
     mixed_cuts = rng.random() < 0.15
-    jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts)
     faults = _draw_faults(rng, theme, nodes)
+    # Only where no copy can be lost, and every copy is of use, may there be jobs that cannot read.
+    kept = theme in ("calm", "chunks", "messages", "cuts", "tracker")
+    all_read = mixed_cuts or not kept or settings.disk_bytes != float("inf")
+    jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts=mixed_cuts, all_read=all_read)
     return Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts)
 
 
@@ -122,14 +125,16 @@ def _draw_settings(rng: Random, seed: int, nodes: int, sizes: Sequence[int]) -> 
     )
 
 
-def _draw_jobs(rng: Random, nodes: int, files: int, mixed_cuts: bool) -> tuple[Job, ...]:
+def _draw_jobs(
+    rng: Random, nodes: int, files: int, *, mixed_cuts: bool, all_read: bool
+) -> tuple[Job, ...]:
     spread_s = rng.choice((0.0, 1.0, 4.0))
     jobs = []
     for file in range(files):
         readers = rng.sample(range(nodes), rng.randint(1, nodes))
         for node in rng.sample(range(nodes), rng.randint(1, nodes)):
             size_bytes = CHUNK_BYTES << (rng.randint(0, 1) if mixed_cuts else 0)
-            can_read = mixed_cuts or node in readers or rng.random() < 0.7
+            can_read = all_read or node in readers or rng.random() < 0.7
             at_s = rng.random() * spread_s
             jobs.append(Job(at_s, node, file, rng.choice(("ada", "bob")), can_read, size_bytes))
         # Somebody can always read it, or nobody would ever get it.
@@ -159,6 +164,7 @@ def _draw_faults(rng: Random, theme: str, nodes: int) -> tuple[Fault, ...]:
         kind = rng.choice(traps)
         least_s, most_s = TRAPS[kind]
         node = liar if kind == "chunk corrupted" else rng.randrange(nodes)
-        at_s = rng.random() * FAULTS_UNTIL_S
+        # Most of them early, when most is done.
+        at_s = rng.random() ** 3 * FAULTS_UNTIL_S
         faults.append(Fault(at_s, kind, node, duration_s=rng.uniform(least_s, most_s)))
     return tuple(sorted(faults, key=lambda fault: fault.at_s))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from simulations.disks import content_digest
 from simulations.network import Flow
 from simulations.nodes import Node
+from swarmcache.chunks import ChunkLayout
 from swarmcache.peer_events import ChunkRead, RangeReadDone, RangeReadFailed, ReadRange, WriteFailed
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 class RangeReading:
     """One leased range being read, a piece at a time, as the production reader does."""
 
-    __slots__ = ("chunk", "effect", "flow", "life", "node", "piece_since_s", "read_bytes",
+    __slots__ = ("chunk", "effect", "flow", "layout", "life", "node", "piece_since_s", "read_bytes",
                  "rest_bytes", "since_s")  # fmt: skip
 
-    def __init__(self, node: Node, effect: ReadRange, now_s: float) -> None:
+    def __init__(self, node: Node, effect: ReadRange, layout: ChunkLayout, now_s: float) -> None:
         self.node = node
         self.life = node.life
         self.effect = effect
+        self.layout = layout
         self.chunk = effect.first
         # What is left of this chunk; 0 before it was begun.
         self.rest_bytes = 0
@@ -74,7 +76,8 @@ class Readings:
         """Carry out ``ReadRange``."""
         # The reader's first request goes to the file server; the others are read ahead.
         now_s = self._engine.now_s
-        reading = RangeReading(node, effect, now_s)
+        layout = node.disk.replicas[effect.version_id].layout
+        reading = RangeReading(node, effect, layout, now_s)
         node.under_way[effect.version_id] += 1
         node.reading[reading] = None
         if not node.machine.may_read(effect.lease_id, node.clock.read(now_s)):
@@ -107,8 +110,7 @@ class Readings:
                 self._engine.at(now_s + fault.duration_s, self._next_piece, reading)
                 return
         if not reading.rest_bytes:
-            layout = node.disk.replicas[effect.version_id].layout
-            reading.rest_bytes = layout.length_bytes(reading.chunk)
+            reading.rest_bytes = reading.layout.length_bytes(reading.chunk)
         reading.piece_since_s = now_s
         if reading not in self.server.readers:
             self.server.enter(reading, now_s)
@@ -148,9 +150,10 @@ class Readings:
             if node.life == reading.life:
                 self.fail(reading, "no space left on device")
             return
-        replica = node.disk.replicas[version_id]
-        digest = content_digest(version_id, replica.layout, chunk)
-        replica.digests[chunk] = digest
+        digest = content_digest(version_id, reading.layout, chunk)
+        replica = node.disk.replicas.get(version_id)
+        if replica is not None:  # put in place meanwhile, with chunks of peers, and evicted since
+            replica.digests[chunk] = digest
         self._trace.chunk(-1, node.index, chunk)
         reading.chunk += 1
         done = reading.chunk == effect.first + effect.count

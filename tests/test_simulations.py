@@ -306,7 +306,8 @@ def test_one_reader_above_the_slots_ends_the_simulation() -> None:
     """The checker must be able to fail: reads are begun that nobody granted."""
     cluster = Cluster(small(nodes=3, slots_max=2))
     read = ReadRange(b"v" * 32, lease_id=1, first=0, count=1)
-    first, second, third = (RangeReading(node, read, 0.0) for node in cluster.node_list)
+    layout = ChunkLayout(MiB, MiB)
+    first, second, third = (RangeReading(node, read, layout, 0.0) for node in cluster.node_list)
     cluster.file_server.enter(first, 0.0)
     cluster.file_server.enter(second, 0.0)
 

@@ -1,0 +1,88 @@
+"""Clusters of the machines in virtual time, with faults: seeds of the campaign, and its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from simulations import campaign
+from simulations.faults import Fault
+from simulations.plans import THEMES, draw
+from simulations.seed_run import run_seed
+from simulations.shrink import smallest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Seeds that found something, and what it was.
+FOUND = {
+    97: "a lost node was looked for among the readers of its other swarms: the tracker ended",
+    17: "a node that had failed to read three times was never asked to read again",
+    24: "a replica that is cut differently made its holder look like a liar",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", FOUND)
+def test_a_seed_that_once_found_something_finds_it_no_more(seed: int) -> None:
+    assert run_seed(seed).failure is None, FOUND[seed]
+
+
+@pytest.mark.slow
+def test_a_few_seeds_of_the_campaign_keep_every_promise(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert campaign.main(["--seeds", "12", "--first-seed", "40", "--json"]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    assert result["seeds"] == 12
+    assert result["failed_seed"] is None
+    assert result["faults_total"] > 0
+    assert result["invariants_total"] > 10_000
+
+
+def _campaign(hash_seed: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", "simulations", "campaign", "--json", *arguments]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_seeds_give_the_same_traces_in_one_process_and_in_several() -> None:
+    seeds = ("--first-seed", "7", "--seeds", "6")
+
+    alone = _campaign("1", *seeds)
+
+    assert _campaign("2", *seeds, "--processes", "2") == alone
+    assert (
+        json.loads(alone)["trace_digest"]
+        != json.loads(_campaign("1", "--first-seed", "8", "--seeds", "6"))["trace_digest"]
+    )
+
+
+def test_a_seed_is_always_the_same_plan_and_all_themes_are_drawn() -> None:
+    assert draw(5) == draw(5)
+    assert {draw(seed).theme for seed in range(200)} == set(THEMES)
+
+
+def test_the_smallest_list_of_faults_has_those_that_are_needed_and_no_other() -> None:
+    faults = [Fault(float(number), "chunk reset") for number in range(40)]
+    needed = {faults[3], faults[17], faults[39]}
+    tried = 0
+
+    def fails(some: Sequence[Fault]) -> bool:
+        nonlocal tried
+        tried += 1
+        return needed <= set(some)
+
+    assert set(smallest(faults, fails)) == needed
+    assert tried < 100
+    assert smallest(faults, lambda _: True) == []
