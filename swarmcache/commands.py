@@ -20,7 +20,7 @@ import typer
 from swarmcache.cache_commands import cache_app
 from swarmcache.cf_commands import cf_app
 from swarmcache.cp_command import cp_app
-from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
+from swarmcache.errors import ConfigError, LocalError, PeerUnavailable, SwarmcacheError
 from swarmcache.get import run_get, say
 from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 from swarmcache.place_commands import place_app
@@ -170,24 +170,39 @@ def get(
 
 @app.command()
 def status(
+    tracker: Annotated[
+        bool,
+        typer.Option("--tracker", help="What has happened since the tracker was started, instead."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     socket: SocketOption = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers."""
+    """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers.
+
+    With --tracker: requests and hits, what came from file servers and from peers, waits for slots,
+    leases that did not end well, and how many replicas there are. A node tells of itself with its
+    heartbeat, every ten seconds at least. Exit code 1: the tracker cannot be asked.
+    """
     answer = make_client(socket, config_file).status()
+    if tracker and answer.get("cluster") is None:
+        raise PeerUnavailable(f"the tracker cannot be asked: {answer.get('reason')}")
     if as_json:
         import json
 
         shown = {key: answer.get(key) for key in ("node", "cluster", "reason")}
-        print(json.dumps(shown, sort_keys=True))
+        print(json.dumps(answer["cluster"]["statistics"] if tracker else shown, sort_keys=True))
         return
     from rich.console import Console
 
-    from swarmcache.display import status_renderables
+    from swarmcache.display import statistics_renderables, status_renderables
 
     console = Console(highlight=False)
-    for renderable in status_renderables(answer):
+    for renderable in (
+        statistics_renderables(answer["cluster"]["statistics"])
+        if tracker
+        else status_renderables(answer)
+    ):
         console.print(renderable)
 
 

@@ -142,10 +142,14 @@ class ClusterSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class TrackerSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The tracker: the address that it listens on, and what it keeps across restarts."""
+    """The tracker: the address that it listens on, what it keeps across restarts, and how often it
+    logs what has happened."""
 
     listen: Annotated[HostPort, HostPort.parse] = HostPort("127.0.0.1", 7380)
     state_dir: Annotated[Path, parse_path]
+    statistics_interval_s: Annotated[float | None, _or_none(parse_duration_above_zero, "none")] = (
+        field(name="statistics_interval", default=600.0)
+    )
 
 
 class DaemonSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -245,6 +245,44 @@ def _file_servers_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def statistics_renderables(statistics: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a tracker has seen since it was started, as tables."""
+    yield Text(
+        f"Since the tracker was started {_duration_text(statistics['period_s'])} ago, by"
+        f" {statistics['nodes']} nodes that are connected now, and others:"
+    )
+    table = _table("", "what", "count:right", "bytes:right")
+    table.add_row("requests for files", str(statistics["requests"]), "")
+    table.add_row("of them for cached ones", str(statistics["hits"]), "")
+    table.add_row(
+        "chunks from peers",
+        str(statistics["from_peers_chunks"]),
+        *_sizes(statistics, "from_peers_bytes"),
+    )
+    table.add_row("files with replicas now", str(statistics["files"]), "")
+    table.add_row("replicas now", str(statistics["replicas"]), "")
+    table.add_row("replicas per file, mean", f"{statistics['replicas_per_file_mean']:g}", "")
+    table.add_row("replicas per file, most", str(statistics["replicas_per_file_max"]), "")
+    yield table
+    yield _slots_table(statistics["file_servers"])
+
+
+def _slots_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Leases of file servers",
+        *("name", "to read:right", "read:right", "to write:right", "ran out:right"),
+        *("failed:right", "waits:right", "mean s:right", "longest s:right", "waiting:right"),
+    )
+    for each in file_servers:
+        table.add_row(
+            *_cells(each, "name", "reads"),
+            *_sizes(each, "read_bytes"),
+            *_cells(each, "writes", "ran_out", "failed", "waits", "wait_mean_s", "wait_max_s"),
+            *_cells(each, "waiting"),
+        )
+    return table
+
+
 def _swarms_table(swarms: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "Swarms",

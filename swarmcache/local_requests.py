@@ -271,6 +271,7 @@ class LocalRequests:
             connection.send(Original(f"internal error: {error}"))
             raise
         if hit is not None:
+            self._state.count_hit()
             os.close(fd)
             connection.send(hit)
             return

@@ -69,6 +69,19 @@ class DiskStatus(Struct, frozen=True):
     file_count: Count = 0
 
 
+class NodeTotals(Struct, frozen=True):
+    """What a node has done since its daemon started. ``life`` is another number each time.
+
+    ``requests``: of local clients for files, ``hits`` of them for files that were cached already.
+    """
+
+    life: Count = 0
+    requests: Count = 0
+    hits: Count = 0
+    from_peers_chunks: Count = 0
+    from_peers_bytes: Count = 0
+
+
 class Holders(Struct, frozen=True):
     """Who has a replica of one file version, besides the node that asked: how many, and some."""
 
@@ -120,6 +133,7 @@ class Register(Message, tag="register"):
     disk: DiskStatus = DiskStatus()
     protocol: int = PROTOCOL_VERSION
     writes: Annotated[list[HeldWrite], Meta(max_length=LOADS_MAX)] = []
+    totals: NodeTotals = NodeTotals()
 
 
 class Join(Message, tag="join"):
@@ -196,6 +210,7 @@ class Heartbeat(Message, tag="heartbeat"):
 
     clock_s: float
     disk: DiskStatus = DiskStatus()
+    totals: NodeTotals = NodeTotals()
 
 
 class Holding(Message, tag="holding"):

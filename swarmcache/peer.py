@@ -217,6 +217,7 @@ class Daemon:
             window=self._config.transfer.uploads_max,
             stall_s=self._config.get.stall_s,
             buffers_bytes_max=BUFFERS_BYTES_MAX,
+            life=int.from_bytes(os.urandom(7)),
         )
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()

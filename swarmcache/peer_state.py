@@ -49,6 +49,7 @@ from swarmcache.messages import (
     Message,
     Missing,
     NodeAddress,
+    NodeTotals,
     Peers,
     Query,
     RangeFailed,
@@ -222,6 +223,7 @@ class PeerState:
     """The node's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
 
     ``window``: chunks of one file in flight; as many as every node has places for uploads.
+    ``life``: a number that no other life of this node's daemon has.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class PeerState:
         window: int = 4,
         stall_s: float = 5.0,
         buffers_bytes_max: int = 48 << 20,
+        life: int = 0,
     ) -> None:
         self.address = address
         self.tracker_connected = False
@@ -261,6 +264,11 @@ class PeerState:
         self._heartbeat_at_s: float | None = None
         self._heartbeat_sent_s = 0.0
         self._disk = DiskStatus()
+        self._life = life
+        self._misses = 0
+        self._hits = 0
+        self._from_peers_chunks = 0
+        self._from_peers_bytes = 0
         self._tracker_reason = "no connection to the tracker yet"
 
     # --- the three calls of every machine -------------------------------------------------------
@@ -326,6 +334,10 @@ class PeerState:
             return False
         return now_s < self.lease_until_s
 
+    def count_hit(self) -> None:
+        """A client got a file that was cached already. No event: a hit takes microseconds."""
+        self._hits += 1
+
     def fetching(self, version_id: bytes) -> Fetching | None:
         """The state of one wanted file version, for progress displays."""
         return self._fetching.get(version_id)
@@ -382,6 +394,7 @@ class PeerState:
             self._beat(now_s)
 
     def _want(self, event: FileWanted, now_s: float, effects: list[PeerEffect]) -> None:
+        self._misses += 1
         version_id = event.version.version_id
         fetching = self._fetching.get(version_id)
         if fetching is None:
@@ -746,7 +759,11 @@ class PeerState:
         ]
         # One message has room for no more; the tracker does not adopt the others, so they end.
         writes = self._writes.held()
-        register = Register(self.address, now_s, leases[:LOADS_MAX], self._disk, writes=writes)
+        register = Register(
+            *(self.address, now_s, leases[:LOADS_MAX], self._disk),
+            writes=writes,
+            totals=self._totals(),
+        )
         self._tell(register, effects)
         self._writes.tracker_connected(now_s, effects)
         self._heartbeat_sent_s = now_s
@@ -770,6 +787,12 @@ class PeerState:
                 fetching.can_read,
             ),
             effects,
+        )
+
+    def _totals(self) -> NodeTotals:
+        return NodeTotals(
+            *(self._life, self._hits + self._misses, self._hits),
+            *(self._from_peers_chunks, self._from_peers_bytes),
         )
 
     def _beat(self, now_s: float) -> None:
@@ -1095,7 +1118,11 @@ class PeerState:
         now_s: float,
         effects: list[PeerEffect],
     ) -> None:
-        self._flight_bytes -= self._flights.pop((event.version_id, event.chunk, event.node))
+        length_bytes = self._flights.pop((event.version_id, event.chunk, event.node))
+        self._flight_bytes -= length_bytes
+        if isinstance(event, ChunkArrived):
+            self._from_peers_chunks += 1
+            self._from_peers_bytes += length_bytes
         self._end(event.version_id, effects)
         if isinstance(event, ChunkCorrupt):
             self._distrust(event.node, event.version_id, effects)
@@ -1205,7 +1232,7 @@ class PeerState:
 
     def _handle_time(self, now_s: float, effects: list[PeerEffect]) -> None:
         if self._heartbeat_at_s is not None and self._heartbeat_at_s <= now_s:
-            self._tell(Heartbeat(now_s, self._disk), effects)
+            self._tell(Heartbeat(now_s, self._disk, self._totals()), effects)
             self._heartbeat_sent_s = now_s
             self._beat(now_s)
         self._writes.look_after(now_s, effects)

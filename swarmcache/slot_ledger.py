@@ -29,12 +29,29 @@ class SlotLease:
     until_s: float
 
 
+class LedgerWatch:
+    """Who is told of all that happens in a ledger. This one takes no notice."""
+
+    def queued(self, claim: bytes) -> None:
+        """A claim is new in the queue."""
+
+    def withdrawn(self, claim: bytes) -> None:
+        """A claim has left the queue."""
+
+    def held(self, claim: bytes) -> None:
+        """A lease is out for this claim."""
+
+    def released(self, claim: bytes) -> None:
+        """One of its leases has ended."""
+
+
 class SlotLedger:
     """Claims and leases of one file server."""
 
-    def __init__(self, slots_max: int) -> None:
+    def __init__(self, slots_max: int, watch: LedgerWatch | None = None) -> None:
         assert slots_max >= 1, "a file server without slots"
         self.slots_max = slots_max
+        self._watch = watch or LedgerWatch()
         self.leases: dict[int, SlotLease] = {}
         self._claims: dict[str, dict[bytes, None]] = {}
         self._users: dict[str, None] = {}
@@ -46,13 +63,18 @@ class SlotLedger:
 
     def claim(self, claim: bytes, user: str) -> None:
         """Wish for slots on behalf of ``user``; a claim that stands already keeps its place."""
-        self._claims.setdefault(user, {}).setdefault(claim)
+        claims = self._claims.setdefault(user, {})
+        if claim not in claims:
+            claims[claim] = None
+            self._watch.queued(claim)
         self._users.setdefault(user)
 
     def withdraw(self, claim: bytes, user: str) -> None:
         """The claim needs no further slots. Its leases stay."""
         claims = self._claims.get(user, {})
-        claims.pop(claim, None)
+        if claim in claims:
+            del claims[claim]
+            self._watch.withdrawn(claim)
         if not claims:
             self._claims.pop(user, None)
             self._users.pop(user, None)
@@ -86,10 +108,14 @@ class SlotLedger:
         """Enter a lease that an earlier life of the tracker granted."""
         assert lease_id not in self.leases, "a lease id was used twice"
         self.leases[lease_id] = SlotLease(lease_id, claim, node, user, until_s)
+        self._watch.held(claim)
 
     def release(self, lease_id: int) -> SlotLease | None:
         """The holder gave the slot back, or it is void. None: it was not out any more."""
-        return self.leases.pop(lease_id, None)
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None:
+            self._watch.released(lease.claim)
+        return lease
 
     def renew(self, lease_id: int, until_s: float) -> None:
         """Its holder is alive: the lease lasts longer. Not by node: a node that began anew must not

@@ -30,12 +30,14 @@ from swarmcache.tracker_events import (
     NodeConnected,
     NodeLost,
     NodeSaid,
+    ReportStatistics,
     Tell,
     TimePassed,
     TrackerEffect,
     TrackerEvent,
 )
 from swarmcache.tracker_state import TrackerState
+from swarmcache.tracker_statistics import statistics_line
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Tracker:
             peers_max=config.transfer.peers_max,
             earlier_leases=self._journal.earlier,
             first_lease_id=self._journal.first_lease_id,
+            statistics_interval_s=config.tracker.statistics_interval_s,
             now_s=now_s(),
         )
         self._shell: MachineShell[TrackerEvent, TrackerEffect] = MachineShell(
@@ -105,6 +108,8 @@ class Tracker:
                 self._journal.grant(effect.lease_id, effect.node)
             case JournalEnd():
                 self._journal.end(effect.lease_id)
+            case ReportStatistics():
+                log.info("%s", statistics_line(effect.report))
 
     async def _shut_down(self, _: web.Application) -> None:
         for link in list(self._links.values()):

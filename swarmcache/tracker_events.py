@@ -70,4 +70,11 @@ class JournalEnd:
     lease_id: int
 
 
-TrackerEffect: TypeAlias = Tell | CloseSession | JournalGrant | JournalEnd
+@dataclass(slots=True)
+class ReportStatistics:
+    """Tell people what has happened in the last interval, see ``TrackerStatistics``."""
+
+    report: dict[str, object]
+
+
+TrackerEffect: TypeAlias = Tell | CloseSession | JournalGrant | JournalEnd | ReportStatistics

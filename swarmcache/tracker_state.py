@@ -78,11 +78,13 @@ from swarmcache.tracker_events import (
     NodeConnected,
     NodeLost,
     NodeSaid,
+    ReportStatistics,
     Tell,
     TimePassed,
     TrackerEffect,
     TrackerEvent,
 )
+from swarmcache.tracker_statistics import ServerStatistics, TrackerStatistics
 from swarmcache.tracker_writes import TrackerWrites, Write
 
 # A dead node's slot is free again after this long; a holder renews three times within it.
@@ -195,7 +197,7 @@ class FileServer:
     """One file server: its slots, and how fast a slot reads."""
 
     ledger: SlotLedger
-    read_bytes: int = 0
+    statistics: ServerStatistics
     read_bytes_per_s: float = 0.0
 
 
@@ -203,7 +205,8 @@ class TrackerState:
     """The tracker's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
 
     ``earlier_leases`` (lease id -> node) is what the journal says may still be out; lease ids begin
-    at ``first_lease_id``, above all that were ever used.
+    at ``first_lease_id``, above all that were ever used. ``statistics_interval_s``: how often
+    ``ReportStatistics`` is returned, if something has happened; None for never.
     """
 
     def __init__(
@@ -214,6 +217,7 @@ class TrackerState:
         peers_max: int = 40,
         earlier_leases: Mapping[int, str] | None = None,
         first_lease_id: int = 1,
+        statistics_interval_s: float | None = None,
         now_s: float = 0.0,
     ) -> None:
         self._rng = rng
@@ -234,12 +238,14 @@ class TrackerState:
         self._searches: dict[int, Search] = {}
         self._corrupt: dict[str, int] = {}
         self._timers: Timers[str | int] = Timers()
+        self._statistics = TrackerStatistics(statistics_interval_s, now_s)
 
     # --- the three calls of every machine -------------------------------------------------------
 
     def handle(self, event: TrackerEvent, now_s: float) -> list[TrackerEffect]:
         """Apply one event; return what must now be done, in order."""
         effects: list[TrackerEffect] = []
+        self._statistics.at(now_s)
         match event:
             case NodeSaid():
                 self._handle_said(event.session, event.message, now_s, effects)
@@ -258,7 +264,7 @@ class TrackerState:
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
         times_s = [server.ledger.next_expiry_s() for server in self._servers.values()]
-        times_s.append(self._timers.next_at_s())
+        times_s += (self._timers.next_at_s(), self._statistics.wake_at_s())
         if self._earlier:
             times_s.append(self._quarantine_until_s)
         return min((at_s for at_s in times_s if at_s is not None), default=None)
@@ -266,6 +272,7 @@ class TrackerState:
     def check(self) -> None:
         """Assert the invariants."""
         self._timers.check()
+        self._statistics.check(self._replicas)
         for server in self._servers.values():
             server.ledger.check()
             for lease_id in server.ledger.leases:
@@ -376,6 +383,7 @@ class TrackerState:
         node = Node(session, message.address, now_s, message.clock_s, now_s, message.disk)
         self._sessions[session] = node
         self._nodes[name] = node
+        self._statistics.node_told(name, message.totals)
         adopted = [lease.lease_id for lease in message.leases if self._adopt(node, lease, now_s)]
         for held in message.writes:
             earlier = self._earlier.get(held.lease_id) == name and held.lease_id not in self._ranges
@@ -438,6 +446,7 @@ class TrackerState:
         node.clock_s = message.clock_s
         node.clock_at_s = now_s
         node.disk = message.disk
+        self._statistics.node_told(node.address.node, message.totals)
         self._renew(node, now_s)
         waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
         turns_over = self._writes.turns_over(node.address.node, now_s)
@@ -597,6 +606,7 @@ class TrackerState:
     def _drop_holder(self, version_id: bytes, name: str) -> None:
         holders = self._replicas[version_id]
         del holders[name]
+        self._statistics.holders_changed(len(holders) + 1, len(holders))
         if not holders:
             del self._replicas[version_id]
 
@@ -788,7 +798,10 @@ class TrackerState:
         node.replicas.add(version_id)
         if node.unconfirmed is not None:
             node.unconfirmed.discard(version_id)
-        self._replicas.setdefault(version_id, {})[name] = None
+        holders = self._replicas.setdefault(version_id, {})
+        if name not in holders:
+            holders[name] = None
+            self._statistics.holders_changed(len(holders) - 1, len(holders))
         swarm = self._swarms.get(version_id)
         if swarm is None:
             return
@@ -823,6 +836,7 @@ class TrackerState:
     def _revoke(self, version_id: bytes, reason: str, effects: list[TrackerEffect]) -> None:
         """The source is no longer this file version: nobody keeps anything of it."""
         concerned = set(self._replicas.pop(version_id, ()))
+        self._statistics.holders_changed(len(concerned), 0)
         swarm = self._swarms.get(version_id)
         if swarm is not None:
             concerned |= swarm.members.keys()
@@ -836,7 +850,9 @@ class TrackerState:
     def _server(self, name: str) -> FileServer:
         server = self._servers.get(name)
         if server is None:
-            server = self._servers[name] = FileServer(SlotLedger(self._slots_max(name)))
+            statistics = self._statistics.of_server(name)
+            ledger = SlotLedger(self._slots_max(name), statistics)
+            server = self._servers[name] = FileServer(ledger, statistics)
         return server
 
     def _reclaim(self, swarm: Swarm) -> None:
@@ -867,6 +883,7 @@ class TrackerState:
                 if name is not None:
                     self._lease(server, swarm, name, user, now_s, effects)
                     break
+                server.statistics.waits_for_reader(claim)
             else:
                 return
 
@@ -898,6 +915,7 @@ class TrackerState:
         self._next_lease_id += 1
         leased = LeasedRange(lease_id, swarm.version_id, swarm.file_server, name, first, count)
         self._ranges[lease_id] = leased
+        server.statistics.read_begins()
         server.ledger.grant(lease_id, swarm.version_id, name, user, now_s + LEASE_S)
         node.leases.add(lease_id)
         # A holder has one deadline for all its leases, which this one moves.
@@ -913,6 +931,7 @@ class TrackerState:
         node = self._nodes[write.node]
         lease_id = self._next_lease_id
         self._next_lease_id += 1
+        self._server(write.file_server).statistics.write_begins()
         self._writes.grant(write, lease_id, now_s, now_s + LEASE_S)
         self._renew(node, now_s)  # see _lease
         effects.append(JournalGrant(lease_id, write.node))
@@ -979,7 +998,7 @@ class TrackerState:
         if leased is None:
             return
         server = self._servers[leased.file_server]
-        server.read_bytes += message.read_bytes
+        server.statistics.read(message.read_bytes)
         if message.elapsed_s > 0:
             node.read_bytes_per_s = message.read_bytes / message.elapsed_s
             server.read_bytes_per_s = node.read_bytes_per_s
@@ -995,11 +1014,11 @@ class TrackerState:
         leased = self._end_range(node, message.lease_id, held, effects)
         if leased is None:
             return
+        statistics = self._servers[leased.file_server].statistics
+        statistics.failed()
         swarm = self._swarms.get(leased.version_id)
         if swarm is not None:
-            self._servers[leased.file_server].read_bytes += swarm.layout.mask_bytes(
-                held & leased.mask
-            )
+            statistics.read(swarm.layout.mask_bytes(held & leased.mask))
             member = swarm.members.get(node.address.node)
             if member is not None and not held & leased.mask:
                 member.failures += 1
@@ -1024,6 +1043,7 @@ class TrackerState:
                 self._end_search(query_id, now_s, effects)
         for server in self._servers.values():
             for lease in server.ledger.expired(now_s):
+                server.statistics.ran_out()
                 write = self._writes.leased(lease.lease_id)
                 if write is None:
                     self._expire(self._ranges[lease.lease_id], now_s, effects)
@@ -1031,6 +1051,9 @@ class TrackerState:
                     self._writes.expire(write)
                     effects.append(JournalEnd(lease.lease_id))
         self._grant_all(now_s, effects)
+        report = self._statistics.take_report(len(self._nodes))
+        if report is not None:
+            effects.append(ReportStatistics(report))
 
     def _expire(self, leased: LeasedRange, now_s: float, effects: list[TrackerEffect]) -> None:
         """A holder was silent for too long: by its own clock it has stopped."""
@@ -1054,8 +1077,10 @@ class TrackerState:
     # --- for people -----------------------------------------------------------------------------
 
     def status(self, now_s: float) -> dict[str, object]:
-        """The state of the cluster as plain data: nodes, file_servers, swarms, corrupt."""
+        """The state of the cluster as plain data: nodes, file_servers, swarms, corrupt, and the
+        statistics of this life of the tracker."""
         return {
+            "statistics": self._statistics.since_start(len(self._nodes)),
             "nodes": [self._node_status(node, now_s) for _, node in sorted(self._nodes.items())],
             "file_servers": [
                 self._server_status(name, server, now_s)
@@ -1087,7 +1112,7 @@ class TrackerState:
             "slots_max": server.ledger.slots_max,
             "slots_used": len(server.ledger.leases),
             "waiting": sum(1 for _ in server.ledger.waiting()),
-            "read_bytes": server.read_bytes,
+            "read_bytes": server.statistics.figures.read_bytes,
             "writes": self._writes.count(name),
             "leases": [
                 {

@@ -453,6 +453,44 @@ def test_status_shows_each_disk_where_there_are_several_or_one_is_lost(run_dir: 
     assert "lost: /disk2/cache: Input/output error" in text
 
 
+STATISTICS = {
+    "period_s": 7384.0,
+    **{"requests": 110, "hits": 70, "from_peers_chunks": 51, "from_peers_bytes": 3 << 30},
+    **{"nodes": 2, "files": 40, "replicas": 60},
+    **{"replicas_per_file_mean": 1.5, "replicas_per_file_max": 2},
+    "file_servers": [
+        {
+            **{"name": "nfs01:/export", "reads": 12, "read_bytes": 1 << 30, "writes": 3},
+            **{"ran_out": 1, "failed": 4, "waits": 5, "wait_s": 6.5, "wait_max_s": 2.25},
+            **{"wait_mean_s": 1.3, "waiting": 6, "waiting_longest_s": 0.5},
+        }
+    ],
+}
+
+
+def test_statistics_of_the_tracker_as_tables_and_as_json(run_dir: Path) -> None:
+    assert STATUS.cluster is not None
+    answer = NodeStatus(STATUS.node, {**STATUS.cluster, "statistics": STATISTICS})
+    with ScriptedDaemon(run_dir, lambda _: [answer]) as daemon:
+        socket = ("--socket", daemon.path)
+        shown = run("status", "--tracker", *socket, env={"COLUMNS": "200"})
+        as_json = run("status", "--tracker", "--json", *socket)
+
+    assert json.loads(as_json.stdout) == STATISTICS
+    text = shown.stdout.decode()
+    for expected in ("2:03:04", "110", "70", "3.0 GiB", "1.5", "nfs01:/export", "1.0 GiB", "2.25"):
+        assert expected in text
+
+
+def test_statistics_without_a_tracker_are_an_error(run_dir: Path) -> None:
+    answer = NodeStatus(STATUS.node, None, "no connection")
+    with ScriptedDaemon(run_dir, lambda _: [answer]) as daemon:
+        done = run("status", "--tracker", "--socket", daemon.path)
+
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"swarmcache: the tracker cannot be asked: no connection\n"
+
+
 @pytest.mark.slow
 def test_status_without_a_tracker_says_why(run_dir: Path) -> None:
     answer = NodeStatus(STATUS.node, None, "the tracker does not answer")

@@ -294,6 +294,7 @@ secret_file = "secret"
 [tracker]
 listen = "0.0.0.0:7000"
 state_dir = "state"
+statistics_interval = "none"
 [daemon]
 listen = "[::]:7001"
 advertise = "node1:0"
@@ -329,7 +330,9 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
         tracker=HostPort("head", 7000), secret_file=tmp_path / "secret"
     )
     assert config.tracker == config_module.TrackerSettings(
-        listen=HostPort("0.0.0.0", 7000), state_dir=tmp_path / "state"
+        listen=HostPort("0.0.0.0", 7000),
+        state_dir=tmp_path / "state",
+        statistics_interval_s=None,
     )
     assert config.daemon == config_module.DaemonSettings(
         listen=HostPort("::", 7001), advertise=HostPort("node1", 0), socket=Path("/run/d.sock")

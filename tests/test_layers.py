@@ -98,6 +98,7 @@ LAYERS = {
         "slot_ledger",
         "timers",
         "tracker_state",
+        "tracker_statistics",
         "tracker_writes",
         "upload_slots",
     },

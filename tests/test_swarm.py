@@ -93,6 +93,16 @@ def test_a_latecomer_gets_everything_from_peers(make_swarm: MakeSwarm) -> None:
     swarm.assert_all_cached(swarm.get_everywhere(file, [latecomer]), file)
 
     assert swarm.box.file_server.bytes_read() == read_before
+    # The tracker counts the same, as soon as all nodes have sent their next heartbeats.
+    swarm.wait_for(
+        latecomer,
+        lambda status: status["cluster"]["statistics"]["requests"] == 3,
+        "the last request in the statistics",
+    )
+    counted = swarm.status(latecomer)["cluster"]["statistics"]
+    assert counted["from_peers_bytes"] >= 16 * MIB
+    assert [each["read_bytes"] for each in counted["file_servers"]] == [16 * MIB]
+    assert (counted["files"], counted["replicas_per_file_max"]) == (1, 3)
 
 
 def test_twenty_gets_of_one_file_on_one_node_are_one_download(make_swarm: MakeSwarm) -> None:

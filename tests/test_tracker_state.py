@@ -51,6 +51,7 @@ from swarmcache.tracker_events import (
     NodeConnected,
     NodeLost,
     NodeSaid,
+    ReportStatistics,
     Tell,
     TimePassed,
     TrackerEffect,
@@ -83,6 +84,7 @@ class Bench:
         peers_max: int = 40,
         earlier: dict[int, str] | None = None,
         seed: int = 1,
+        statistics_interval_s: float | None = None,
     ) -> None:
         self.now_s = 1000.0
         self.state = TrackerState(
@@ -91,6 +93,7 @@ class Bench:
             peers_max=peers_max,
             earlier_leases=earlier,
             first_lease_id=100,
+            statistics_interval_s=statistics_interval_s,
             now_s=self.now_s,
         )
         self.sessions: dict[str, int] = {}
@@ -99,6 +102,7 @@ class Bench:
         self.told: list[tuple[str, Message]] = []
         self.journal: dict[int, str] = {}
         self.closed: list[int] = []
+        self.reports: list[dict[str, Any]] = []
 
     def handle(
         self, event: NodeConnected | NodeSaid | NodeLost | TimePassed
@@ -115,6 +119,8 @@ class Bench:
                     self.journal.pop(effect.lease_id, None)
                 case CloseSession():
                     self.closed.append(effect.session)
+                case ReportStatistics():
+                    self.reports.append(effect.report)
         return effects
 
     def connect(self, *names: str, leases: Iterable[HeldLease] = (), offset_s: float = 0.0) -> None:
@@ -896,6 +902,41 @@ def test_the_status_can_be_sent() -> None:
     assert again.request_id == 5
     assert {node["node"] for node in again.cluster["nodes"]} == {"a", "b"}
     assert again.cluster["file_servers"][0]["slots_used"] == 2
+
+
+def test_statistics_tell_reads_waits_and_leases_that_did_not_end_well() -> None:
+    bench = Bench(slots_max=1, statistics_interval_s=60.0)
+    bench.connect("a", "b", "c")
+    bench.join("a")
+    bench.join("b", file=OTHER, user="bob")  # waits until the lease of "a" has run out
+    bench.lose("a")
+    began_s = bench.now_s
+    bench.wait_until(began_s + LEASE_S + 1.0, "b", "c")
+    bench.say("c", Replicas([FILE, OTHER]))
+    bench.wait_until(began_s + 61.0, "b", "c")
+
+    (report,) = bench.reports
+    (server,) = report["file_servers"]
+    assert (server["reads"], server["ran_out"], server["waits"]) == (2, 1, 1)
+    assert server["wait_max_s"] == server["wait_mean_s"] == pytest.approx(LEASE_S)
+    assert (report["nodes"], report["files"], report["replicas"]) == (2, 2, 2)
+    assert report["replicas_per_file_max"] == 1
+    bench.say("b", StatusRequest(1))
+    (status,) = bench.messages(Status)
+    assert status.cluster["statistics"]["file_servers"][0]["reads"] == 2
+
+
+def test_who_waits_for_a_reader_does_not_wait_for_a_slot() -> None:
+    bench = Bench(slots_max=2)
+    bench.connect("a", "b")
+    bench.say("a", Join(FILE, SERVER, "ada", 8 * MIB, MIB, can_read=False))
+    bench.now_s += 100.0
+    bench.say("b", Join(FILE, SERVER, "ada", 8 * MIB, MIB))
+
+    bench.say("b", StatusRequest(1))
+    (status,) = bench.messages(Status)
+    (server,) = status.cluster["statistics"]["file_servers"]
+    assert (server["reads"], server["waits"]) == (1, 0)
 
 
 def test_a_node_hears_how_many_others_hold_its_files_and_which_were_first() -> None:
