@@ -217,7 +217,7 @@ class CacheDir:
             return None  # it is being evicted
         replica, linked = found
         path = self._tree.path(user, version.path)
-        if not (linked and replica.trusted(self._boot_id) and self._untouched(path, replica)):
+        if not (linked and replica.trusted(self._boot_id) and self._is(path, replica.stamp)):
             # Or else a disk that was unmounted would look like one whose files were removed.
             with disk_errors(f"use {self.path}"):
                 self._check_mounted()
@@ -229,6 +229,29 @@ class CacheDir:
             if failed:
                 raise failed[user.uid]
         return os.fsdecode(path)
+
+    def lookup_many(self, versions: Sequence[FileVersion], user: User) -> list[str | None]:
+        """``lookup`` for many; one that cannot be looked up is left out. Raises DiskFailed."""
+        ready = self._index.find_ready([each.version_id for each in versions], user, self._boot_id)
+        now_s = time.time()
+        return [self._ready_path(each, user, ready, now_s) for each in versions]
+
+    def _ready_path(
+        self, version: FileVersion, user: User, ready: dict[bytes, Stamp], now_s: float
+    ) -> str | None:
+        stamp = ready.get(version.version_id)
+        try:
+            if stamp is None:
+                return self.lookup(version, user)
+            if not self._uses.note_used(version.version_id, now_s):
+                return None  # it is being evicted
+            path = self._tree.path(user, version.path)
+            return os.fsdecode(path) if self._is(path, stamp) else self.lookup(version, user)
+        except DiskFailed:
+            raise
+        except LocalError as error:
+            log.info("cannot look up a copy: %s", error)
+            return None
 
     def user_path(self, version: FileVersion, user: User) -> str:
         """Where the user's copy is or would be. Raises CacheDirUnusable."""
@@ -676,13 +699,13 @@ class CacheDir:
 
     # --- replicas, inside ---------------------------------------------------------------------
 
-    def _untouched(self, path: bytes, replica: Replica) -> bool:
+    def _is(self, path: bytes, stamp: Stamp) -> bool:
         """Whether the object is what it was, and the user's link leads to it: one ``stat``."""
         try:
             status = os.lstat(path)
         except OSError:
             return False  # whatever it is, the slow way finds out
-        return status.st_dev == self._device and Stamp.of(status) == replica.stamp
+        return status.st_dev == self._device and Stamp.of(status) == stamp
 
     def _checked(self, version_id: bytes) -> Replica | None:
         """The replica if it may be handed out. One that somebody has touched is taken out."""

@@ -225,6 +225,22 @@ class CacheIndex:
         rows = self._rows(query, user.uid, user.name, version_id)
         return (_replica(rows[0][:-1]), bool(rows[0][-1])) if rows else None
 
+    def find_ready(
+        self, version_ids: Sequence[bytes], user: User, boot_id: bytes
+    ) -> dict[bytes, Stamp]:
+        """The stamps of those that are trusted, and that the user has a link to.
+
+        One query for many, since each has its price (8 us), whatever it finds.
+        """
+        query = (
+            "SELECT r.version_id, r.size_bytes, r.mtime_ns, r.ctime_ns, r.inode"  # noqa: S608
+            " FROM replica r JOIN link l ON l.version_id = r.version_id"
+            f" WHERE r.version_id IN ({','.join('?' * len(version_ids))})"
+            " AND l.uid = ? AND l.name = ? AND (r.trust = 2 OR r.trust = 1 AND r.boot_id = ?)"
+        )
+        rows = self._rows(query, *version_ids, user.uid, user.name, boot_id)
+        return {version_id: Stamp(*stamp) for version_id, *stamp in rows}
+
     def links(self, version_id: bytes) -> list[User]:
         """The users who have a link to the replica."""
         rows = self._rows("SELECT uid, name FROM link WHERE version_id = ?", version_id)

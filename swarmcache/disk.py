@@ -152,6 +152,22 @@ class Cache:
                     return path
         return None
 
+    def lookup_many(self, versions: Sequence[FileVersion], user: User) -> list[str | None]:
+        """``lookup`` for many, at a fraction of the price of each."""
+        found: list[str | None] = [None] * len(versions)
+        for directory in self._directories:
+            missing = [place for place, path in enumerate(found) if path is None]
+            if not missing:
+                break
+            try:
+                paths = directory.lookup_many([versions[place] for place in missing], user)
+            except DiskFailed as error:
+                self._suspect(directory, error)
+                continue
+            for place, path in zip(missing, paths, strict=True):
+                found[place] = path
+        return found
+
     def user_path(self, version: FileVersion, user: User) -> str:
         """Where the user's copy is or, as things are, would go. Decides nothing.
 

@@ -75,6 +75,10 @@ class CacheDirUnusable(LocalError):
     """The cache directory has the wrong owner, mode or type; the message says what to do."""
 
 
+class NotCached(LocalError):
+    """There is no verified copy on this node, and the caller wants nothing else; says why."""
+
+
 class SourceChanged(LocalError):
     """The source file is no longer the file version that was asked for."""
 

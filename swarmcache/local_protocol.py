@@ -1,9 +1,10 @@
 """What the CLI and the daemon say to one another over the local UNIX socket.
 
 One JSON object per line. The client sends requests; the daemon answers each with any number of
-other lines (``progress``, ``working``, one per file) and exactly one final line. A ``get`` travels
-with one open descriptor (SCM_RIGHTS), sent together with the first byte of its line. Paths are
-base64 of the raw bytes, since a path need not be UTF-8.
+other lines (``progress``, ``working``, one per file) and exactly one final line; to ``release``
+there is no answer. A ``get`` travels with one open descriptor (SCM_RIGHTS) and a ``look_up`` with
+several, sent together with the first byte of their line. Paths are base64 of the raw bytes, since a
+path need not be UTF-8.
 
 What ``ls``, ``rm``, ``pin``, ``unpin`` and ``verify`` are about is named by paths: absolute and
 without symbolic links, of sources or of local copies. A directory stands for all cached files below
@@ -23,6 +24,9 @@ from msgspec import Meta, Struct
 from swarmcache.errors import BadMessage
 
 LINE_MAX_BYTES = 64 * 1024
+# Files in one look-up: with more, what is done once for all of them does not count any more (see
+# benchmarks/api.py). An open descriptor of the client and of the daemon for each of them meanwhile.
+LOOK_UP_MAX = 32
 
 PATH_MAX_BYTES = 4096
 # How many files one ``LocationsOf`` may be about.
@@ -45,19 +49,36 @@ class Get(Request, tag="get"):
     """Cache the file whose descriptor comes along. ``path``: as the user named it, real path.
 
     ``progress``: send a ``Progress`` line every so often. ``wait_s``: answer with the original path
-    when the copy is not there in time. ``hold``: keep the copy until this connection closes.
+    when the copy is not there in time. ``hold``: keep the copy until this connection closes, or
+    until a ``Release`` with this number, which the client has chosen.
     ``tree``: real path of the directory whose copy is wanted as a whole, so on one disk.
     """
 
     path: Path
     progress: bool = False
     wait_s: Annotated[float, Meta(ge=0)] | None = None
-    hold: bool = False
+    hold: Annotated[int, Meta(ge=0)] | None = None
     tree: Path | None = None
 
     @property
     def descriptor_count(self) -> int:
         return 1
+
+
+class LookUp(Request, tag="look_up"):
+    """Tell which of the files whose descriptors come along are cached; fetch nothing."""
+
+    count: Annotated[int, Meta(ge=1, le=LOOK_UP_MAX)]
+
+    @property
+    def descriptor_count(self) -> int:
+        return self.count
+
+
+class Release(Request, tag="release"):
+    """End one hold of this connection. Not answered, so that nobody waits in order to let go."""
+
+    hold: int
 
 
 class StatusOf(Request, tag="status"):
@@ -180,6 +201,13 @@ class Cached(Struct, tag_field="answer", tag="cached"):
     from_peers_bytes: int = 0
     from_file_server_bytes: int = 0
     held: bool = False
+
+
+class Found(Struct, tag_field="answer", tag="found"):
+    """Final: for each descriptor, in their order, the verified copy; None where there is none yet,
+    or the file is none to cache: a ``get`` tells why."""
+
+    paths: list[bytes | None]
 
 
 class Original(Struct, tag_field="answer", tag="original"):
@@ -319,12 +347,14 @@ class Failed(Struct, tag_field="answer", tag="failed"):
 
 
 AboutCache = Ls | Rm | Pin | Unpin | Verify
+AboutFiles = Get | LookUp | Release | StatusOf
 AboutPlaces = LocationsOf | CopyPathOf | RoomFor
 AboutWriting = WriteSlot | SlotHeard | OfferReplica
-AnyRequest = Get | StatusOf | AboutCache | AboutPlaces | AboutWriting
+AnyRequest = AboutFiles | AboutCache | AboutPlaces | AboutWriting
+OfFiles = Cached | Found | Original | Progress | NodeStatus
 OfPlaces = Notice | Locations | CopyPath | Room | Working | End | Failed
 OfWriting = Slot | NoSlot | Working | End | Failed
-Answer = Cached | Original | Progress | NodeStatus | CachedFile | Outcome | OfPlaces | OfWriting
+Answer = OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
 
 AboutFile = CachedFile | Outcome
 

@@ -1,8 +1,9 @@
 """Answers what local clients ask of the daemon: files, and how things stand.
 
-``get`` examines the descriptor that came along, answers a cached file at once, and leaves
-everything else to the machine. What ``peer.py`` needs of a file that is wanted (the descriptors to
-read it through, the users to link it for) is kept here until the machine has done with it.
+For ``get`` a thread examines the descriptor that came along and answers a cached file at once; all
+else is left to the machine. For ``look_up`` one thread does that for many files. What ``peer.py``
+needs of a file that is wanted (the descriptors to read it through, the users to link it for) is
+kept here until the machine has done with it.
 
 Invariant: every descriptor that was handed over is closed when its request ends, and every copy of
 it when nothing is fetched through it any more.
@@ -11,6 +12,7 @@ it when nothing is fetched through it any more.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +24,19 @@ from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.holds import Holds
 from swarmcache.local_protocol import (
+    AboutFiles,
+    Answer,
     Cached,
     Failed,
+    Found,
     Get,
+    LookUp,
     NodeStatus,
     Original,
     Progress,
+    Release,
     StatusOf,
 )
 from swarmcache.local_server import LocalConnection
@@ -45,9 +53,9 @@ from swarmcache.peer_events import (
 from swarmcache.peer_state import Fetching, PeerState
 from swarmcache.source_file import SourceExaminer, SourceFile, same_version
 
+log = logging.getLogger(__name__)
+
 PROGRESS_S = 0.25
-# Copies that one connection may hold. Some 100 bytes each; few jobs use as many files at a time.
-HOLDS_MAX = 4096
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -57,14 +65,14 @@ Result = TypeVar("Result")
 class LocalRequest:
     """A client that waits for a file. ``file`` is the descriptor that it handed over.
 
-    ``hold``: the client keeps the copy when it has got it. ``joined``: the file was being fetched
-    already when this request came.
+    ``hold``: the number under which the client keeps the copy when it has got it. ``joined``: the
+    file was being fetched already when this request came.
     """
 
     connection: LocalConnection
     source: SourceFile
     file: SharedFile
-    hold: bool
+    hold: int | None
     joined: bool
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
@@ -82,32 +90,6 @@ class Work:
     users: dict[int, User] = field(default_factory=dict)
     files: list[SharedFile] = field(default_factory=list)
     answers: list[Task] = field(default_factory=list)
-
-
-class Holds:
-    """The copies that clients keep from being evicted, each until its connection closes."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self._held: dict[LocalConnection, set[bytes]] = {}
-
-    def add(self, connection: LocalConnection, version_id: bytes) -> bool:
-        """False where the client has gone, or holds too many already."""
-        held = self._held.get(connection, set())
-        if version_id in held:
-            return True
-        if not connection.is_open or len(held) >= HOLDS_MAX:
-            return False
-        if connection not in self._held:
-            self._held[connection] = held
-            connection.on_closed[self] = lambda: self._release(connection)
-        self._cache.hold(version_id)
-        held.add(version_id)
-        return True
-
-    def _release(self, connection: LocalConnection) -> None:
-        for version_id in self._held.pop(connection):
-            self._cache.release(version_id)
 
 
 class LocalRequests:
@@ -147,16 +129,32 @@ class LocalRequests:
         self._status_requests: dict[int, LocalConnection] = {}
         self._work: dict[bytes, Work] = {}
         self._holds = Holds(cache)
+        self._busy: set[LocalConnection] = set()  # those whose files are looked at or fetched
 
-    def take(self, connection: LocalConnection, request: Get | StatusOf, fds: list[int]) -> None:
+    def take(self, connection: LocalConnection, request: AboutFiles, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
-        if isinstance(request, StatusOf):
-            number = next(self._numbers)
-            self._status_requests[number] = connection
-            self._handle(StatusWanted(number))
-            return
-        (fd,) = fds
-        self._spawn(self._get(connection, request, fd))
+        match request:
+            case StatusOf():
+                number = next(self._numbers)
+                self._status_requests[number] = connection
+                self._handle(StatusWanted(number))
+            case Release():
+                self._holds.release(connection, request.hold)
+            case _ if connection in self._busy:  # so that nobody has more descriptors of ours
+                _close_all(fds)
+                connection.send(Failed("one request at a time on a connection"))
+            case Get():
+                self._examine(connection, fds, self._get_in_thread, connection, request, fds[0])
+            case LookUp():
+                self._examine(connection, fds, self._look_up_in_thread, connection, fds)
+
+    def _examine(
+        self, connection: LocalConnection, fds: list[int], function: Callable[..., None], *args: Any
+    ) -> None:
+        """Have a thread answer; ``fds`` are closed should none come to it any more."""
+        self._busy.add(connection)
+        done = self._threads.submit(function, *args)
+        done.add_done_callback(lambda done: _close_all(fds) if done.cancelled() else None)
 
     def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerStatus) -> None:
         """Give the machine's answer to the client who asked."""
@@ -255,25 +253,85 @@ class LocalRequests:
 
     # --- get ------------------------------------------------------------------------------------
 
-    async def _get(self, connection: LocalConnection, get: Get, fd: int) -> None:
+    def _get_in_thread(self, connection: LocalConnection, get: Get, fd: int) -> None:
+        """Answer a hit from here, since every change to another thread takes longer than the rest.
+
+        Whatever else it is, the event loop goes on with it.
+        """
         try:
-            source = await self._in_thread(self._examiner.examine, fd)
-            hit = self._look_up(connection, source.version, hold=get.hold)
+            source = self._examiner.examine(fd)
+            path = None
+            if get.hold is None:
+                path = self._cache.lookup(source.version, connection.user)
+        except SwarmcacheError as error:
+            os.close(fd)
+            self._answer_from_thread(connection, Original(str(error)))
+        except Exception as error:
+            # A bug of ours; the job still gets a path.
+            log.exception("cannot look at a source")
+            os.close(fd)
+            self._answer_from_thread(connection, Original(f"internal error: {error}"))
+        else:
+            if path is None:
+                self._loop.call_soon_threadsafe(self._get, connection, get, fd, source)
+                return
+            os.close(fd)
+            self._answer_from_thread(connection, Cached(os.fsencode(path), hit=True))
+
+    def _look_up_in_thread(self, connection: LocalConnection, fds: list[int]) -> None:
+        found: list[bytes | None] = [None] * len(fds)
+        try:
+            versions = {place: self._version_of(fd) for place, fd in enumerate(fds)}
+            wanted = {place: version for place, version in versions.items() if version is not None}
+            paths = self._cache.lookup_many(list(wanted.values()), connection.user)
+            for place, path in zip(wanted, paths, strict=True):
+                found[place] = None if path is None else os.fsencode(path)
+        except Exception:
+            log.exception("cannot look up files")  # a bug of ours; they can still be fetched
+        finally:
+            _close_all(fds)
+        self._answer_from_thread(connection, Found(found))
+
+    def _version_of(self, fd: int) -> FileVersion | None:
+        try:
+            return self._examiner.examine(fd).version
+        except SwarmcacheError as error:
+            log.debug("cannot look at a source: %s", error)  # a ``get`` tells its client
+            return None
+
+    def _answer(self, connection: LocalConnection, answer: Answer) -> None:
+        """The final answer to what a connection has asked."""
+        self._busy.discard(connection)
+        connection.send(answer)
+
+    def _answer_from_thread(self, connection: LocalConnection, answer: Answer) -> None:
+        self._busy.discard(connection)
+        connection.send_from_thread(answer)
+
+    def _get(self, connection: LocalConnection, get: Get, fd: int, source: SourceFile) -> None:
+        """Go on with a file that was not there, or is to be held."""
+        if not connection.is_open:
+            os.close(fd)
+            self._busy.discard(connection)
+            return
+        try:
+            # Once more: it may have come since, and then nobody would tell.
+            hit = self._look_up(connection, source.version, get.hold)
             if hit is None and get.tree is not None:
                 self._cache.keep_together(get.tree, source.version.path)
         except SwarmcacheError as error:
             os.close(fd)
-            connection.send(Original(str(error)))
+            self._answer(connection, Original(str(error)))
             return
         except Exception as error:
             # A bug of ours; the job still gets a path, and the log the traceback.
             os.close(fd)
-            connection.send(Original(f"internal error: {error}"))
+            self._answer(connection, Original(f"internal error: {error}"))
             raise
         if hit is not None:
             self._state.count_hit()
             os.close(fd)
-            connection.send(hit)
+            self._answer(connection, hit)
             return
         number = next(self._numbers)
         joined = self._state.fetching(source.version.version_id) is not None
@@ -290,10 +348,10 @@ class LocalRequests:
         self._want(number, request)
 
     def _look_up(
-        self, connection: LocalConnection, version: FileVersion, *, hold: bool
+        self, connection: LocalConnection, version: FileVersion, hold: int | None
     ) -> Cached | None:
         """The answer for a file that is cached already."""
-        if not hold:
+        if hold is None:
             path = self._cache.lookup(version, connection.user)
             return None if path is None else Cached(os.fsencode(path), hit=True)
         version_id = version.version_id
@@ -302,7 +360,7 @@ class LocalRequests:
             path = self._cache.lookup(version, connection.user)
             if path is None:
                 return None
-            held = self._holds.add(connection, version_id)
+            held = self._holds.add(connection, hold, version_id)
             return Cached(os.fsencode(path), hit=True, held=held)
         finally:
             self._cache.release(version_id)
@@ -352,6 +410,7 @@ class LocalRequests:
     def _end_request(self, number: int) -> LocalRequest | None:
         request = self._requests.pop(number, None)
         if request is not None:
+            self._busy.discard(request.connection)
             request.connection.on_closed.pop(number, None)
             for timer in request.timers:
                 timer.cancel()
@@ -384,7 +443,9 @@ class LocalRequests:
         if path is None:
             self._answer_original(number, "the source changed meanwhile", retry=True)
         elif number in self._requests:  # or else it was answered meanwhile
-            held = request.hold and self._holds.add(request.connection, version.version_id)
+            held = request.hold is not None and self._holds.add(
+                request.connection, request.hold, version.version_id
+            )
             self._end_request(number)
             request.connection.send(Cached(os.fsencode(path), False, *sources, held=held))
 
@@ -398,3 +459,8 @@ class LocalRequests:
             connection.send(Failed(str(error)))
             return
         connection.send(NodeStatus(node, effect.cluster, effect.reason))
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -5,6 +5,8 @@ with its request or closed here, whatever the client does.
 
 Limits: ``CLIENTS_MAX`` connections, ``CLIENTS_PER_USER_MAX`` of one user, ``LINE_MAX_BYTES`` per
 request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request.
+
+All of it runs in the event loop, but for ``send_from_thread``.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ import os
 import pwd
 import socket
 import struct
+import threading
+from array import array
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
     LOCATIONS_FILES_MAX,
+    LOOK_UP_MAX,
     Answer,
     AnyRequest,
     Failed,
@@ -35,7 +41,7 @@ log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 4096
 CLIENTS_PER_USER_MAX = 1024
-DESCRIPTORS_MAX = LOCATIONS_FILES_MAX  # of one request; no other has as many
+DESCRIPTORS_MAX = max(LOOK_UP_MAX, LOCATIONS_FILES_MAX)  # of one request; no other has as many
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 
@@ -53,6 +59,7 @@ class LocalConnection:
         self._received = b""
         self._descriptors: deque[int] = deque()
         self._unsent = b""
+        self._sending = threading.Lock()  # for what is unsent, and for the socket's number
         self._drained: asyncio.Event | None = None
         self.is_open = True
         server.loop.add_reader(sock.fileno(), self._readable)
@@ -61,8 +68,22 @@ class LocalConnection:
         """Send answers, in one piece. Nothing happens when the client has gone."""
         if not self.is_open:
             return
-        self._unsent += b"".join(map(encode_answer, answers))
+        with self._sending:
+            self._unsent += b"".join(map(encode_answer, answers))
         self._flush()
+
+    def send_from_thread(self, answer: Answer) -> None:
+        """The same from any other thread, without a detour through the event loop if possible."""
+        data = encode_answer(answer)
+        with self._sending:
+            if not self.is_open:
+                return
+            if not self._unsent:
+                with suppress(OSError):  # full, or gone: the event loop finds out which
+                    data = data[self._sock.send(data) :]
+            self._unsent += data
+        if data:
+            self._server.loop.call_soon_threadsafe(self._flush)
 
     async def drained(self) -> None:
         """Wait until the client has taken what was sent, or has gone. For one task at a time."""
@@ -77,7 +98,8 @@ class LocalConnection:
         self.is_open = False
         self._server.loop.remove_reader(self._sock.fileno())
         self._server.loop.remove_writer(self._sock.fileno())
-        self._sock.close()
+        with self._sending:
+            self._sock.close()
         while self._descriptors:
             os.close(self._descriptors.popleft())
         self._server.forget(self)
@@ -86,15 +108,17 @@ class LocalConnection:
             callback()
 
     def _flush(self) -> None:
+        if not self.is_open:
+            return
         try:
-            sent = self._sock.send(self._unsent)
+            with self._sending:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
         except BlockingIOError:
-            sent = 0
+            pass
         except OSError as error:
             log.debug("a client has gone: %s", error)
             self.close()
             return
-        self._unsent = self._unsent[sent:]
         if len(self._unsent) > BACKLOG_BYTES:
             self.close()
         elif self._unsent:
@@ -110,16 +134,13 @@ class LocalConnection:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, LINE_MAX_BYTES, DESCRIPTORS_MAX)
+            data, descriptors = _receive(self._sock)
         except BlockingIOError:
             return
         except OSError as error:
             log.debug("a client has gone: %s", error)
             self.close()
             return
-        for fd in descriptors:
-            # Python opens nothing that a program started later would inherit, except these.
-            os.set_inheritable(fd, False)
         self._descriptors.extend(descriptors)
         if not data:
             self.close()
@@ -208,6 +229,21 @@ class LocalServer:
         if same > CLIENTS_PER_USER_MAX or len(self._connections) > CLIENTS_MAX:
             return "too many requests at once"
         return ""
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """Bytes and descriptors. Raises OSError.
+
+    As Python opens everything, so that no program which is started later inherits a descriptor;
+    ``socket.recv_fds`` ignores its flags, and one call more for each costs more than the rest.
+    """
+    space = socket.CMSG_LEN(DESCRIPTORS_MAX * array("i").itemsize)
+    data, messages, _, _ = sock.recvmsg(LINE_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    descriptors = array("i")
+    for level, kind, content in messages:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+    return data, descriptors.tolist()
 
 
 def user_name(uid: int) -> str:

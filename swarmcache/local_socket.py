@@ -11,15 +11,18 @@ of the two owns and nobody else may write.
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import select
 import stat
 import struct
+import time
 
 # The module that ``socket`` wraps: its own import takes 0.3 ms, that of ``socket`` 4 ms.
 from _socket import (
     AF_UNIX,
+    MSG_DONTWAIT,
     SCM_RIGHTS,
     SHUT_RDWR,
     SO_PEERCRED,
@@ -28,7 +31,8 @@ from _socket import (
     SOL_SOCKET,
     socket,
 )
-from binascii import b2a_base64
+from binascii import Error as Base64Error
+from binascii import a2b_base64, b2a_base64
 
 from swarmcache.errors import BadMessage, ConfigError, DaemonUnavailable
 from swarmcache.locations import SYSTEM_CONFIG, default_socket_candidates
@@ -39,12 +43,15 @@ if TYPE_CHECKING:
 
 SILENCE_S_MAX = 30.0  # the daemon sends a line every second; one that does not hangs or is stopped
 SEND_S_MAX = 10  # to be accepted by the daemon, and to take our line
+DESCRIPTORS_PAUSE_S = 0.01
+IDLE_MAX = 16  # connections kept; see REQUESTS_MAX in exchanges.py
 ANSWER_BYTES_MAX = 64 * 1024
 STATUS_BYTES_MAX = 256 * 1024 * 1024  # some kB for each of 10,000 nodes
 RECEIVE_BYTES = 64 * 1024
 CONFIG_FILE_BYTES_MAX = 1 << 20
 
 _HIT_STARTS = b'{"answer":"cached","path":"'
+_FOUND_STARTS = b'{"answer":"found","paths":['
 _HIT_GOES_ON = b'"hit":true'
 
 
@@ -101,9 +108,28 @@ class Connection:
             self._socket.sendall(line)
             return
         rights = (SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-        sent = self._socket.sendmsg([line], [rights])
+        sent = self._send_with(line, rights)
         if sent < len(line):
             self._socket.sendall(line[sent:])
+
+    def _send_with(self, line: bytes, rights: tuple[int, int, bytes]) -> int:
+        late_at_s = time.monotonic() + SEND_S_MAX
+        while True:
+            try:
+                return self._socket.sendmsg([line], [rights])
+            except OSError as error:
+                # All processes of this user together have too many on their way (unix(7)), which
+                # the kernel tells nobody when it is over. The daemon takes them within moments.
+                if error.errno != errno.ETOOMANYREFS or time.monotonic() >= late_at_s:
+                    raise
+                time.sleep(DESCRIPTORS_PAUSE_S)
+
+    def send_what_fits(self, data: bytes) -> int:
+        """Send as much as can be sent without waiting; how much that was. Raises OSError."""
+        try:
+            return self._socket.send(data, MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
 
     def receive(self, bytes_max: int = ANSWER_BYTES_MAX) -> list[bytes]:
         """The lines that are complete, after waiting for some bytes.
@@ -138,16 +164,112 @@ def _check_owner(what: str, uid: int) -> None:
         raise DaemonUnavailable(f"{what} belongs to user {uid}, who is neither you nor root")
 
 
+class Connections:
+    """Connections to one daemon, kept for later requests.
+
+    ``socket_path``, ``config_file``: see ``connect``. Threads may share them; a forked child has
+    none to begin with, since those that it inherits are its parent's.
+    """
+
+    def __init__(self, socket_path: bytes | None = None, config_file: bytes | None = None) -> None:
+        self._socket_path = socket_path
+        self._config_file = config_file
+        self._idle: list[Connection] = []
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def send(self, line: bytes, *fds: int) -> tuple[Connection, bool]:
+        """Send on an idle connection or a new one; the second value says that it was idle.
+
+        Raises DaemonUnavailable.
+        """
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self.close()
+        while True:
+            try:
+                connection = self._idle.pop()  # atomic, as append() is: threads share the list
+            except IndexError:
+                break
+            try:
+                connection.send(line, *fds)
+                return connection, True
+            except OSError:  # its daemon has ended since; there may be a new one
+                connection.close()
+        connection = self.connect()
+        try:
+            connection.send(line, *fds)
+        except OSError as error:
+            connection.close()
+            raise DaemonUnavailable(f"the daemon went away: {reason_of(error)}") from error
+        return connection, False
+
+    def connect(self) -> Connection:
+        """A new connection. Raises DaemonUnavailable."""
+        return connect(self._socket_path, self._config_file)
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection whose request has been answered."""
+        if len(self._idle) < IDLE_MAX:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+
 # --- lines ---------------------------------------------------------------------------------------
 
 
-def get_line(real_path: bytes, wait_s: float | None, tree: bytes | None = None) -> bytes:
+def get_line(
+    real_path: bytes,
+    wait_s: float | None,
+    tree: bytes | None = None,
+    hold: int | None = None,
+    progress: bool = True,
+) -> bytes:
     """The request for one file, whose descriptor goes with it."""
     more = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
     if tree is not None:
         more += b',"tree":"%s"' % b2a_base64(tree, newline=False)
+    if hold is not None:
+        more += b',"hold":%d' % hold
+    if progress:
+        more += b',"progress":true'
     path = b2a_base64(real_path, newline=False)
-    return b'{"op":"get","path":"%s","progress":true%s}\n' % (path, more)
+    return b'{"op":"get","path":"%s"%s}\n' % (path, more)
+
+
+def release_line(hold: int) -> bytes:
+    """The end of a hold, to which there is no answer."""
+    return b'{"op":"release","hold":%d}\n' % hold
+
+
+def look_up_line(count: int) -> bytes:
+    """The request for the copies of so many files, whose descriptors go with it."""
+    return b'{"op":"look_up","count":%d}\n' % count
+
+
+def parse_found(line: bytes, count: int) -> list[bytes | None]:
+    """The copies in the answer to a look-up of so many files. Raises BadMessage."""
+    if not (line.startswith(_FOUND_STARTS) and line.endswith(b"]}")):
+        raise BadMessage("no answer to a look-up")
+    items = line[len(_FOUND_STARTS) : -2].split(b",")
+    if len(items) != count:
+        raise BadMessage(f"{len(items)} copies of {count} files")
+    return [None if item == b"null" else path_of(item[1:-1]) for item in items]
+
+
+def path_of(text: bytes | str) -> bytes:
+    """A path of the daemon's. Raises BadMessage."""
+    try:
+        path = a2b_base64(text)
+    except Base64Error as error:
+        raise BadMessage(f"a path that is not base64: {error}") from error
+    if not path.startswith(b"/") or b"\0" in path:
+        raise BadMessage("a path that is not absolute")
+    return path
 
 
 def parse_answer(line: bytes) -> dict[str, Any]:

@@ -68,24 +68,22 @@ class MountTable:
             if self._poll.poll(0):
                 self._mounts = self._read()
             mounts = self._mounts
-        inside = [
-            mount
-            for mount in mounts
-            if path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")
-        ]
-        if not inside:
-            raise SourceUnreadable("it is on no file system that the daemon sees")
-        longest = max(len(mount.point) for mount in inside)
-        return [mount for mount in inside if len(mount.point) == longest][-1]
+        point = path
+        while (mount := mounts.get(point)) is None:
+            if point in (b"/", b""):
+                raise SourceUnreadable("it is on no file system that the daemon sees")
+            point = point.rpartition(b"/")[0] or b"/"
+        return mount
 
-    def _read(self) -> list[Mount]:
+    def _read(self) -> dict[bytes, Mount]:
+        """By mount point; of several on one point the last, which hides the others."""
         self._file.seek(0)
-        mounts = []
+        mounts = {}
         for line in self._file.read().splitlines():
             before, _, after = line.partition(b" - ")
             point = _unescape(before.split(b" ")[4])
             fs_type, source = after.split(b" ")[:2]
-            mounts.append(Mount(point, os.fsdecode(fs_type), os.fsdecode(_unescape(source))))
+            mounts[point] = Mount(point, os.fsdecode(fs_type), os.fsdecode(_unescape(source)))
         return mounts
 
 

@@ -319,8 +319,8 @@ def _unless_gone(error: OSError) -> None:
 
 
 def _has_odd_component(real_path: bytes) -> bool:
-    components = real_path.split(b"/")[1:]
-    return b"\0" in real_path or any(c in (b"", b".", b"..") for c in components)
+    path = real_path + b"/"
+    return b"\0" in path or b"//" in path or b"/./" in path or b"/../" in path
 
 
 def _hard_link(source: tuple[str, int], target: tuple[str | bytes, int]) -> None:

@@ -395,7 +395,7 @@ def test_a_rotten_copy_is_found_and_completed_from_other_nodes(
 
 def held_get(connection: socket.socket, file: Path) -> dict[str, Any]:
     """Get a file, and keep it as long as the connection is open."""
-    request = Get(bytes(file), hold=True)
+    request = Get(bytes(file), hold=1)
     line = msgspec.json.encode(request) + b"\n"
     with open(file, "rb") as opened:
         socket.send_fds(connection, [line], [opened.fileno()])

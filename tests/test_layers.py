@@ -52,8 +52,11 @@ LAYERS = {
         "display",
         "doctor",
         "evictor",
+        "exchanges",
         "get",
+        "held",
         "holder_questions",
+        "holds",
         "in_use",
         "index_rebuild",
         "lease_journal",
@@ -147,7 +150,7 @@ VALUE_IMPORTS_BANNED = {"aiohttp", "asyncio", "random", "socket", "subprocess", 
 # The way of a cache hit, which must not wait for imports. What it needs in other cases only, these
 # modules import inside functions.
 HIT_MODULES = {
-    *("cli", "client", "errors", "get", "local_socket", "locations"),
+    *("cli", "client", "errors", "exchanges", "get", "local_socket", "locations"),
     *("cf", "cf_arguments", "cf_config", "cf_talk"),
 }
 HIT_IMPORTS = {f"swarmcache.{module}" for module in HIT_MODULES} | sys.stdlib_module_names

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from swarmcache import local_requests
+from swarmcache import holds as holds_module
 from swarmcache.cache_dir import CacheDir
 from swarmcache.disk import Cache
+from swarmcache.holds import Holds
 from swarmcache.local_protocol import AnyRequest, Cached
-from swarmcache.local_requests import Holds
 from swarmcache.local_server import LocalConnection, LocalServer
 
 DEADLINE_S = 20.0
@@ -61,8 +61,8 @@ async def test_a_copy_is_held_until_the_last_connection_that_holds_it_closes(
     holds = Holds(Cache([cache]))
     first, second = await connections.connect(), await connections.connect()
 
-    assert holds.add(first[0], FIRST) and holds.add(first[0], FIRST)
-    assert holds.add(second[0], FIRST) and holds.add(second[0], SECOND)
+    assert holds.add(first[0], 1, FIRST) and holds.add(first[0], 2, FIRST)
+    assert holds.add(second[0], 1, FIRST) and holds.add(second[0], 2, SECOND)
     assert cache.held(FIRST) and cache.held(SECOND)
     await closed(*second)
     assert cache.held(FIRST) and not cache.held(SECOND)
@@ -77,19 +77,51 @@ async def test_nothing_is_held_for_a_client_that_has_gone(
     connection, writer = await connections.connect()
     await closed(connection, writer)
 
-    assert not holds.add(connection, FIRST)
+    assert not holds.add(connection, 1, FIRST)
     assert not cache.held(FIRST)
 
 
 async def test_a_connection_holds_so_many_copies_and_no_more(
     connections: Connections, cache: CacheDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_requests, "HOLDS_MAX", 2)
+    monkeypatch.setattr(holds_module, "HOLDS_MAX", 2)
     holds = Holds(Cache([cache]))
     connection, writer = await connections.connect()
 
-    assert holds.add(connection, FIRST) and holds.add(connection, SECOND)
-    assert not holds.add(connection, THIRD) and not cache.held(THIRD)
-    assert holds.add(connection, FIRST), "which it holds already"
+    assert holds.add(connection, 1, FIRST) and holds.add(connection, 2, SECOND)
+    assert not holds.add(connection, 3, THIRD) and not cache.held(THIRD)
+    assert holds.add(connection, 1, FIRST), "which it holds already"
     await closed(connection, writer)
     assert not cache.held(FIRST) and not cache.held(SECOND)
+
+
+async def test_a_hold_ends_when_it_is_released_and_not_before(
+    connections: Connections, cache: CacheDir
+) -> None:
+    holds = Holds(Cache([cache]))
+    connection, writer = await connections.connect()
+    other, other_writer = await connections.connect()
+    assert holds.add(connection, 1, FIRST) and holds.add(connection, 2, FIRST)
+
+    holds.release(connection, 1)
+    holds.release(connection, 1)
+    holds.release(connection, 3)
+    holds.release(other, 2)
+    assert cache.held(FIRST)
+    holds.release(connection, 2)
+    assert not cache.held(FIRST)
+    await closed(connection, writer)
+    await closed(other, other_writer)
+
+
+async def test_a_number_stands_for_one_hold_at_a_time(
+    connections: Connections, cache: CacheDir
+) -> None:
+    holds = Holds(Cache([cache]))
+    connection, writer = await connections.connect()
+
+    assert holds.add(connection, 1, FIRST)
+    assert not holds.add(connection, 1, SECOND) and not cache.held(SECOND)
+    holds.release(connection, 1)
+    assert holds.add(connection, 1, SECOND) and not cache.held(FIRST)
+    await closed(connection, writer)
