@@ -208,6 +208,17 @@ def status(
 
 @app.command()
 def doctor(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", show_default=False, help="With --clean: where to look."),
+    ] = None,
+    clean: Annotated[
+        bool,
+        typer.Option(
+            "--clean",
+            help="Only remove what killed copies (cp) have left in DIR (default: here) or below.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     socket: SocketOption = None,
     config_file: ConfigOption = None,
@@ -217,6 +228,12 @@ def doctor(
     Looks at the settings, the secret, daemon and tracker, and, as root or the daemon's user, into
     the cache directories. Exit code 0: nothing is wrong. 1: something is.
     """
+    if clean:
+        from swarmcache.left_over import clean as clean_up
+
+        raise typer.Exit(EXIT_FAILED if clean_up(directories or [Path()]) else 0)
+    if directories:
+        raise typer.BadParameter("goes with --clean only", param_hint="DIR")
     from swarmcache.doctor import examine
 
     report = examine(socket, config_file)

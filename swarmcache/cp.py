@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from swarmcache.bundles import read_if_bundle
 from swarmcache.client import Client, Source, open_source
 from swarmcache.disk_calls import write_all
 from swarmcache.errors import (
@@ -89,33 +90,57 @@ def copy_files(
     sources: Iterable[bytes],
     destination: bytes,
     *,
+    bundle: bool | None = None,
     register: bool = True,
     on_progress: Callable[[CopyProgress], None] | None = None,
 ) -> Iterator[CopyOutcome]:
     """Copy files one after another, and tell what became of each as soon as that is known.
 
-    ``destination`` is a file, or a directory that gets the sources under their own names.
-    ``register``: whether what was copied becomes a replica. Raises UsageError where several sources
-    would get the same name; for anything else there is an outcome.
+    ``destination`` is a file, or a directory that gets the sources under their own names. Of a
+    bundle the files that it lists are copied, into a directory; ``bundle``: whether the sources are
+    bundles, or else (None) their names tell. ``register``: whether what was copied becomes a
+    replica. Raises UsageError where that makes no sense; for anything else there is an outcome.
     """
-    sources = list(sources)
     into_directory = os.path.isdir(destination)
+    sources = list(_expand(sources, bundle, into_directory=into_directory))
     if not into_directory and len(sources) > 1:
         raise UsageError(f"{os.fsdecode(destination)!r} must be a directory, for several sources")
-    taken: set[bytes] = set()
+    outcomes: dict[bytes, CopyOutcome] = {}
     tidy = True
     for index, source in enumerate(sources):
         target = destination
         if into_directory:
             target = os.path.join(destination, os.path.basename(source.rstrip(b"/")))
+        former = outcomes.get(target)
+        if former is not None and former.source == source:  # bundles may repeat a line
+            yield former
+            continue
         copy = _Copy(client, index, source, target, on_progress or _show_nothing)
-        if target in taken:
+        if former is not None:
             copy.outcome.error = "another source of the same name was copied there just now"
         else:
             copy.run(register=register, tidy=tidy)
             tidy = tidy and not copy.tidied
-            taken.add(target)
+            outcomes[target] = copy.outcome
         yield copy.outcome
+
+
+def _expand(
+    sources: Iterable[bytes], bundle: bool | None, *, into_directory: bool
+) -> Iterator[bytes]:
+    """The files themselves, and those that bundles list. Raises UsageError."""
+    for source in sources:
+        try:
+            members = read_if_bundle(source, bundle)
+        except SourceUnreadable:
+            members = None  # to copy it will fail as well, and tell why
+        if members is None:
+            yield source
+        elif into_directory:
+            yield from filter(None, members)
+        else:
+            name = os.fsdecode(source)
+            raise UsageError(f"DST must be a directory, for the files that {name!r} lists")
 
 
 def _show_nothing(_: CopyProgress) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmcache.get import say
-from swarmcache.options import ConfigOption, SocketOption, make_client
+from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 
 if TYPE_CHECKING:
     from swarmcache.client import Client
@@ -28,6 +28,7 @@ cp_app = typer.Typer()
 @cp_app.command()
 def cp(
     paths: Annotated[list[str], typer.Argument(metavar="SRC... DST", show_default=False)],
+    bundle: BundleOption = None,
     register: Annotated[
         bool,
         typer.Option(
@@ -45,10 +46,11 @@ def cp(
 ) -> None:
     """Copy SRC to a file server, when it is its turn, as a whole or not at all.
 
-    DST is a file, or a directory that gets each SRC under its own name. It is written beside its
-    place, brought to the server's disk, looked at again, and renamed over what was there; mode and
-    modification time are those of SRC. What was copied is cached on this node, without being sent
-    a second time. Without daemon or tracker it is copied all the same, with a notice.
+    DST is a file, or a directory that gets each SRC under its own name; of a bundle, which lists
+    files, it gets these. A copy is written beside its place, brought to the server's disk, looked
+    at again, and renamed over what was there; mode and modification time are those of SRC. It is
+    cached on this node, without being sent a second time. Without daemon or tracker it is copied
+    all the same, with a notice.
 
     Exit code 0: everything was copied. 2: wrong usage. 4: something was not copied, is named on
     stderr, and its DST is what it was before; the others were copied all the same.
@@ -60,14 +62,22 @@ def cp(
     *sources, destination = map(os.fsencode, paths)
     client = make_client(socket, config_file)
     try:
-        code = run_cp(client, sources, destination, register=register, progress=progress)
+        code = run_cp(
+            client, sources, destination, bundle=bundle, register=register, progress=progress
+        )
     except UsageError as error:
         raise typer.BadParameter(str(error), param_hint="DST") from error
     raise typer.Exit(code)
 
 
 def run_cp(
-    client: Client, sources: list[bytes], destination: bytes, *, register: bool, progress: bool
+    client: Client,
+    sources: list[bytes],
+    destination: bytes,
+    *,
+    bundle: bool | None,
+    register: bool,
+    progress: bool,
 ) -> int:
     """Copy, tell on stderr what went wrong, and return the exit code. Raises UsageError."""
     from swarmcache.cp import copy_files
@@ -77,7 +87,12 @@ def run_cp(
     try:
         with _signals_end_it():
             for outcome in copy_files(
-                client, sources, destination, register=register, on_progress=bar.show
+                client,
+                sources,
+                destination,
+                bundle=bundle,
+                register=register,
+                on_progress=bar.show,
             ):
                 bar.clear()
                 failed |= bool(outcome.error)

@@ -98,11 +98,12 @@ def remove_left_over(
 def _remove_if_left(
     name: str, directory_fd: int, owner_uid: int | None, now_s: float
 ) -> LeftOver | None:
+    status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or owner_uid not in (None, status.st_uid):
+        return None  # somebody's joke, or another user's
     fd = os.open(name, _LOOK, dir_fd=directory_fd)
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or owner_uid not in (None, status.st_uid):
-            return None
         locked = _is_locked(fd)
         ours = name.startswith(PREFIX + machine_tag())
         if locked or ((locked is None or not ours) and now_s < status.st_mtime + SILENT_S_MAX):

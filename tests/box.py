@@ -748,6 +748,15 @@ class FileServer:
         """
         return _hosts_peak(_bursts(self.reads(path), pause_s))
 
+    def transfers_peak(self, *, pause_s: float = 0.1) -> int:
+        """The largest number of files that were read or written at the same instant.
+
+        A file counts once for each host that has a burst in it, as for `readers_peak`.
+        """
+        accesses = sorted([*self.reads(), *self.writes()], key=lambda access: access.asked_s)
+        bursts = _bursts(accesses, pause_s)
+        return _peak((burst, (burst.host, burst.path)) for burst in bursts)
+
     def _accesses(self, kind: str, path: Path | None) -> list[Access]:
         found = []
         with open(self._journal, encoding="ascii") as journal:
@@ -786,16 +795,22 @@ def _bursts(accesses: Iterable[Access], pause_s: float) -> list[Burst]:
 
 
 def _hosts_peak(bursts: Iterable[Burst]) -> int:
-    """The largest number of hosts with a burst at one instant; bursts are closed intervals."""
+    """The largest number of hosts with a burst at one instant."""
+    return _peak((burst, burst.host) for burst in bursts)
+
+
+def _peak(bursts: Iterable[tuple[Burst, object]]) -> int:
+    """The largest number of different things, each named beside its burst, with a burst at one
+    instant; bursts are closed intervals."""
     edges = [
         edge
-        for burst in bursts
-        for edge in ((burst.begin_s, 0, burst.host), (burst.end_s, 1, burst.host))
+        for number, (burst, who) in enumerate(bursts)
+        for edge in ((burst.begin_s, 0, number, who), (burst.end_s, 1, number, who))
     ]
-    open_bursts: dict[str, int] = {}
+    open_bursts: dict[object, int] = {}
     peak = 0
-    for _, is_end, host in sorted(edges):
-        open_bursts[host] = open_bursts.get(host, 0) + (-1 if is_end else 1)
+    for _, is_end, _, who in sorted(edges):
+        open_bursts[who] = open_bursts.get(who, 0) + (-1 if is_end else 1)
         peak = max(peak, sum(count > 0 for count in open_bursts.values()))
     return peak
 

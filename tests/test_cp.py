@@ -153,6 +153,37 @@ def test_several_sources_go_into_a_directory_and_one_that_fails_does_not_stop_th
     ]
 
 
+def test_the_files_of_a_bundle_go_into_a_directory_and_the_list_does_not(
+    nodes: Nodes, server: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "below").mkdir()
+    files = [make(tmp_path / "one"), make(tmp_path / "below/two")]
+    listed = ["none.first", "one", str(files[1]), "one", "none.last"]
+    (tmp_path / "x.bundle").write_text("\n".join(listed))
+
+    done = nodes.first.run("cp", tmp_path / "x.bundle", server)
+
+    assert done.returncode == 4
+    assert names_in(server) == {"one", "two"}
+    assert done.stderr.count(b"not copied") == 2
+    for source in files:
+        assert (server / source.name).read_bytes() == source.read_bytes()
+
+
+def test_a_bundle_needs_a_directory_unless_it_is_said_to_be_none(tmp_path: Path) -> None:
+    bundle, target = tmp_path / "x.bundle", tmp_path / "target"
+    bundle.write_text("one\n")
+
+    with pytest.raises(UsageError, match=r"DST must be a directory, for the files that .* lists"):
+        copied(bundle, to=target)
+    outcomes = copy_files(
+        nobody(tmp_path), [os.fsencode(bundle)], os.fsencode(target), bundle=False
+    )
+
+    assert [outcome.error for outcome in outcomes] == [""]
+    assert target.read_text() == "one\n"
+
+
 def test_of_two_sources_with_one_name_the_second_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "to").mkdir()

@@ -60,6 +60,7 @@ LAYERS = {
         "in_use",
         "index_rebuild",
         "lease_journal",
+        "left_over",
         "link",
         "listing",
         "local_requests",

@@ -1,0 +1,57 @@
+"""``swarmcache doctor --clean``: what killed copies have left on a file server.
+
+Root removes everybody's, other users their own. Links are not followed, nor are mount points
+passed; what may still be written stays (``write_beside.py`` says how that shows).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from swarmcache.display import size_text
+from swarmcache.get import say
+from swarmcache.listing import shown_path
+from swarmcache.write_beside import remove_left_over
+
+
+def clean(directories: Sequence[Path]) -> int:
+    """Remove what is left in these directories and below them, and print its paths.
+
+    Returns how many directories could not be looked through; each is named on stderr.
+    """
+    failed = 0
+
+    def note(error: OSError) -> None:
+        nonlocal failed
+        failed += 1
+        say(f"{error.filename!r}: cannot be looked through: {error.strerror}")
+
+    for directory in directories:
+        try:
+            for path, fd in _below(directory, note):
+                for each in remove_left_over(fd, _whose(), time.time()):
+                    shown = shown_path(os.fsencode(os.path.join(path, each.name)))
+                    print(f"removed: {shown} ({size_text(each.size_bytes)})")
+        except OSError as error:  # the directory itself
+            error.filename = os.fspath(directory)
+            note(error)
+    return failed
+
+
+def _below(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, int]]:
+    """All directories with their descriptors, each valid until the next one is asked for."""
+    device = None
+    for path, names, _, fd in os.fwalk(directory, onerror=onerror, follow_symlinks=False):
+        found = os.fstat(fd).st_dev
+        device = found if device is None else device
+        if found != device:
+            names.clear()
+            continue
+        yield path, fd
+
+
+def _whose() -> int | None:
+    return None if os.geteuid() == 0 else os.geteuid()

@@ -1,0 +1,110 @@
+"""Temporary files beside their destination: whose are alive, and whose are left over."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache import left_over
+from swarmcache.write_beside import (
+    PREFIX,
+    SILENT_S_MAX,
+    machine_tag,
+    make_beside,
+    remove_left_over,
+)
+
+UID = os.geteuid()
+OTHER_MACHINE = f"{PREFIX}{'0' * 12}-{'1' * 16}"
+
+
+@pytest.fixture
+def directory_fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+def removed(directory_fd: int, *, owner_uid: int | None = UID, later_s: float = 0.0) -> list[str]:
+    found = remove_left_over(directory_fd, owner_uid, time.time() + later_s)
+    return [each.name for each in found]
+
+
+def test_a_file_is_its_writers_alone_until_it_is_closed(directory_fd: int) -> None:
+    fd, name = make_beside(directory_fd)
+
+    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    assert removed(directory_fd, later_s=2 * SILENT_S_MAX) == []
+    os.close(fd)
+    assert removed(directory_fd) == [name]
+    assert os.listdir(directory_fd) == []
+
+
+def test_what_another_machine_writes_is_left_over_only_after_a_day(
+    tmp_path: Path, directory_fd: int
+) -> None:
+    (tmp_path / OTHER_MACHINE).write_text("a part")
+
+    assert removed(directory_fd) == []
+    assert removed(directory_fd, later_s=SILENT_S_MAX + 1) == [OTHER_MACHINE]
+
+
+def test_nothing_else_is_removed(tmp_path: Path, directory_fd: int) -> None:
+    ours = f"{PREFIX}{machine_tag()}-"
+    (tmp_path / "a file").touch()
+    (tmp_path / f"{ours}too-short").touch()
+    (tmp_path / f"{ours}{'2' * 16}").symlink_to("a file")
+    (tmp_path / f"{ours}{'3' * 16}").mkdir()
+    os.mkfifo(tmp_path / f"{ours}{'4' * 16}")
+    (tmp_path / f"{ours}{'5' * 16}").touch()
+    before = set(os.listdir(directory_fd))
+
+    assert removed(directory_fd, owner_uid=UID + 1) == []
+    assert set(os.listdir(directory_fd)) == before
+    assert removed(directory_fd, owner_uid=None) == [f"{ours}{'5' * 16}"]
+
+
+def test_writers_and_those_who_tidy_up_do_not_get_in_each_others_way(directory_fd: int) -> None:
+    """Whoever finds a file before its writer has locked it may remove it; its writer notices."""
+    ended = threading.Event()
+
+    def tidy() -> None:
+        while not ended.is_set():
+            removed(directory_fd)
+
+    threads = [threading.Thread(target=tidy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            fd, name = make_beside(directory_fd)
+            assert os.path.samestat(os.stat(name, dir_fd=directory_fd), os.fstat(fd))
+            os.unlink(name, dir_fd=directory_fd)
+            os.close(fd)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_doctor_looks_below_but_through_no_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{PREFIX}{machine_tag()}-{'6' * 16}"
+    for directory in ("clean/below", "elsewhere"):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / name).write_text("a part")
+    (tmp_path / "clean/link").symlink_to("../elsewhere")
+
+    assert left_over.clean([tmp_path / "clean"]) == 0
+    assert left_over.clean([tmp_path / "none"]) == 1
+
+    said = capsys.readouterr()
+    assert said.out == f"removed: {tmp_path}/clean/below/{name} (6 B)\n"
+    assert "none': cannot be looked through: No such file or directory" in said.err
+    assert (tmp_path / "elsewhere" / name).exists()
