@@ -50,6 +50,7 @@ from swarmcache.messages import DiskStatus, ReplicaPlace
 from swarmcache.partial import Partial, decode_manifest, encode_manifest
 from swarmcache.partial_store import PartialStore, SpaceLimits
 from swarmcache.quiet_read import digest_quietly, open_quietly
+from swarmcache.retention import Retention
 from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
 from swarmcache.uses import Uses
 
@@ -101,14 +102,16 @@ class CacheDir:
         min_free: Callable[[int], int],
         max_usage: Callable[[int], int],
         min_age_s: float = 0.0,
+        max_age_s: float | None = None,
         make: bool = True,
     ) -> None:
         """Open the cache directory without reading what is in it.
 
         ``min_free`` and ``max_usage`` take the capacity of the disk and return the space that
         stays free, and the space that the cache may take, all in bytes. ``min_age_s``: a replica
-        used within this time is not evicted. ``make``: whether a directory that is not there is
-        made, or taken for one whose disk is not mounted.
+        used within this time is not evicted; ``max_age_s``: one that was not used for so long goes,
+        but not before ``min_age_s``. ``make``: whether a directory that is not there is made, or
+        taken for one whose disk is not mounted.
         Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
         fails.
         """
@@ -140,6 +143,15 @@ class CacheDir:
             self._listed = self._index.complete or self._begin_empty(own)
             self._use_check = UseCheck(self._partial_fd)
             self._evictor = Evictor(self._index, self._uses, self, min_age_s)
+            self._retention = (
+                Retention(
+                    *(self._index, self._uses, self._evictor),
+                    self._boot_id,
+                    max(max_age_s, min_age_s),
+                )
+                if max_age_s is not None
+                else None
+            )
             self._partials = PartialStore(
                 self._partial_fd,
                 SpaceLimits(min_free, max_usage, min_age_s),
@@ -959,6 +971,15 @@ class CacheDir:
     def tell_before_evicting(self, tell: Callable[[Sequence[bytes]], Future[None]]) -> None:
         """See ``Cache.tell_before_evicting``."""
         self._evictor.tell = tell
+
+    def look_at_clock(self, wall_s: float, up_s: float) -> None:
+        """See ``Retention``."""
+        if self._retention is not None:
+            self._retention.look_at_clock(wall_s, up_s)
+
+    def drop_unused(self, wall_s: float, up_s: float) -> bool:
+        """See ``Retention``."""
+        return self._retention is not None and self._retention.drop_unused(wall_s, up_s)
 
     def real_use_s(self, version_id: bytes) -> float:
         """When some process last read the file, as far as the mount keeps such times; else 0."""

@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from swarmcache.disk_calls import Stamp, disk_errors
 from swarmcache.errors import DiskFailed, LocalError, NoSpace
+from swarmcache.steady_clock import ClockReading
 from swarmcache.user_tree import User
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,17 @@ CREATE TRIGGER replica_removed AFTER DELETE ON replica BEGIN
 END;
 PRAGMA user_version = 2;
 COMMIT;
+"""
+
+
+# Not in the schema of the first versions, which can do without.
+_CLOCK_TABLE = """
+CREATE TABLE IF NOT EXISTS clock (
+    wall_s REAL NOT NULL,
+    up_s REAL NOT NULL,
+    boot_id BLOB NOT NULL,
+    steady_since_s REAL NOT NULL
+)
 """
 
 
@@ -467,6 +479,27 @@ class CacheIndex:
                 [(at_s, version_id) for version_id, at_s in last_used_s.items()],
             )
 
+    def limit_uses(self, now_s: float) -> None:
+        """No replica was used later than now, whatever a clock may have said that was wrong."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE replica SET last_used_s = ? WHERE last_used_s > ?", (now_s, now_s)
+            )
+
+    def clock(self) -> ClockReading | None:
+        """The last look at the clocks that was noted; None if there was none."""
+        rows = self._rows("SELECT wall_s, up_s, boot_id, steady_since_s FROM clock")
+        return ClockReading(*rows[0]) if rows else None
+
+    def note_clock(self, reading: ClockReading) -> None:
+        """Note a look at the clocks, for the next life."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM clock")
+            connection.execute(
+                "INSERT INTO clock VALUES (?, ?, ?, ?)",
+                (reading.wall_s, reading.up_s, reading.boot_id, reading.steady_since_s),
+            )
+
     def mark_verified(self, version_id: bytes, at_s: float) -> None:
         """Every chunk of the replica was found to have its digest."""
         with self._transaction() as connection:
@@ -588,6 +621,7 @@ class CacheIndex:
         elif version != SCHEMA_VERSION:
             raise _Unusable(f"of schema {version}, and this is a version for {SCHEMA_VERSION}")
         connection.execute("SELECT file_count FROM total").fetchall()
+        connection.execute(_CLOCK_TABLE)
         # A commit must outlive a kill, not a power cut: NORMAL does not fsync it, only the points
         # where the log starts over, which keeps the file whole after a power cut too. What a
         # power cut takes away is not lost either, see ``sync``.

@@ -94,6 +94,14 @@ def parse_chunk_size(value: object) -> int:
     return size_bytes
 
 
+def parse_max_age(value: object) -> float | None:
+    """Seconds; None for "none" and for 0. Raises ValueError."""
+    try:
+        return None if value == "none" else parse_duration(value) or None
+    except ValueError as error:
+        raise ValueError(f'{error}, or "none"') from error
+
+
 def parse_path(value: object) -> Path:
     """A path, possibly relative to the place that mentions it. Raises ValueError."""
     if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
@@ -167,6 +175,7 @@ class CacheSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     min_free: Annotated[DiskLimit, DiskLimit.parse] = DiskLimit(None, 5.0)
     max_usage: Annotated[DiskLimit, DiskLimit.parse] = DiskLimit(None, 50.0)
     min_age_s: Annotated[float, parse_duration] = field(name="min_age", default=3600.0)
+    max_age_s: Annotated[float | None, parse_max_age] = field(name="max_age", default=14 * 86400.0)
     # 5 % of what a spinning disk reads, and 2 TB in three days. HDFS began with the same rate per
     # node, and takes 1 MiB/s per disk since HDFS-7430, for disks that are not emptied every week.
     scrub_rate_bytes_per_s: Annotated[int | None, _or_none(parse_rate, "none")] = field(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from swarmcache.cache_dir import CacheDir, Damaged, Partial, Removal, User, go_o
 from swarmcache.cache_index import Entry
 from swarmcache.chunk_sources import ChunkSource
 from swarmcache.chunks import FileVersion, Manifest
+from swarmcache.clock import now_s
 from swarmcache.disk_calls import disk_errors
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.in_use import FileId, OpenFiles
@@ -93,6 +95,7 @@ class Cache:
         min_free: Callable[[int], int],
         max_usage: Callable[[int], int],
         min_age_s: float = 0.0,
+        max_age_s: float | None = None,
     ) -> Cache:
         """Open the cache directories; the limits are per disk, see ``CacheDir``.
 
@@ -115,6 +118,7 @@ class Cache:
                         min_free=min_free,
                         max_usage=max_usage,
                         min_age_s=min_age_s,
+                        max_age_s=max_age_s,
                         make=not several,
                     )
                 except DiskFailed as error:
@@ -377,11 +381,20 @@ class Cache:
     def look_after(self) -> None:
         """Write down when copies were last used, and find out whether all disks still work.
 
-        To be called every now and then. Raises LocalError.
+        To be called every few seconds. Raises LocalError.
         """
         self._examine_suspects()
         self._tell(lambda each: each.check_alive())
+        self._tell(lambda each: each.look_at_clock(time.time(), now_s()))
         self._tell(lambda each: each.flush())
+
+    def drop_unused(self) -> bool:
+        """Take some copies away that were not used for too long; whether there are more. Slow.
+
+        Raises LocalError.
+        """
+        more = self._answers(lambda each: each.drop_unused(time.time(), now_s()), self._examine)
+        return any(list(more))
 
     def status(self) -> DiskStatus:
         """Room on all disks together. Raises LocalError."""

@@ -37,11 +37,14 @@ from swarmcache.peer_events import (
     SpaceReserved,
     WriteFailed,
 )
+from swarmcache.retention import PASS_S
 from swarmcache.scrub import Scrubber, Stopped
 
 log = logging.getLogger(__name__)
 
 DISK_STATUS_S = 5.0
+# Between two parts of a pass through what nobody uses, for whoever needs the disk.
+BREATH_S = 0.5
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -59,11 +62,13 @@ class DiskWorker:
         end_work: Callable[[bytes], Collection[Task]],
         mend: Callable[[Damaged], None],
         scrub_rate_bytes_per_s: int | None,
+        max_age_s: float | None,
     ) -> None:
         """``spawn`` runs a coroutine in the background; ``shell`` tells the machine.
 
         ``end_work`` is called when a partial file is let go of; it returns the tasks that hand out
-        the finished copy. ``mend`` has a copy that was taken out completed again.
+        the finished copy. ``mend`` has a copy that was taken out completed again. ``max_age_s``:
+        how long a copy stays that nobody uses; None for ever.
         """
         self._cache = cache
         self._threads = threads
@@ -71,6 +76,7 @@ class DiskWorker:
         self._handle = shell.handle
         self._end_work = end_work
         self._mend = mend
+        self._max_age_s = max_age_s
         self._loop = loop = asyncio.get_running_loop()
         self._scrubber = Scrubber(
             cache,
@@ -90,6 +96,8 @@ class DiskWorker:
         self._cache.on_lost = on_lost
         self._cache.tell_before_evicting(self._tell_evicted)
         self._spawn(self._look_after_disk())
+        if self._max_age_s is not None:
+            self._spawn(self._drop_unused(min(PASS_S, self._max_age_s / 4)))
         self._scrubber.start()
 
     def stop(self) -> None:
@@ -264,6 +272,16 @@ class DiskWorker:
             except LocalError as error:
                 log.error("the disk of the cache fails: %s", error)
             await asyncio.sleep(DISK_STATUS_S)
+
+    async def _drop_unused(self, pause_s: float) -> None:
+        """Now and then take copies away that were not used for too long."""
+        while True:
+            more = False
+            try:
+                more = await self._in_thread(self._cache.drop_unused)
+            except LocalError as error:
+                log.error("cannot drop copies that nobody uses: %s", error)
+            await asyncio.sleep(BREATH_S if more else pause_s)
 
     # --- copies that are wrong ------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ milliseconds to get there.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Kept:
 
 
 class Evictor:
-    """Evicts the replicas of one cache directory. Only one pass at a time, says the caller."""
+    """Evicts the replicas of one cache directory. Thread-safe: one pass waits for the other."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Evictor:
         # Told which replicas are to go. The future is done when that can go on.
         self.tell: Callable[[Sequence[bytes]], Future[None]] = _tell_nobody
         self._policy = policy
+        self._alone = threading.Lock()
 
     def spare_bytes(self, version_id: bytes | None = None) -> int:
         """What could be evicted, at first sight: of all replicas, or of one. What is in use counts,
@@ -108,6 +110,29 @@ class Evictor:
 
         Raises NoSpace, which says what keeps the others; LocalError when the disk fails.
         """
+        with self._alone:
+            self._make_room(wanted_bytes, overhead_bytes)
+
+    def drop_unused(self, since_s: float, now_s: float, files_max: int) -> tuple[int, int]:
+        """Take replicas away that were last used by ``since_s``, whether there is room or not.
+
+        Looks at so many at most. Returns how many went, and how many were looked at. Those that
+        are in use count as used at ``now_s``. Slow. Raises LocalError.
+        """
+        kept = Kept(0, 0, 0, 0)
+        dropped = looked_at = 0
+        candidates = (version_id for version_id, _, _ in self._candidates(since_s, kept))
+        for some in _in_slices(islice(candidates, files_max)):
+            looked_at += len(some)
+            with self._alone:  # who needs room does not wait for all of them
+                with self._store.unused(some) as unused:
+                    in_use = set(some) - unused
+                self._note_use(dict.fromkeys(in_use, now_s))
+                going = [version_id for version_id in some if version_id not in in_use]
+                dropped += len(self._evict(going, since_s))
+        return dropped, looked_at
+
+    def _make_room(self, wanted_bytes: int, overhead_bytes: int) -> None:
         while wanted_bytes > 0:
             began_s = time.monotonic()
             newest_s = time.time() - self._min_age_s
@@ -224,7 +249,7 @@ def _tell_nobody(version_ids: Sequence[bytes]) -> Future[None]:
     return told
 
 
-def _in_slices(version_ids: Sequence[bytes]) -> Iterator[list[bytes]]:
+def _in_slices(version_ids: Iterable[bytes]) -> Iterator[list[bytes]]:
     rest = iter(version_ids)
     while some := list(islice(rest, FILES_MAX)):
         yield some

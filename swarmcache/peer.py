@@ -242,6 +242,7 @@ class Daemon:
             self._local.end_work,
             self._local.mend,
             self._config.cache.scrub_rate_bytes_per_s,
+            self._config.cache.max_age_s,
         )
         self._holder_questions = HolderQuestions(numbers, self._shell.handle)
         self._writing = WriteRequests(
@@ -595,6 +596,7 @@ def open_cache(config: Config) -> Cache:
         min_free=cache.min_free.resolve_bytes,
         max_usage=cache.max_usage.resolve_bytes,
         min_age_s=cache.min_age_s,
+        max_age_s=cache.max_age_s,
     )
 
 

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -37,6 +38,7 @@ __all__ = [
     "fill",
     "killed",
     "left_in_partial",
+    "make_old",
     "needs_root",
     "object_of",
     "open_cache",
@@ -106,6 +108,25 @@ def change_index(root: Path, statement: str) -> None:
     with connection:
         connection.execute(statement)
     connection.close()
+
+
+def make_old(root: Path, *versions: FileVersion, age_s: float = 36_000.0) -> None:
+    """As if they had last been used long ago, the first one longest ago."""
+    for number, version in enumerate(versions):
+        used_s = int(time.time() - age_s) + number
+        change_index(
+            root,
+            f"UPDATE replica SET last_used_s = {used_s}"
+            f" WHERE version_id = x'{version.version_id.hex()}'",
+        )
+        mtime_ns = os.stat(object_of(root, version)).st_mtime_ns
+        os.utime(object_of(root, version), ns=(used_s * 10**9, mtime_ns))
+        stamp = os.stat(object_of(root, version)).st_ctime_ns
+        change_index(
+            root,
+            f"UPDATE replica SET ctime_ns = {stamp}"
+            f" WHERE version_id = x'{version.version_id.hex()}'",
+        )
 
 
 def killed(root: Path, script: str) -> None:

@@ -304,6 +304,7 @@ dir = ["/scratch/a", "b"]
 min_free = "5GiB"
 max_usage = "80%"
 min_age = "30m"
+max_age = "0"
 scrub_rate = "20MB/s"
 [file_servers.default]
 slots_max = 3
@@ -342,6 +343,7 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
         min_free=DiskLimit(5 * GIB),
         max_usage=DiskLimit(None, 80.0),
         min_age_s=1800.0,
+        max_age_s=None,
         scrub_rate_bytes_per_s=20_000_000,
     )
     assert config.transfer == config_module.TransferSettings(

@@ -52,7 +52,7 @@ async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
     shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
         PeerState(NodeAddress("m:1", 2), Random(1)), lambda effect: None, TimePassed()
     )
-    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None)
+    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None, None)
     task = asyncio.create_task(worker.verify(b"v" * 32))
     assert await asyncio.to_thread(cache.pieces.wait, DEADLINE_S)
 

@@ -23,9 +23,9 @@ from tests.disk_helpers import (
     CHUNK_BYTES,
     ME,
     a_file,
-    change_index,
     fill,
     left_in_partial,
+    make_old,
     object_of,
     open_cache,
     publish,
@@ -45,25 +45,6 @@ def small_cache(root: Path, files: int, min_age_s: float = HOUR_S) -> CacheDir:
 
 def numbered(number: int, size_bytes: int = SIZE_BYTES) -> tuple[FileVersion, bytes]:
     return a_file(size_bytes, b"/nfs/%d" % number, number)
-
-
-def make_old(root: Path, *versions: FileVersion, age_s: float = 10 * HOUR_S) -> None:
-    """As if they had last been used long ago, the first one longest ago."""
-    for number, version in enumerate(versions):
-        used_s = int(time.time() - age_s) + number
-        change_index(
-            root,
-            f"UPDATE replica SET last_used_s = {used_s}"
-            f" WHERE version_id = x'{version.version_id.hex()}'",
-        )
-        mtime_ns = os.stat(object_of(root, version)).st_mtime_ns
-        os.utime(object_of(root, version), ns=(used_s * 10**9, mtime_ns))
-        stamp = os.stat(object_of(root, version)).st_ctime_ns
-        change_index(
-            root,
-            f"UPDATE replica SET ctime_ns = {stamp}"
-            f" WHERE version_id = x'{version.version_id.hex()}'",
-        )
 
 
 @pytest.fixture
