@@ -37,7 +37,7 @@ COMMAND_AS = [
     f"import contextlib, io, os, sys; sys.path.insert(0, {str(PACKAGE_PARENT)!r})\n"
     "from swarmcache.cli import main\n"
     "from swarmcache.commands import run\n"
-    "import swarmcache.doctor\n"
+    "import swarmcache.doctor, swarmcache.bundle_get, swarmcache.place_actions\n"
     "with contextlib.redirect_stdout(io.StringIO()): run(['ls', '--help'])\n"
     "uid = int(sys.argv.pop(1))\n"
     "os.setgroups([]); os.setgid(uid); os.setuid(uid); sys.exit(main())",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -39,7 +40,8 @@ def attack(uid: int, path: bytes | Path, doing: str) -> bool:
     """Whether a user gets away with it."""
     # The user need not be able to read this Python, so it changes its uid when it runs.
     program = (
-        "import os, sys\nos.setgroups([]); os.setgid({0}); os.setuid({0})\npath = sys.argv[1]\n"
+        "import array, base64, json, os, socket, sys\n"
+        "os.setgroups([]); os.setgid({0}); os.setuid({0})\npath = sys.argv[1]\n"
     )
     command = [sys.executable, "-c", program.format(uid) + doing, os.fsdecode(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,6 +166,74 @@ def test_what_users_put_beside_the_copies_survives_and_is_never_followed(
     assert os.listdir(victim) == ["precious"]
     assert node.get(file, uid=ANN) == [path]
     assert run_as(ANN, "rm", "-r", place / "own", place / "link", place / "notes").returncode == 0
+
+
+# --- where files are, and lists of them ----------------------------------------------------------
+
+# Ask with descriptors of any kind, where an honest client opens the file for reading; and for a
+# place outside of the user's own directory.
+ASK_RAW = """
+def ask(request, *fds):
+    daemon = socket.socket(socket.AF_UNIX)
+    daemon.connect({socket!r})
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    daemon.sendmsg([json.dumps(request).encode() + b"\\n"], rights)
+    return json.loads(daemon.makefile("rb").readline())
+fd = os.open(path, os.O_PATH)
+encoded = base64.b64encode(path.encode()).decode()
+answer = ask({{"op": "locations", "count": 1}}, fd)
+assert answer["locations"] == [] and answer["path"] == "" and answer["reason"], answer
+answer = ask({{"op": "copy_path", "path": encoded}}, fd)
+assert answer["answer"] == "failed", answer
+answer = ask({{"op": "room", "count": 1}}, fd)
+assert answer["needed_bytes"] == 0, answer
+for name in (b"/../6001/x", b"/a/./b", b"/a//b", b"a", b"/a\\0b", b"/"):
+    encoded = base64.b64encode(name).decode()
+    answer = ask({{"op": "copy_path", "path": encoded, "opened": False}})
+    assert answer["answer"] == "failed", answer
+"""
+
+
+@pytest.mark.slow
+@needs_root
+def test_who_may_not_read_the_source_does_not_learn_where_it_is(
+    node: LocalNode, file: Path
+) -> None:
+    allow(file, ANN)
+    node.get(file, uid=ANN)
+    for command in ("locate", "hosts", "path"):
+        done = node.run(command, file, uid=EVE)
+        assert (done.returncode, done.stdout) == (1, b""), command
+        assert b"Permission denied" in done.stderr
+    assert attack(EVE, file, ASK_RAW.format(socket=str(node.socket)))
+    assert not (node.cache_dir / str(EVE)).exists(), "asking makes nothing"
+
+    allow(file, BEN)
+    done = node.run("locate", "--json", file, uid=BEN)
+    [located] = json.loads(done.stdout)
+    [replica] = located["replicas"]
+    assert replica["path"] == f"{node.cache_dir}/{BEN}{file}" and not replica["linked"]
+    assert str(ANN) not in done.stdout.decode()
+    [copy] = node.get(file, uid=BEN)
+    assert copy == os.fsencode(replica["path"])
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_list_of_copies_is_its_users_own(node: LocalNode, file: Path) -> None:
+    allow(file, ANN)
+    bundle = file.with_name("x.bundle")
+    bundle.write_text("secret\n")
+    [result] = (Path(os.fsdecode(path)) for path in node.get(bundle, uid=ANN))
+
+    assert result.parent.parent == node.cache_dir / str(ANN)
+    assert run_as(ANN, "cat", result).stdout == os.fsencode(f"{node.cache_dir}/{ANN}{file}\n")
+    assert os.stat(result).st_uid == ANN and os.stat(result.parent).st_mode & 0o777 == 0o700
+    assert run_as(EVE, "cat", result).returncode != 0
+    assert b"users put there" not in node.run("doctor", "--config=/dev/null").stdout
+    assert attack(ANN, result.parent, "os.rename(path, path + '2'); os.symlink('/etc', path)")
+    assert node.run("get", bundle, uid=ANN).stdout == os.fsencode(bundle) + b"\n"
+    assert node.run("verify").returncode == 0
 
 
 # --- every place where something may be in the way ------------------------------------------------
