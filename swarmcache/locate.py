@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from swarmcache.bundles import read_if_bundle
@@ -37,7 +37,6 @@ from swarmcache.local_protocol import (
     OfPlaces,
     Room,
     RoomFor,
-    Working,
     decode_place_answer,
     encode_request,
 )
@@ -147,8 +146,7 @@ def local_path(client: Client, path: bytes, config_file: Path | None = None) -> 
         return of_first.removesuffix(b"/" + first)
     source = open_source(path)
     try:
-        answers = _answers(client, CopyPathOf(source.real_path), [source.fd])
-        return _copy_path(answers)
+        return _copy_path(client, CopyPathOf(source.real_path), source.fd)
     except DaemonUnavailable:
         return path_by_settings(source.real_path, config_file)
     finally:
@@ -163,7 +161,7 @@ def own_path(client: Client, path: bytes, config_file: Path | None = None) -> by
     """
     real_path = real_path_of(path)
     try:
-        return _copy_path(_answers(client, CopyPathOf(real_path, opened=False), []))
+        return _copy_path(client, CopyPathOf(real_path, opened=False))
     except DaemonUnavailable:
         place = path_by_settings(real_path, config_file)
         os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -175,10 +173,10 @@ def room_for(client: Client, fds: Sequence[int]) -> Room:
 
     Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
-    for answer in _answers(client, RoomFor(len(fds)), fds):
-        if isinstance(answer, Room):
-            return answer
-    raise BadMessage("the daemon's answer says nothing of room")
+    answer = _ask(client, RoomFor(len(fds)), fds)[-1]
+    if not isinstance(answer, Room):
+        raise BadMessage("the daemon's answer says nothing of room")
+    return answer
 
 
 def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes:
@@ -235,31 +233,21 @@ def _locate_some(
             try:
                 source = open_source(path)
             except SourceUnreadable as error:
-                unreadable[number] = FileLocations(
-                    real_path_of(path), reason=str(error), readable=False
-                )
+                real_path = real_path_of(path)
+                unreadable[number] = FileLocations(real_path, reason=str(error), readable=False)
             else:
                 stack.callback(source.close)
                 fds.append(source.fd)
-        answers = _locations(client, fds, limit, on_notice)
-        for number in range(len(paths)):
-            yield unreadable[number] if number in unreadable else next(answers)
-
-
-def _locations(
-    client: Client, fds: Sequence[int], limit: int | None, on_notice: Callable[[str], None]
-) -> Iterator[FileLocations]:
-    """One for each descriptor, in order."""
-    missing = len(fds)
-    answers = _answers(client, LocationsOf(len(fds), limit), fds) if fds else iter(())
+        answers = _ask(client, LocationsOf(len(fds), limit), fds) if fds else []
     for answer in answers:
         if isinstance(answer, Notice):
             on_notice(answer.text)
-        elif isinstance(answer, Locations) and missing:
-            missing -= 1
-            yield _file_locations(answer)
-    if missing:
-        raise BadMessage("the daemon's answer has fewer files than were asked about")
+    found = [_file_locations(each) for each in answers if isinstance(each, Locations)]
+    if len(found) != len(fds):
+        raise BadMessage("the daemon's answer is not about the files that were asked about")
+    rest = iter(found)
+    for number in range(len(paths)):
+        yield unreadable[number] if number in unreadable else next(rest)
 
 
 def _file_locations(answer: Locations) -> FileLocations:
@@ -269,54 +257,44 @@ def _file_locations(answer: Locations) -> FileLocations:
     return FileLocations(answer.path, answer.size_bytes, replicas, answer.more, answer.reason)
 
 
-def _copy_path(answers: Iterable[OfPlaces]) -> bytes:
-    for answer in answers:
-        if isinstance(answer, CopyPath) and answer.path.startswith(b"/"):
-            return answer.path
-    raise BadMessage("the daemon's answer names no path")
+def _copy_path(client: Client, request: CopyPathOf, *fds: int) -> bytes:
+    answer = _ask(client, request, fds)[-1]
+    if not isinstance(answer, CopyPath) or not answer.path.startswith(b"/"):
+        raise BadMessage("the daemon's answer names no path")
+    return answer.path
 
 
-def _answers(client: Client, request: AboutPlaces, fds: Sequence[int]) -> Iterator[OfPlaces]:
-    """What the daemon answers, up to the final line, which is not passed on if it is an ``End``.
+def _ask(client: Client, request: AboutPlaces, fds: Sequence[int]) -> list[OfPlaces]:
+    """All that the daemon answers, the final line included.
 
     Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
     line = encode_request(request)
     connection, reused = client.send(line, *fds)
-    lines = _lines(connection)
     try:
         try:
-            first = next(lines)
+            answers = _receive(connection)
         except DaemonUnavailable:
             if not reused:
                 raise
-            connection.close()  # that daemon had ended before it saw the request
+            connection.close()  # that daemon had ended, perhaps before it saw the request
             connection, _ = client.send(line, *fds)
-            lines = _lines(connection)
-            first = next(lines)
-        for answer in chain([first], lines):
-            match answer:
-                case Failed():
-                    raise DaemonRefused(answer.reason)
-                case End():
-                    break
-                case CopyPath() | Room():
-                    yield answer
-                    break
-                case Working():
-                    continue
-                case _:
-                    yield answer
-    except BaseException:  # GeneratorExit as well: the rest of the answer would be in the way
+            answers = _receive(connection)
+    except BaseException:
         connection.close()
         raise
     client.give_back(connection)
+    if isinstance(answers[-1], Failed):
+        raise DaemonRefused(answers[-1].reason)
+    return answers
 
 
-def _lines(connection: Connection) -> Iterator[OfPlaces]:
+def _receive(connection: Connection) -> list[OfPlaces]:
+    answers: list[OfPlaces] = []
     arrival = select.poll()
     arrival.register(connection.fileno(), select.POLLIN)
-    while True:
+    while not answers or not isinstance(answers[-1], End | Failed | CopyPath | Room):
         if not arrival.poll(SILENCE_S_MAX * 1000):
             raise DaemonUnavailable(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
-        yield from map(decode_place_answer, connection.receive(ANSWER_BYTES_MAX))
+        answers += map(decode_place_answer, connection.receive(ANSWER_BYTES_MAX))
+    return answers
