@@ -96,9 +96,7 @@ class CacheRequests:
         else:
             self._running[uid] += 1
             self._busy.add(connection)
-            task = self._spawn(self._serve(connection, request))
-            connection.on_closed[self] = task.cancel
-            task.add_done_callback(lambda _: self._ended(connection))
+            self._spawn(self._serve(connection, request))
 
     def _ended(self, connection: LocalConnection) -> None:
         self._running[connection.user.uid] -= 1
@@ -108,19 +106,25 @@ class CacheRequests:
 
     async def _serve(self, connection: LocalConnection, request: AboutCache) -> None:
         alive = self._spawn(keep_alive(connection))
+        last: End | Failed = End()
+        # Not from outside: one that is cancelled before its first step would never be counted off.
+        task = asyncio.current_task()
+        assert task is not None
+        connection.on_closed[self] = task.cancel
         try:
-            for path in request.paths or [b"/"]:
+            for path in request.paths or [b"/"] if connection.is_open else ():
                 found = await self._do_all(connection, request, path)
                 if request.paths:
                     connection.send(*self._not_cached(path, connection.user, found=found))
-            connection.send(End())
         except LocalError as error:
-            connection.send(Failed(str(error)))
+            last = Failed(str(error))
         except Exception as error:
-            connection.send(Failed(f"internal error: {error}"))
+            last = Failed(f"internal error: {error}")
             raise
         finally:
             alive.cancel()
+            self._ended(connection)  # after the last line the client may ask again at once
+            connection.send(last)
 
     async def _do_all(self, connection: LocalConnection, request: AboutCache, path: bytes) -> bool:
         """Do what is asked with all that a path stands for; whether there was anything."""

@@ -95,33 +95,32 @@ class Locator:
             connection.send(Failed("one request at a time on a connection"))
             return
         self._busy.add(connection)
-        task = self._spawn(self._serve(connection, request, fds))
-        task.add_done_callback(lambda _: self._ended(connection))
-
-    def _ended(self, connection: LocalConnection) -> None:
-        self._busy.remove(connection)
-        connection.on_closed.pop(self, None)
+        self._spawn(self._serve(connection, request, fds))
 
     async def _serve(
         self, connection: LocalConnection, request: AboutPlaces, fds: list[int]
     ) -> None:
-        # Until all descriptors are closed the task is not cancelled.
-        sources = await asyncio.gather(*map(self._examine, fds))
-        if not connection.is_open:
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        connection.on_closed[self] = task.cancel
         alive = self._spawn(keep_alive(connection))
+        answers: list[Answer] = []
         try:
-            connection.send(*await self._answers(request, sources, connection.user))
+            # Not cancelled before all descriptors are closed.
+            sources = await asyncio.gather(*map(self._examine, fds))
+            task = asyncio.current_task()
+            assert task is not None
+            connection.on_closed[self] = task.cancel
+            if connection.is_open:
+                answers = await self._answers(request, sources, connection.user)
         except LocalError as error:
-            connection.send(Failed(str(error)))
+            answers = [Failed(str(error))]
         except Exception as error:
-            connection.send(Failed(f"internal error: {error}"))
+            answers = [Failed(f"internal error: {error}")]
             raise
         finally:
             alive.cancel()
+            # Before the answer, after which the client may ask the next question at once.
+            self._busy.remove(connection)
+            connection.on_closed.pop(self, None)
+            connection.send(*answers)
 
     async def _examine(self, fd: int) -> SourceFile | str:
         """What a descriptor leads to, or why that is no source. Closes it."""
