@@ -17,6 +17,7 @@ from swarmcache.cf_arguments import (
     DESTINATION,
     GET,
     HELP,
+    LOCATE,
     PING,
     USAGE,
     VERSION,
@@ -24,7 +25,7 @@ from swarmcache.cf_arguments import (
     parse,
 )
 from swarmcache.cf_config import CfConfig, read_config
-from swarmcache.cf_talk import Story, say, show
+from swarmcache.cf_talk import Story, say, say_not_connected, show
 from swarmcache.client import Client, real_path_of
 from swarmcache.errors import DaemonUnavailable, UsageError
 from swarmcache.get import EXIT_NOT_CACHED, EXIT_UNUSABLE, abandon_stdout
@@ -71,7 +72,10 @@ def _run(arguments: Arguments) -> int:
         from swarmcache import cf_actions
 
         if arguments.mode == DESTINATION:
-            return cf_actions.show_destination(names[0], config)
+            return cf_actions.show_destination(client, names[0], config)
+        if arguments.mode == LOCATE:
+            bundle = bundle_choice(arguments, config)
+            return cf_actions.show_locations(client, names, arguments.limit, bundle)
         say("ERROR: this option is not supported yet")
         return EXIT_FAILED
 
@@ -80,8 +84,7 @@ def _ping() -> int:
     try:
         connect(None, None).close()
     except DaemonUnavailable as error:
-        say(f"ERROR: {error}")
-        say("ERROR: cannot connect to server")
+        say_not_connected(str(error))
         return EXIT_FAILED
     return 0
 
@@ -93,6 +96,11 @@ def _version() -> str:
         return f"swarmcache {version('swarmcache')}"
     except PackageNotFoundError:  # run from a directory of sources
         return "swarmcache (not installed)"
+
+
+def bundle_choice(arguments: Arguments, config: CfConfig) -> bool | None:
+    """Whether files are bundles; None to go by their names."""
+    return False if arguments.bundle is None and config.ignore_bundle else arguments.bundle
 
 
 def get_file(client: Client, asked: bytes, arguments: Arguments, config: CfConfig) -> int:

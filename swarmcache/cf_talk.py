@@ -22,6 +22,12 @@ def say(line: str) -> None:
         sys.stderr = None
 
 
+def say_not_connected(reason: str) -> None:
+    """No daemon answers, as the old client said of its server."""
+    say(f"ERROR: {reason}")
+    say("ERROR: cannot connect to server")
+
+
 def show(line: bytes) -> None:
     """One line on stdout, at once. Raises OSError."""
     if sys.stdout is None:
@@ -61,8 +67,7 @@ class Story:
         elif not answer.usable:
             say(f"ERROR: cannot read '{self._shown}': {answer.reason}")
         elif answer.reason.startswith("no daemon answers"):
-            say(f"ERROR: {answer.reason}")
-            say("ERROR: cannot connect to server")
+            say_not_connected(answer.reason)
         else:
             say(f"LOG: {answer.reason}")
             say("LOG: no local cache available")

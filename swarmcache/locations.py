@@ -13,6 +13,8 @@ SYSTEM_SOCKET = "/run/swarmcache/daemon.sock"
 SYSTEM_CONFIG = "/etc/swarmcache/config.toml"
 # In a user's directory of the cache: the lists that a ``get`` of bundles has printed.
 RESULTS_DIRECTORY = ".swarmcache-bundles"
+# In a user's directory of the cache: files that jobs write, for ``cf -cp`` to bring away.
+OUTPUTS_DIRECTORY = ".swarmcache-outputs"
 
 
 def default_socket_candidates(uid: int) -> list[str]:
