@@ -5,7 +5,8 @@
         it.cf(it.here, file).copied(file)
         it.cf(it.a, file).copied_from_peers(file)
 
-``here`` and ``b`` keep what was used within the last hour, ``a`` nothing that is not in use.
+``here`` and ``b`` keep what was used within the last hour, ``a`` nothing that is not in use. ``b``
+waits for ``STALL_S`` only where there is no progress.
 ``cf`` is started by its installed path and without any environment variable.
 """
 
@@ -19,15 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from swarmcache.cf_install import install
+from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.box import Box, Host, Process
 from tests.swarm_helpers import MIB, TRANSFER_S, Swarm
 
 FILE_BYTES = MIB
 ROOM_BYTES = MIB // 2  # where there is to be no room for a file
 MIN_FREE_BYTES = 32 * MIB
-# So slow that a file of 8 MiB takes 16 s; every row that makes a link slow restores it.
-SLOW_MBIT = 4.0
+# A file of 8 MiB takes 4 s.
+SLOW_MBIT = 16.0
 STALL_S = 3
+# Takes longer than that without progress after which ``b`` gives up, and longer than a lease.
+SLOW_BYTES = int(1.3 * STALL_S * SLOW_MBIT * 1e6 / 8)
 
 
 class Call:
@@ -125,13 +129,13 @@ class CfCluster:
         settings = {
             "file_servers.default.slots_max": 1,
             "cache.min_free": MIN_FREE_BYTES,
-            "get.stall": f"{STALL_S}s",
         }
         self.swarm = Swarm(self.box, settings)
         self.here, self.a, self.b = self.box.nodes
         self.swarm.cluster.start_tracker()
-        self.swarm.cluster.start_daemons([self.here, self.b])
+        self.swarm.cluster.start_daemons([self.here])
         self.swarm.cluster.start_daemons([self.a], {"cache.min_age": "0s"})
+        self.swarm.cluster.start_daemons([self.b], {"get.stall": f"{STALL_S}s"})
         self.swarm.wait_for_tracker(self.box.nodes)
 
     # Files
@@ -156,21 +160,26 @@ class CfCluster:
     def room(self, node: Host, room_bytes: int = ROOM_BYTES) -> Iterator[None]:
         """Somebody else fills the node's disk until the cache has no more room than that."""
         status = os.statvfs(node.disk)
-        size_bytes = status.f_bavail * status.f_frsize - MIN_FREE_BYTES - room_bytes
+        kept_bytes = MIN_FREE_BYTES + UNCOUNTED_MAX_BYTES + room_bytes
+        size_bytes = status.f_bavail * status.f_frsize - kept_bytes
         assert size_bytes > 0
         filler = node.disk / "filler"
         with open(filler, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
-        yield
-        filler.unlink()
+        try:
+            yield
+        finally:
+            filler.unlink()
 
     # Links
 
     @contextmanager
     def slow(self, host: Host) -> Iterator[None]:
         host.shape(up_mbit=SLOW_MBIT, down_mbit=SLOW_MBIT)
-        yield
-        host.shape(up_mbit=None, down_mbit=None)
+        try:
+            yield
+        finally:
+            host.shape(up_mbit=None, down_mbit=None)
 
     # Commands
 
@@ -182,6 +191,10 @@ class CfCluster:
     def get(self, node: Host, file: Path) -> Path:
         """Cache a file as a preparation, and tell where."""
         return self.cf(node, file).exits(0).copy
+
+    def wait_for_bytes(self, node: Host) -> None:
+        """Until the node has fetched something of what it is fetching."""
+        self.swarm.wait_for_done(node, 1)
 
     def forget(self, node: Host, *files: Path) -> None:
         """Take copies out of the node's cache."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.box import require, wait_until
-from tests.cf_cluster import FILE_BYTES, SLOW_MBIT, STALL_S, CfCluster
+from tests.box import require
+from tests.cf_cluster import FILE_BYTES, SLOW_BYTES, CfCluster
 from tests.swarm_helpers import MIB, PATIENCE_S
 
 pytestmark = [pytest.mark.box, pytest.mark.slow]
@@ -148,15 +148,20 @@ def remove_files(it: CfCluster, name: str) -> None:
 
 @row()
 def a_time_confusion(it: CfCluster, name: str) -> None:
-    """A copy that peers have just fetched is in use, however long ago a job of this node was."""
-    first, second, third = it.files(name, 3)
+    """Differs: a copy stays while a peer is served from it, however long ago a job used it, and not
+    for a day more. By then the peer has one as well."""
+    first, second, third = it.file(f"{name}.1", 8 * MIB), *it.files(name, 3)[1:]
     it.forget_all(it.a)
     served, other = it.get(it.a, first), it.get(it.a, second)
-    it.cf(it.b, first).copied_from_peers(first)
-    with it.room(it.a):
-        it.cf(it.a, third).copied(third)
-    assert served.exists()
-    assert not other.exists()
+    with it.slow(it.a):
+        begun = it.cf(it.b, first)
+        it.wait_for_bytes(it.b)
+        with it.room(it.a):
+            it.cf(it.a, third).copied(third)
+        assert begun.process.returncode is None
+        assert served.exists()
+        assert not other.exists()
+    begun.copied_from_peers(first)
 
 
 # --- waiting -------------------------------------------------------------------------------------
@@ -168,8 +173,7 @@ def wait_copy(it: CfCluster, name: str) -> None:
     first, second = it.file(f"{name}.a", 8 * MIB), it.file(f"{name}.b")
     with it.slow(it.box.fs):
         begun = it.cf(it.here, first)
-        begun.process.wait_for_stderr("start copying", PATIENCE_S)
-        wait_until(lambda: it.box.file_server.reads(first), PATIENCE_S, "the first file's bytes")
+        it.wait_for_bytes(it.here)
         waiting = it.cf(it.here, second)
         waiting.process.wait_for_stderr("LOG: no copy slot available. waiting", PATIENCE_S)
     waiting.copied(second)
@@ -183,7 +187,7 @@ def wait_copy_other(it: CfCluster, name: str) -> None:
         it.get(node, file)
     with it.slow(it.a):
         begun = it.cf(it.here, second)
-        begun.process.wait_for_stderr("start copying", PATIENCE_S)
+        it.wait_for_bytes(it.here)
         it.cf(it.here, first).copied_from_peers(first)
         assert begun.process.returncode is None
     begun.copied_from_peers(second)
@@ -192,17 +196,17 @@ def wait_copy_other(it: CfCluster, name: str) -> None:
 @row(13)
 def slow_copy(it: CfCluster, name: str) -> None:
     """Longer than the time without progress after which a job gets the original path."""
-    file = it.file(name, int(1.5 * STALL_S * SLOW_MBIT * 1e6 / 8))
+    file = it.file(name, SLOW_BYTES)
     with it.slow(it.box.fs):
-        it.cf(it.here, file).copied(file)
+        it.cf(it.b, file).copied(file)
 
 
 @row(14)
 def slow_node_copy(it: CfCluster, name: str) -> None:
-    file = it.file(name, int(1.5 * STALL_S * SLOW_MBIT * 1e6 / 8))
+    file = it.file(name, SLOW_BYTES)
     it.get(it.here, file)
     with it.slow(it.here):
-        it.cf(it.a, file).copied_from_peers(file)
+        it.cf(it.b, file).copied_from_peers(file)
 
 
 @row(36)
@@ -221,11 +225,11 @@ def wait_active(it: CfCluster, name: str) -> None:
 @row(37)
 def wait_active_slow_copy(it: CfCluster, name: str) -> None:
     """Longer than a lease, too, which is renewed as long as there is progress."""
-    file = it.file(name, int(1.5 * STALL_S * SLOW_MBIT * 1e6 / 8))
+    file = it.file(name, SLOW_BYTES)
     with it.slow(it.box.fs):
-        first = it.cf(it.here, file)
+        first = it.cf(it.b, file)
         first.process.wait_for_stderr("start copying", PATIENCE_S)
-        second = it.cf(it.here, file)
+        second = it.cf(it.b, file)
         second.tells("LOG: file transfer in progress. wait.*").used_existing(file)
     first.copied(file)
 
