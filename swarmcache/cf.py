@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 
 from swarmcache.cf_arguments import (
-    DESTINATION,
+    COPY,
     GET,
     HELP,
     LOCATE,
@@ -31,7 +31,12 @@ from swarmcache.errors import DaemonUnavailable, UsageError
 from swarmcache.get import EXIT_NOT_CACHED, EXIT_UNUSABLE, abandon_stdout
 from swarmcache.local_socket import connect
 
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from swarmcache.client import Answer
+
 EXIT_FAILED = 1
+BUNDLE_SUFFIX = b".bundle"  # bundles.py has it, and other imports
 
 
 def run_cf(words: list[str]) -> int:
@@ -71,13 +76,15 @@ def _run(arguments: Arguments) -> int:
             return get_file(client, names[0], arguments, config)
         from swarmcache import cf_actions
 
-        if arguments.mode == DESTINATION:
-            return cf_actions.show_destination(client, names[0], config)
+        bundle = _bundle_choice(arguments, config)
         if arguments.mode == LOCATE:
-            bundle = bundle_choice(arguments, config)
             return cf_actions.show_locations(client, names, arguments.limit, bundle)
-        say("ERROR: this option is not supported yet")
-        return EXIT_FAILED
+        if arguments.mode == COPY:
+            source, destination = names[:2]
+            return cf_actions.copy(
+                client, source, destination, register=arguments.register, bundle=bundle
+            )
+        return cf_actions.show_destination(client, names[0], config)
 
 
 def _ping() -> int:
@@ -98,7 +105,7 @@ def _version() -> str:
         return "swarmcache (not installed)"
 
 
-def bundle_choice(arguments: Arguments, config: CfConfig) -> bool | None:
+def _bundle_choice(arguments: Arguments, config: CfConfig) -> bool | None:
     """Whether files are bundles; None to go by their names."""
     return False if arguments.bundle is None and config.ignore_bundle else arguments.bundle
 
@@ -112,15 +119,24 @@ def get_file(client: Client, asked: bytes, arguments: Arguments, config: CfConfi
         say(f"ERROR: file not found '{shown}'")
         show(real_path)
         return EXIT_UNUSABLE
-    story = Story(shown)
-    (answer,) = client.get_all([real_path], on_progress=story.tell)
-    story.end(answer)
+    answer = _get(client, real_path, _bundle_choice(arguments, config), arguments.conjunct)
     if arguments.debug:
         say(f"DEBUG: {answer!r}")
     show(os.fsencode(answer.path))
     if not answer.usable:
         return EXIT_UNUSABLE
     return 0 if answer.cached else not_cached_code()
+
+
+def _get(client: Client, real_path: bytes, bundle: bool | None, conjunct: bool) -> Answer:
+    if bundle or (bundle is None and real_path.endswith(BUNDLE_SUFFIX)):
+        from swarmcache.cf_actions import get_bundle
+
+        return get_bundle(client, real_path, bundle=bundle, conjunct=conjunct)
+    story = Story(os.fsdecode(real_path))
+    (answer,) = client.get_all([real_path], on_progress=story.tell)
+    story.end(answer)
+    return answer
 
 
 def not_cached_code() -> int:

@@ -7,11 +7,20 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from swarmcache.bundles import NoBundle
+from swarmcache.bundle_get import BundleAnswer, get_with_bundles
+from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.cf_config import CfConfig
-from swarmcache.cf_talk import say, say_not_connected, show
-from swarmcache.client import Client, real_path_of
-from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SwarmcacheError
+from swarmcache.cf_talk import Story, say, say_not_connected, show
+from swarmcache.client import Answer, Client, Progress, real_path_of
+from swarmcache.cp import CopyOutcome, CopyProgress, copy_files, signals_end_it
+from swarmcache.errors import (
+    BadMessage,
+    DaemonRefused,
+    DaemonUnavailable,
+    SourceUnreadable,
+    SwarmcacheError,
+    UsageError,
+)
 from swarmcache.local_socket import reason_of
 from swarmcache.locate import FileLocations, locate, own_path
 from swarmcache.locations import OUTPUTS_DIRECTORY, default_output_dir
@@ -64,6 +73,105 @@ def _show_replicas(file: FileLocations) -> bool:
     elif file.reason:
         say(f"ERROR: {file.reason}")
     return not file.reason
+
+
+# --- -cp -----------------------------------------------------------------------------------------
+
+
+def copy(
+    client: Client,
+    source: bytes,
+    destination: bytes,
+    *,
+    register: bool = True,
+    bundle: bool | None = None,
+) -> int:
+    """Copy a file, or all that a bundle lists, to a file server. 1 where one was not copied."""
+    if not os.path.isfile(source):
+        say(f"ERROR: file not found '{os.fsdecode(source)}'")
+        return EXIT_FAILED
+    if _is_same(source, destination):  # as where -d has found no other place for it
+        say(f"LOG: {os.fsdecode(source)} and {os.fsdecode(destination)} are the same file")
+        return 0
+    try:
+        members = read_if_bundle(source, bundle)
+        if members is not None and not os.path.isdir(destination):
+            raise UsageError(f"{os.fsdecode(destination)} is not a directory")
+        sources = [source] if members is None else list(filter(None, members))
+        with signals_end_it():
+            copied = [
+                _tell_copied(outcome)
+                for outcome in copy_files(
+                    client, sources, destination, register=register, on_progress=_Waiting().tell
+                )
+            ]
+    except (UsageError, SourceUnreadable) as error:
+        say(f"ERROR: cannot copy {os.fsdecode(source)} to {os.fsdecode(destination)}: {error}")
+        return EXIT_FAILED
+    return 0 if all(copied) else EXIT_FAILED
+
+
+def _is_same(source: bytes, destination: bytes) -> bool:
+    try:
+        return os.path.samefile(source, destination)
+    except OSError:  # there is no destination yet
+        return False
+
+
+def _tell_copied(outcome: CopyOutcome) -> bool:
+    names = f"{os.fsdecode(outcome.source)} to {os.fsdecode(outcome.destination)}"
+    for note in outcome.notes:
+        say(f"LOG: {note}")
+    if outcome.error:
+        say(f"ERROR: cannot copy {names}: {outcome.error}")
+        return False
+    say(f"LOG: copied {names}{' (unsupervised)' if outcome.unsupervised else ''}")
+    if outcome.unsupervised:
+        say(f"WARN: {outcome.unsupervised}")
+    if outcome.not_registered:
+        say(f"WARN: not cached on this node: {outcome.not_registered}")
+    return True
+
+
+class _Waiting:
+    """Tells once of each file that it has to wait."""
+
+    def __init__(self) -> None:
+        self._told: set[int] = set()
+
+    def tell(self, progress: CopyProgress) -> None:
+        if progress.waiting_for and progress.index not in self._told:
+            self._told.add(progress.index)
+            say("LOG: no copy slot available. waiting")
+
+
+# --- bundles -------------------------------------------------------------------------------------
+
+
+def get_bundle(client: Client, real_path: bytes, *, bundle: bool | None, conjunct: bool) -> Answer:
+    """Cache what a bundle lists, or the file where it is no bundle in spite of its name; and tell
+    what becomes of it."""
+    stories: dict[str, Story] = {}
+
+    def tell(progress: Progress) -> None:
+        stories.setdefault(progress.asked, Story(progress.asked)).tell(progress)
+
+    (answer,) = get_with_bundles(
+        client, [real_path], on_progress=tell, bundle=bundle, all_or_nothing=conjunct
+    )
+    if not isinstance(answer, BundleAnswer):
+        stories.setdefault(answer.asked, Story(answer.asked)).end(answer)
+        return answer
+    for member in answer.members:
+        if member.cached:
+            stories.setdefault(member.asked, Story(member.asked)).end(member)
+        else:
+            say(f"WARN: cannot cache bundle content: {member.asked}: {member.reason}")
+    if answer.reason:
+        say(f"WARN: {answer.reason}")
+        say("ERROR: caching of bundle archive failed")
+        say("LOG: result is not cached")
+    return answer
 
 
 # --- -d ------------------------------------------------------------------------------------------

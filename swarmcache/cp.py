@@ -22,11 +22,13 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 from blake3 import blake3
 
@@ -141,6 +143,24 @@ def _expand(
         else:
             name = os.fsdecode(source)
             raise UsageError(f"DST must be a directory, for the files that {name!r} lists")
+
+
+@contextmanager
+def signals_end_it() -> Iterator[None]:
+    """A job system that ends the job shall not leave a temporary file behind."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in former.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _show_nothing(_: CopyProgress) -> None:

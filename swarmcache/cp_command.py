@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,12 +76,12 @@ def run_cp(
     progress: bool,
 ) -> int:
     """Copy, tell on stderr what went wrong, and return the exit code. Raises UsageError."""
-    from swarmcache.cp import copy_files
+    from swarmcache.cp import copy_files, signals_end_it
 
     bar = _Bar(progress and sys.stderr is not None and sys.stderr.isatty())
     failed = False
     try:
-        with _signals_end_it():
+        with signals_end_it():
             for outcome in copy_files(
                 client,
                 sources,
@@ -114,24 +110,6 @@ def _tell(outcome: CopyOutcome) -> None:
         say(f"{source!r}: copied without a slot: {outcome.unsupervised}")
     if outcome.not_registered:
         say(f"{source!r}: copied, but not cached: {outcome.not_registered}")
-
-
-@contextmanager
-def _signals_end_it() -> Iterator[None]:
-    """A job system that ends the job shall not leave a temporary file behind."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in former.items():
-        if handler is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 class _Bar:

@@ -183,9 +183,10 @@ class CfCluster:
 
     # Commands
 
-    def cf(self, node: Host, *words: str | Path, directory: Path = Path("/")) -> Call:
-        """Start ``cf`` with an empty environment."""
-        process = node.start(["env", "-i", self.program, *words], directory=directory, log="cf")
+    def cf(self, node: Host, *words: str | Path, online: bool = True) -> Call:
+        """Start ``cf`` with an empty environment, or with one where it finds no daemon."""
+        environment = [] if online else ["SWARMCACHE_SOCKET=/run/nobody"]
+        process = node.start(["env", "-i", *environment, self.program, *words], log="cf")
         return Call(process, node)
 
     def get(self, node: Host, file: Path) -> Path:

@@ -7,12 +7,14 @@ its docstring, which begins with "Differs". The texts are those that people and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.box import require
-from tests.cf_cluster import FILE_BYTES, SLOW_BYTES, CfCluster
+from tests.box import require, wait_until
+from tests.cf_cluster import FILE_BYTES, ROOM_BYTES, SLOW_BYTES, Call, CfCluster
 from tests.swarm_helpers import MIB, PATIENCE_S
 
 pytestmark = [pytest.mark.box, pytest.mark.slow]
@@ -150,7 +152,7 @@ def remove_files(it: CfCluster, name: str) -> None:
 def a_time_confusion(it: CfCluster, name: str) -> None:
     """Differs: a copy stays while a peer is served from it, however long ago a job used it, and not
     for a day more. By then the peer has one as well."""
-    first, second, third = it.file(f"{name}.1", 8 * MIB), *it.files(name, 3)[1:]
+    first, second, third = it.file(name, 8 * MIB), *it.files(name, 2)
     it.forget_all(it.a)
     served, other = it.get(it.a, first), it.get(it.a, second)
     with it.slow(it.a):
@@ -249,6 +251,112 @@ def wait_active_parallel(it: CfCluster, name: str) -> None:
     assert len({job.stdout for job in jobs}) == 1
 
 
+# --- bundles -------------------------------------------------------------------------------------
+
+
+def assert_lists(call: Call, members: list[Path]) -> None:
+    """A list of paths, one for each member, in order, each of them with the member's bytes."""
+    listed = [Path(line) for line in call.copy.read_text().splitlines()]
+    assert [path.read_bytes() for path in listed] == [file.read_bytes() for file in members]
+    assert call.copy.suffix in {".bundle", ".bd"}
+
+
+@row(16)
+def bundle_archive(it: CfCluster, name: str) -> None:
+    """Differs: asked for again, it gives the same list and not a new one beside it."""
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    first = it.cf(it.here, bundle).tells(*(f"LOG: copied {file}" for file in files)).exits(0)
+    assert_lists(first, files)
+    it.cf(it.here, bundle).tells("LOG: using existing file").prints(first.copy)
+
+
+@row(17)
+def bundle_node_copy(it: CfCluster, name: str) -> None:
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    it.cf(it.here, bundle).exits(0)
+    told = it.cf(it.a, bundle).tells(*(f"LOG: copied peers:{file}" for file in files)).exits(0)
+    assert_lists(told, files)
+
+
+@row(18)
+def bundle_archive_non_standard_ext(it: CfCluster, name: str) -> None:
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bd", files)
+    told = it.cf(it.here, bundle, "--bundle").tells(*(f"LOG: copied {file}" for file in files))
+    assert_lists(told.exits(0), files)
+    plain = it.cf(it.here, bundle).copied(bundle)
+    assert plain.copy.read_bytes() == bundle.read_bytes()
+
+
+@row(19)
+def bundle_fail_all(it: CfCluster, name: str) -> None:
+    """Differs in the exit code, as for every path that can be used."""
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    with it.room(it.here):
+        told = it.cf(it.here, bundle)
+        told.tells(*(f"WARN: cannot cache bundle content: {file}: .*" for file in files))
+        told.tells("ERROR: caching of bundle archive failed").original(bundle)
+
+
+@row()
+def bundle_fail(it: CfCluster, name: str) -> None:
+    """Room for one of four: that one is cached, and the others read from the file server."""
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    with it.room(it.here, FILE_BYTES + ROOM_BYTES):
+        told = it.cf(it.here, bundle).exits(0)
+    listed = told.copy.read_text().splitlines()
+    original = [path for path, file in zip(listed, files, strict=True) if path == str(file)]
+    assert len(original) == 3
+    told.tells(*(f"WARN: cannot cache bundle content: {file}: .*" for file in original))
+    assert_lists(told, files)
+
+
+@row(20)
+def bundle_fail_missing_one(it: CfCluster, name: str) -> None:
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    files[1].unlink()
+    told = it.cf(it.here, bundle).exits(0)
+    told.tells(*(f"LOG: copied {files[number]}" for number in (0, 2, 3)))
+    told.tells(f"WARN: cannot cache bundle content: {files[1]}: .*")
+    listed = told.copy.read_text().splitlines()
+    assert [str(files[1])] == [path for path in listed if not Path(path).exists()]
+    assert listed.index(str(files[1])) == 1
+
+
+@row(21)
+def bundle_archive_conjunct(it: CfCluster, name: str) -> None:
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    told = it.cf(it.here, "--conjunct", bundle).tells(*(f"LOG: copied {file}" for file in files))
+    assert_lists(told.exits(0), files)
+
+
+@row(22)
+def bundle_fail_conjunct(it: CfCluster, name: str) -> None:
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    with it.room(it.here, 3 * FILE_BYTES + ROOM_BYTES):
+        told = it.cf(it.here, "--conjunct", bundle)
+        told.tells("LOG: result is not cached").tells_not("LOG: copied").original(bundle)
+
+
+@row(23)
+def bundle_fail_missing_one_conjunct(it: CfCluster, name: str) -> None:
+    """Differs: nothing is copied that would be of no use."""
+    files = it.files(name, 4)
+    bundle = it.bundle(f"{name}.bundle", files)
+    files[1].unlink()
+    told = it.cf(it.here, "--conjunct", bundle).tells(f"WARN: .*{files[1]}.*")
+    told.tells("ERROR: caching of bundle archive failed").original(bundle)
+    told.tells_not("LOG: copied")
+    it.cf(it.here, files[0]).copied(files[0])
+
+
 # --- where copies are ----------------------------------------------------------------------------
 
 
@@ -298,6 +406,84 @@ def locations_bundle(it: CfCluster, name: str) -> None:
         it.get(it.a, file)
     bundle = it.bundle(f"{name}.bundle", files)
     it.cf(it.here, "-l", bundle).tells("LOG: 8 locations found").exits(0)
+
+
+# --- to the file server --------------------------------------------------------------------------
+
+
+@row(29)
+def copy_to_server(it: CfCluster, name: str) -> None:
+    local, file = it.local(it.here, name), it.box.export / name
+    it.cf(it.here, "-cp", local, file).tells(f"LOG: copied {local} to {file}").exits(0).prints()
+    assert file.read_bytes() == local.read_bytes()
+    it.cf(it.a, file).copied_from_peers(file)
+    it.cf(it.here, file).used_existing(file)
+    assert it.box.file_server.bytes_read(file) < FILE_BYTES
+
+
+@row(30)
+def copy_to_server_fail(it: CfCluster, name: str) -> None:
+    local = it.local(it.here, name)
+    target = it.box.export / "notexisting" / name
+    it.cf(it.here, "-cp", local, target).tells(f"ERROR: cannot copy {local} to .*").exits(1)
+    missing = it.here.disk / "missing"
+    it.cf(it.here, "-cp", missing, it.box.export).tells("ERROR: file not found .*").exits(1)
+
+
+@row(31)
+def copy_to_server_wait(it: CfCluster, name: str) -> None:
+    first, second = it.local(it.here, f"{name}.a", 8 * MIB), it.local(it.here, f"{name}.b")
+    with it.slow(it.here):
+        begun = it.cf(it.here, "-cp", first, it.box.export)
+        wait_until(it.box.file_server.writes, PATIENCE_S, "the first file's bytes")
+        waiting = it.cf(it.here, "-cp", second, it.box.export)
+        waiting.process.wait_for_stderr("LOG: no copy slot available. waiting", PATIENCE_S)
+    begun.tells(f"LOG: copied {first} to {it.box.export}/.*").exits(0)
+    waiting.tells(f"LOG: copied {second} to {it.box.export}/.*").exits(0)
+
+
+@row(32)
+def copy_no_register(it: CfCluster, name: str) -> None:
+    local, file = it.local(it.here, name), it.box.export / name
+    it.cf(it.here, "-cp", "-n", local, file).tells(f"LOG: copied {local} to {file}").exits(0)
+    it.cf(it.a, file).copied(file)
+
+
+@row(33)
+def copy_bundle_to_server(it: CfCluster, name: str) -> None:
+    files = [it.local(it.here, f"{name}.{number}") for number in range(4)]
+    bundle = it.here.disk / f"{name}.bundle"
+    bundle.write_text("".join(f"{file}\n" for file in files))
+    target = it.box.export / f"{name}.d"
+    target.mkdir()
+    told = it.cf(it.here, "-cp", bundle, target).exits(0)
+    told.tells(*(f"LOG: copied {file} to {target}/{file.name}" for file in files))
+    assert {path.name for path in target.iterdir()} == {file.name for file in files}
+
+
+@row(34)
+def copy_bundle_to_server_with_error(it: CfCluster, name: str) -> None:
+    files = [it.local(it.here, f"{name}.{number}") for number in range(4)]
+    missing = [it.here.disk / f"notexisting.{number}" for number in range(2)]
+    bundle = it.here.disk / f"{name}.bundle"
+    bundle.write_text("".join(f"{file}\n" for file in (missing[0], *files, missing[1])))
+    target = it.box.export / f"{name}.d"
+    target.mkdir()
+    told = it.cf(it.here, "-cp", bundle, f"{target}/").exits(1)
+    told.tells(
+        f"ERROR: cannot copy {missing[0]} .*",
+        *(f"LOG: copied {file} to {target}/{file.name}" for file in files),
+        f"ERROR: cannot copy {missing[1]} .*",
+    )
+
+
+@row(35)
+def copy_to_server_offline(it: CfCluster, name: str) -> None:
+    """Here it is the daemon that is away; without the tracker it is waited for five seconds."""
+    local, file = it.local(it.here, name), it.box.export / name
+    told = it.cf(it.here, "-cp", local, file, online=False).exits(0)
+    told.tells(re.escape(f"LOG: copied {local} to {file} (unsupervised)"))
+    assert file.read_bytes() == local.read_bytes()
 
 
 # --- the server ----------------------------------------------------------------------------------
