@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swarmcache.bundle_get import BundleAnswer, get_with_bundles
-from swarmcache.bundles import NoBundle, read_if_bundle
+from swarmcache.bundles import NoBundle
 from swarmcache.cf_config import CfConfig
 from swarmcache.cf_talk import Story, say, say_not_connected, show
 from swarmcache.client import Answer, Client, Progress, real_path_of
@@ -17,7 +17,6 @@ from swarmcache.errors import (
     BadMessage,
     DaemonRefused,
     DaemonUnavailable,
-    SourceUnreadable,
     SwarmcacheError,
     UsageError,
 )
@@ -94,18 +93,17 @@ def copy(
         say(f"LOG: {os.fsdecode(source)} and {os.fsdecode(destination)} are the same file")
         return 0
     try:
-        members = read_if_bundle(source, bundle)
-        if members is not None and not os.path.isdir(destination):
-            raise UsageError(f"{os.fsdecode(destination)} is not a directory")
-        sources = [source] if members is None else list(filter(None, members))
         with signals_end_it():
-            copied = [
-                _tell_copied(outcome)
-                for outcome in copy_files(
-                    client, sources, destination, register=register, on_progress=_Waiting().tell
-                )
-            ]
-    except (UsageError, SourceUnreadable) as error:
+            outcomes = copy_files(
+                client,
+                [source],
+                destination,
+                bundle=bundle,
+                register=register,
+                on_progress=_Waiting().tell,
+            )
+            copied = [_tell_copied(outcome) for outcome in outcomes]
+    except UsageError as error:
         say(f"ERROR: cannot copy {os.fsdecode(source)} to {os.fsdecode(destination)}: {error}")
         return EXIT_FAILED
     return 0 if all(copied) else EXIT_FAILED

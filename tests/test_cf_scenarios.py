@@ -152,7 +152,7 @@ def remove_files(it: CfCluster, name: str) -> None:
 def a_time_confusion(it: CfCluster, name: str) -> None:
     """Differs: a copy stays while a peer is served from it, however long ago a job used it, and not
     for a day more. By then the peer has one as well."""
-    first, second, third = it.file(name, 8 * MIB), *it.files(name, 2)
+    first, second, third = it.file(name, 24 * MIB), *it.files(name, 2)
     it.forget_all(it.a)
     served, other = it.get(it.a, first), it.get(it.a, second)
     with it.slow(it.a):
