@@ -1,6 +1,4 @@
-"""Asking this machine's daemon for files; the Python API, and what ``swarmcache get`` runs.
-
-    from swarmcache import Client
+"""Asking this machine's daemon for files: what ``swarmcache get`` and the Python API run.
 
     with Client() as client:
         path = client.get("/nfs/corpus/train.hdf")
@@ -34,7 +32,7 @@ from swarmcache.local_socket import STATUS_BYTES_MAX, Connection, Connections, p
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from typing import Any
+    from typing import Any, Self
 
     from swarmcache.held import Hold, Holder
 
@@ -75,14 +73,14 @@ class Client:
         if holder is not None:
             holder.close()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[type[Client], tuple[bytes | None, bytes | None]]:
-        return Client, (self._socket_path, self._config_file)
+        return type(self), (self._socket_path, self._config_file)
 
     def get(
         self,
@@ -92,13 +90,13 @@ class Client:
         *,
         strict: bool = False,
     ) -> Answer:
-        """Cache one file and tell where the copy is.
+        """Cache one file, or a directory with all files in it, and tell where the copy is.
 
         ``timeout_s``: answer with the original path when the copy is not there in time.
         ``strict``: raise SourceUnreadable or NotCached instead of answering with the original path.
         """
-        (answer,) = self.get_all([os.fsencode(path)], timeout_s, on_progress)
-        return answer.check() if strict else answer
+        (answer,) = self.get_many([path], timeout_s, on_progress, strict=strict)
+        return answer
 
     def get_many(
         self,
@@ -108,11 +106,17 @@ class Client:
         *,
         strict: bool = False,
     ) -> list[Answer]:
-        """Cache many files, some at a time; the answers are in the order of ``paths``.
+        """Cache many files or directories; the answers are in the order of ``paths``.
 
         As ``get``, but several times as fast for many. ``timeout_s`` is for all of them together.
         """
-        answers = list(self.get_all(map(os.fsencode, paths), timeout_s, on_progress))
+        names = [os.fsencode(path) for path in paths]
+        answers = list(self.get_all(names, timeout_s, on_progress))
+        for index, answer in enumerate(answers):
+            if not answer.usable and os.path.isdir(answer):
+                from swarmcache.directories import get_everything
+
+                (answers[index],) = get_everything(self, [names[index]], timeout_s, on_progress)
         return [answer.check() for answer in answers] if strict else answers
 
     def get_all(

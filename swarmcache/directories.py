@@ -15,15 +15,28 @@ import os
 import stat
 from contextlib import suppress
 
-from swarmcache.client import Answer, real_path_of
 from swarmcache.errors import SourceUnreadable, SwarmcacheError
+from swarmcache.exchanges import Answer, real_path_of
 from swarmcache.local_socket import reason_of
 
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Protocol
 
-    from swarmcache.client import Client, Progress
+    from swarmcache.exchanges import Progress
+
+    class Client(Protocol):
+        """What is asked for the files: ``client.Client``."""
+
+        def get_all(
+            self,
+            paths: Iterable[bytes],
+            timeout_s: float | None = None,
+            on_progress: Callable[[Progress], None] | None = None,
+            trees: Mapping[bytes, bytes] | None = None,
+        ) -> Iterator[Answer]: ...
+
 
 LINK_PREFIX = b".swarmcache-link-"  # of links that are about to be renamed into place
 

@@ -146,7 +146,10 @@ class Holder:
                 return None
             if message.get("held") is True:
                 return connection, message
-        return None  # neither the one nor a new connection can hold more
+            if attempt:  # a new one cannot hold any either
+                self._open.remove(connection)
+                connection.connection.close()
+        return None
 
     def _release(self, connection: _HoldingConnection, number: int) -> None:
         if self._pid == os.getpid():

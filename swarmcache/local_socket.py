@@ -52,6 +52,7 @@ CONFIG_FILE_BYTES_MAX = 1 << 20
 
 _HIT_STARTS = b'{"answer":"cached","path":"'
 _FOUND_STARTS = b'{"answer":"found","paths":['
+_HELD = b'"held":true}'
 _HIT_GOES_ON = b'"hit":true'
 
 
@@ -277,7 +278,8 @@ def parse_answer(line: bytes) -> dict[str, Any]:
     if line.startswith(_HIT_STARTS):
         path, _, rest = line[len(_HIT_STARTS) :].partition(b'",')
         if rest.startswith(_HIT_GOES_ON):
-            return {"answer": "cached", "path": path, "hit": True}
+            held = rest.endswith(_HELD)
+            return {"answer": "cached", "path": path, "hit": True, "held": held}
     import json  # 9 ms: what is fetched takes longer than that, what is cached does without
 
     try:

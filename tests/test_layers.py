@@ -20,7 +20,10 @@ LINE_COLUMNS_MAX = 100
 
 LAYERS = {
     "shells": {
+        "__init__",
         "__main__",
+        "aio",
+        "api",
         "bundle_get",
         "bundles",
         "cache_dir",
@@ -109,7 +112,6 @@ LAYERS = {
         "upload_slots",
     },
     "values": {
-        "__init__",
         "chunks",
         "config",
         "errors",
