@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class LocalRequests:
         self._status_requests: dict[int, LocalConnection] = {}
         self._work: dict[bytes, Work] = {}
         self._holds = Holds(cache)
+        self._counting = threading.Lock()
         self._busy: set[LocalConnection] = set()  # those whose files are looked at or fetched
 
     def take(self, connection: LocalConnection, request: AboutFiles, fds: list[int]) -> None:
@@ -276,6 +278,7 @@ class LocalRequests:
                 self._loop.call_soon_threadsafe(self._get, connection, get, fd, source)
                 return
             os.close(fd)
+            self._count_hits(1)
             self._answer_from_thread(connection, Cached(os.fsencode(path), hit=True))
 
     def _look_up_in_thread(self, connection: LocalConnection, fds: list[int]) -> None:
@@ -290,6 +293,7 @@ class LocalRequests:
             log.exception("cannot look up files")  # a bug of ours; they can still be fetched
         finally:
             _close_all(fds)
+        self._count_hits(len(found) - found.count(None))
         self._answer_from_thread(connection, Found(found))
 
     def _version_of(self, fd: int) -> FileVersion | None:
@@ -298,6 +302,10 @@ class LocalRequests:
         except SwarmcacheError as error:
             log.debug("cannot look at a source: %s", error)  # a ``get`` tells its client
             return None
+
+    def _count_hits(self, count: int) -> None:
+        with self._counting:
+            self._state.count_hits(count)
 
     def _answer(self, connection: LocalConnection, answer: Answer) -> None:
         """The final answer to what a connection has asked."""
@@ -329,7 +337,7 @@ class LocalRequests:
             self._answer(connection, Original(f"internal error: {error}"))
             raise
         if hit is not None:
-            self._state.count_hit()
+            self._count_hits(1)
             os.close(fd)
             self._answer(connection, hit)
             return

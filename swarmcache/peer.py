@@ -343,6 +343,7 @@ class Daemon:
             "received_bytes": dict(self._received_bytes),
             "read_bytes": self._read_bytes,
             "uploaded_bytes": self._uploaded_bytes,
+            "totals": msgspec.to_builtins(self._state.totals()),
             "peers": [
                 {"node": node, "connected": connected, "distrusted": distrusted}
                 for node, connected, distrusted in self._state.neighbours()

@@ -334,9 +334,17 @@ class PeerState:
             return False
         return now_s < self.lease_until_s
 
-    def count_hit(self) -> None:
-        """A client got a file that was cached already. No event: a hit takes microseconds."""
-        self._hits += 1
+    def count_hits(self, count: int) -> None:
+        """Clients got files that were cached already. No event, since a hit takes microseconds; and
+        from any thread, but from one at a time."""
+        self._hits += count
+
+    def totals(self) -> NodeTotals:
+        """What this node has done in this life."""
+        return NodeTotals(
+            *(self._life, self._hits + self._misses, self._hits),
+            *(self._from_peers_chunks, self._from_peers_bytes),
+        )
 
     def fetching(self, version_id: bytes) -> Fetching | None:
         """The state of one wanted file version, for progress displays."""
@@ -762,7 +770,7 @@ class PeerState:
         register = Register(
             *(self.address, now_s, leases[:LOADS_MAX], self._disk),
             writes=writes,
-            totals=self._totals(),
+            totals=self.totals(),
         )
         self._tell(register, effects)
         self._writes.tracker_connected(now_s, effects)
@@ -787,12 +795,6 @@ class PeerState:
                 fetching.can_read,
             ),
             effects,
-        )
-
-    def _totals(self) -> NodeTotals:
-        return NodeTotals(
-            *(self._life, self._hits + self._misses, self._hits),
-            *(self._from_peers_chunks, self._from_peers_bytes),
         )
 
     def _beat(self, now_s: float) -> None:
@@ -1232,7 +1234,7 @@ class PeerState:
 
     def _handle_time(self, now_s: float, effects: list[PeerEffect]) -> None:
         if self._heartbeat_at_s is not None and self._heartbeat_at_s <= now_s:
-            self._tell(Heartbeat(now_s, self._disk, self._totals()), effects)
+            self._tell(Heartbeat(now_s, self._disk, self.totals()), effects)
             self._heartbeat_sent_s = now_s
             self._beat(now_s)
         self._writes.look_after(now_s, effects)

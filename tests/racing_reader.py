@@ -97,7 +97,7 @@ class Reader:
     def _hold(self, source: Path) -> None:
         connection = Connection(os.fsencode(self._socket))
         path64 = base64.b64encode(os.fsencode(source)).decode()
-        request = json.dumps({"op": "get", "path": path64, "hold": True}).encode() + b"\n"
+        request = json.dumps({"op": "get", "path": path64, "hold": 1}).encode() + b"\n"
         with source.open("rb") as file:
             connection.send(request, file.fileno())
             answer = json.loads(connection.receive_line(ANSWER_BYTES_MAX))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -13,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from swarmcache.messages import NodeTotals
 from swarmcache.slot_ledger import SlotLedger
 from swarmcache.tracker_statistics import TrackerStatistics, statistics_line
+from tests.local_daemons import LocalDaemons
 
 SLOTS = 2
 claims = st.sampled_from([b"a", b"b", b"c", b"d"])
@@ -90,7 +93,7 @@ class Waiting(RuleBasedStateMachine):
         assert server["waiting_longest_s"] == longest_s
 
 
-Waiting.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Waiting.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestWaiting = Waiting.TestCase
 
 
@@ -239,3 +242,21 @@ def test_the_line_for_the_log_names_every_figure() -> None:
     assert "4096 bytes read, 0 leases to write, 1 ran out, 0 failed, 1 waits" in line
     assert "(mean 3 s, longest 3 s), 0 waiting" in line
     assert "idle" not in line
+
+
+@pytest.mark.slow
+def test_a_daemon_counts_requests_and_hits_however_they_are_asked_for(tmp_path: Path) -> None:
+    with LocalDaemons(tmp_path) as local:
+        local.start_tracker()
+        files = [tmp_path / "sources" / str(number) for number in range(3)]
+        files[0].parent.mkdir()
+        for file in files:
+            file.write_bytes(b"data of " + bytes(file))
+        node = local.start_daemon("a", f'[file_servers.fs]\npaths = ["{files[0].parent}"]\n')
+        node.get(files[0])
+        node.get(files[0])
+        node.get(*files)  # the first one is a hit
+        node.get(*files)
+
+        totals = node.status()["node"]["totals"]
+        assert (totals["requests"], totals["hits"]) == (8, 5)
