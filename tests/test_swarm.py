@@ -51,11 +51,13 @@ def make_swarm(tmp_path: Path) -> Iterator[MakeSwarm]:
             running: int | None = None,
             slots_max: int = 8,
             file_server_mbit: float | None = None,
+            stall_s: float = STALL_S,
         ) -> Swarm:
             box = stack.enter_context(Box(hosts=hosts, rate_mbit=200.0, directory=tmp_path))
             if file_server_mbit is not None:
                 box.fs.shape(up_mbit=file_server_mbit, down_mbit=file_server_mbit)
-            swarm = Swarm(box, {"file_servers.default.slots_max": slots_max})
+            settings = {"file_servers.default.slots_max": slots_max, "get.stall": stall_s}
+            swarm = Swarm(box, settings)
             swarm.start(box.nodes[:running])
             return swarm
 
@@ -365,7 +367,8 @@ def test_what_only_a_node_had_that_is_cut_off_is_read_again(make_swarm: MakeSwar
 def test_a_tracker_that_was_killed_in_mid_swarm_and_comes_back_costs_nothing_but_time(
     make_swarm: MakeSwarm,
 ) -> None:
-    swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT)
+    # The pause leaves little of the default, and a machine may be busy with other things.
+    swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT, stall_s=PATIENCE_S)
     file = swarm.put("corpus", 24 * MIB)
     gets = swarm.get_everywhere(file)
     swarm.wait_for_reader(seen_from=swarm.box.nodes[0])
