@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from simulations.control_plane import ControlPlane, Delivery
 from simulations.disk_work import DiskWork
-from simulations.disks import content_digest
+from simulations.disks import content_digests
 from simulations.engine import Engine, SimulationFailed
 from simulations.file_server import FileServer, FileServerSettings
 from simulations.network import Network
@@ -184,8 +184,7 @@ class Cluster:
         replica = node.disk.replicas.get(version.version_id)
         if replica is None or not replica.published:
             raise SimulationFailed(f"{node.name} has no replica")
-        for chunk in range(replica.layout.chunk_count):
-            right = content_digest(version.version_id, replica.layout, chunk)
+        for chunk, right in enumerate(content_digests(version.version_id, replica.layout)):
             if replica.digests.get(chunk) != right and not replica.rotten >> chunk & 1:
                 raise SimulationFailed(f"{node.name} has a wrong chunk {chunk}")
 
@@ -204,9 +203,8 @@ class Cluster:
     def tell(self, node: Node, event: PeerEvent) -> None:
         """Hand an event to a node's machine, carry out what it wants, see when to wake it."""
         now_s = self.engine.now_s
-        clock_s = node.clock.read(now_s)
         machine = node.machine
-        effects = machine.handle(event, clock_s)
+        effects = machine.handle(event, node.clock.read(now_s))
         if effects:
             self.carry_out(node, effects)
             if node.machine is not machine:  # a fault has ended its life meanwhile
@@ -455,6 +453,7 @@ class Trace:
         self._engine = engine
         self._hasher = blake3()
         self._chunk = struct.Struct("<dqqq")
+        self._head = struct.Struct("<dq")
         self.messages = 0
         self.message_bytes = 0
 
@@ -462,8 +461,7 @@ class Trace:
         """A message was sent, to so many receivers."""
         self.messages += receivers
         self.message_bytes += len(data) * receivers
-        self._hasher.update(b"%s %r %d " % (sender.encode(), self._engine.now_s, receivers))
-        self._hasher.update(data)
+        self._hasher.update(self._head.pack(self._engine.now_s, receivers) + sender.encode() + data)
 
     def chunk(self, source: int, node: int, chunk: int) -> None:
         """A chunk came to an end of its way; the file server is source -1."""

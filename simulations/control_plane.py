@@ -68,17 +68,18 @@ class ControlPlane:
         return decode_between_nodes(_bounded(encode(message))) if self._cluster.strict else message
 
     def deliver(self, delivery: Delivery) -> None:
+        hand = self._cluster.hand
         for event, receivers in delivery:
             if type(event) is PeerSaid:
                 sender = event.node
                 for node in receivers:
                     # What was under way when a connection was closed does not arrive.
                     if sender in node.connected:
-                        self._cluster.hand(node, event)
+                        hand(node, event)
             else:
                 for node in receivers:
                     if node.session is not None:
-                        self._cluster.hand(node, event)
+                        hand(node, event)
 
     def say_to_peer(self, node: Node, other: Node, message: BetweenNodes) -> None:
         """One message to a peer, which a fault may concern."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from simulations.disks import NoRoom, Replica, content_digest
+from simulations.disks import NoRoom, Replica, content_digests
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
 from simulations.settings import FILE_SERVER, USER, ClusterSettings
@@ -186,8 +186,8 @@ class DiskWork:
         if replica is not None and replica.published:
             layout = replica.layout
             # What the chunks should be; those that have rotted since are not.
-            right = [content_digest(version_id, layout, each) for each in range(layout.chunk_count)]
-            loaded = ManifestLoaded(version_id, tuple(right), layout.chunk_size_bytes)
+            right = content_digests(version_id, layout)
+            loaded = ManifestLoaded(version_id, right, layout.chunk_size_bytes)
             if node.traps and node.trap("manifest unreadable"):  # the whole copy counts for nothing
                 self._engine.at(self._engine.now_s, self._lost, (node, version_id))
                 loaded = ManifestLoaded(version_id, (), 0)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from swarmcache.chunks import ChunkLayout
 from swarmcache.eviction import Candidate, Policy, choose_victims, least_recently_used
@@ -150,6 +151,12 @@ class Disk:
         """Assert the account."""
         total = sum(replica.layout.size_bytes for replica in self.replicas.values())
         assert total == self.used_bytes, "the account of a disk is wrong"
+
+
+@lru_cache(maxsize=16)
+def content_digests(version_id: bytes, layout: ChunkLayout) -> tuple[bytes, ...]:
+    """The right digests of all chunks of a file, in order."""
+    return tuple(content_digest(version_id, layout, each) for each in range(layout.chunk_count))
 
 
 def content_digest(version_id: bytes, layout: ChunkLayout, chunk: int) -> bytes:

@@ -21,14 +21,15 @@ class ChunkPicker:
 
     def __init__(self, chunk_count: int, rng: Random) -> None:
         self._chunk_count = chunk_count
-        self._levels = [full_mask(chunk_count)]
+        self._full = full_mask(chunk_count)
+        self._levels = [self._full]
         self._counts = [0] * chunk_count
         self._rng = rng
 
     @property
     def available(self) -> int:
         """Mask of the chunks that have at least one holder."""
-        return full_mask(self._chunk_count) ^ self._levels[0]
+        return self._full ^ self._levels[0]
 
     def add(self, mask: int) -> None:
         """Each chunk in ``mask`` has one more holder."""
@@ -89,6 +90,6 @@ class ChunkPicker:
         for level in self._levels:
             assert not seen & level, "a chunk is in two levels"
             seen |= level
-        assert seen == full_mask(self._chunk_count), "a chunk is in no level"
+        assert seen == self._full, "a chunk is in no level"
         for chunk, count in enumerate(self._counts):
             assert self._levels[count] >> chunk & 1, "a chunk is in the wrong level"

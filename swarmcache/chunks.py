@@ -66,9 +66,10 @@ class ChunkLayout:
 
     def length_bytes(self, chunk: int) -> int:
         """Length of one chunk. Raises IndexError for a chunk that the file does not have."""
-        if not 0 <= chunk < self.chunk_count:
+        rest_bytes = self.size_bytes - chunk * self.chunk_size_bytes
+        if chunk < 0 or rest_bytes <= 0:
             raise IndexError(f"chunk {chunk} of a file that has {self.chunk_count}")
-        return min(self.chunk_size_bytes, self.size_bytes - chunk * self.chunk_size_bytes)
+        return self.chunk_size_bytes if rest_bytes > self.chunk_size_bytes else rest_bytes
 
     def mask_bytes(self, mask: int) -> int:
         """Total size of the chunks in a bit mask."""

@@ -53,6 +53,8 @@ DEADLINE_RATE_BYTES_PER_S = 256 * 1024
 BUSY_BACKOFF_S = 0.05
 FAILURE_BACKOFF_S = 1.0
 FAILURE_BACKOFF_MAX_S = 30.0
+# The digest of a chunk that nobody has announced.
+UNKNOWN = b""
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Download:
         self._reading = 0
         self._flights: dict[int, dict[str, float]] = {}
         self._flight_count = 0
-        self._digests: list[bytes | None] = [None] * self.chunk_count
+        self._digests = [UNKNOWN] * self.chunk_count
         self._picker = ChunkPicker(self.chunk_count, rng)
         self._rng = rng
         self._window = window
@@ -116,7 +118,7 @@ class Download:
     def digests(self) -> tuple[bytes, ...]:
         """The digests of all chunks of a complete download."""
         assert self.complete, "digests of a file that is not complete"
-        return tuple(digest for digest in self._digests if digest is not None)
+        return tuple(self._digests)
 
     def unreachable(self, now_s: float) -> int:
         """Mask of the missing chunks that no neighbour has who answers."""
@@ -159,19 +161,21 @@ class Download:
         peer = self.peers.get(node)
         if peer is None:
             return False
+        known = self._digests
         mask = 0
-        for position, chunk in enumerate(chunks):
+        start = 0
+        for chunk in chunks:
+            digest = digests[start : start + DIGEST_BYTES]
+            start += DIGEST_BYTES
             if chunk >= self.chunk_count:
                 self.conflicts += 1
-                continue
-            digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
-            known = self._digests[chunk]
-            if known is None and peer.source:
-                self._digests[chunk] = digest
-            elif known != digest:
+            elif known[chunk] == digest:
+                mask |= 1 << chunk
+            elif known[chunk] == UNKNOWN and peer.source:
+                known[chunk] = digest
+                mask |= 1 << chunk
+            else:
                 self.conflicts += 1
-                continue
-            mask |= 1 << chunk
         mask &= ~peer.mask
         peer.mask |= mask
         mask &= ~self.held
@@ -210,7 +214,7 @@ class Download:
     def chunk_read(self, chunk: int, digest: bytes) -> None:
         """A chunk of a leased range is on disk. What was read here overrules what was heard."""
         known = self._digests[chunk]
-        if known is not None and known != digest:
+        if known not in (UNKNOWN, digest):
             self.conflicts += 1
             for peer in self.peers.values():
                 self._forget_chunks(peer, peer.mask & 1 << chunk)
@@ -276,36 +280,42 @@ class Download:
 
     def announcements(self, now_s: float) -> list[TellPeer]:
         """Tell every neighbour that lacks them the chunks that came since the last time."""
-        if now_s >= self._common_due_s(now_s):
+        if self._common and now_s >= self._common_due_s(now_s):
             self._fresh |= self._common
             self._common = 0
+            self._common_since_s = math.inf
         if not self._fresh or now_s < self._announced_s + ANNOUNCE_INTERVAL_S:
             return []
         self._announced_s = now_s
         fresh, self._fresh = self._fresh, 0
         haves: dict[int, list[Have]] = {}
         told: list[TellPeer] = []
+        random = self._rng.random
         # In random order, or those who came first would fill one another's upload slots.
-        peers = list(self.peers.items())
-        self._rng.shuffle(peers)
-        for node, peer in peers:
-            mask = fresh & ~peer.mask
-            if not mask:
-                continue
+        lacking = [
+            (random(), node, mask)
+            for node, peer in self.peers.items()
+            if (mask := fresh & ~peer.mask)
+        ]
+        lacking.sort()
+        for _, node, mask in lacking:
             if mask not in haves:
                 haves[mask] = self._haves(mask)
-            told.extend(TellPeer(node, have) for have in haves[mask])
+            for have in haves[mask]:
+                told.append(TellPeer(node, have))
         return told
 
     def wake_at_s(self, now_s: float) -> float | None:
         """When ``requests`` or ``announcements`` may have something new without any event."""
-        at_s = self._common_due_s(now_s)
+        at_s = self._common_due_s(now_s) if self._common else math.inf
         if self._fresh:
             at_s = min(at_s, self._announced_s + ANNOUNCE_INTERVAL_S)
-        while self._backoff_ends_s and self._backoff_ends_s[0] <= now_s:
-            heapq.heappop(self._backoff_ends_s)
-        if self._backoff_ends_s:
-            at_s = min(at_s, self._backoff_ends_s[0])
+        ends_s = self._backoff_ends_s
+        while ends_s and ends_s[0] <= now_s:
+            heapq.heappop(ends_s)
+        # With a full window the next request comes with the end of another one.
+        if ends_s and ends_s[0] < at_s and self._flight_count < self._window:
+            at_s = ends_s[0]
         may_hedge = self._flights and self.hedges < self._hedges_max
         if may_hedge and not self._missing & self._picker.available:
             since_s = min(min(flights.values()) for flights in self._flights.values())
@@ -320,23 +330,16 @@ class Download:
         chunks = list(chunks_in(mask))
         version_id = self.version.version_id
         return [
-            Have(version_id, part, b"".join(self._digest_of(chunk) for chunk in part))
+            Have(version_id, part, b"".join([self._digests[chunk] for chunk in part]))
             for start in range(0, max(len(chunks), 1), HAVE_CHUNKS_MAX)
             for part in (chunks[start : start + HAVE_CHUNKS_MAX],)
         ]
 
     def _common_due_s(self, now_s: float) -> float:
         """When the chunks that can wait are to be announced; the clock starts with the first."""
-        if not self._common:
-            self._common_since_s = math.inf
-        elif self._common_since_s == math.inf:
+        if self._common_since_s == math.inf:
             self._common_since_s = now_s
         return self._common_since_s + COMMON_INTERVAL_S
-
-    def _digest_of(self, chunk: int) -> bytes:
-        digest = self._digests[chunk]
-        assert digest is not None, "a held chunk without a digest"
-        return digest
 
     def _hold(self, chunk: int) -> None:
         bit = 1 << chunk
@@ -380,7 +383,7 @@ class Download:
     def _forget_digests(self, mask: int) -> None:
         """What nobody who announced it has any more may come with another digest."""
         for chunk in chunks_in(mask & ~self._picker.available & self._missing):
-            self._digests[chunk] = None
+            self._digests[chunk] = UNKNOWN
 
     def _turn_from(self, peer: PeerView) -> None:
         """Do not ask this one next."""
@@ -396,14 +399,16 @@ class Download:
 
     def _usable(self, now_s: float, wanted: int) -> list[PeerView]:
         """The peers that may be asked now and have something of what is wanted."""
-        sources = 0
-        usable = []
-        for peer in self.peers.values():
-            if peer.source and peer.mask:
-                sources += 1
-                if peer.mask & wanted and peer.not_before_s <= now_s:
-                    usable.append(peer)
-        flights_max = -(-self._window // max(sources, 1))
+        peers = self.peers.values()
+        usable = [
+            peer
+            for peer in peers
+            if peer.not_before_s <= now_s and peer.source and peer.mask & wanted
+        ]
+        flights_max = 1
+        if len(usable) < self._window:
+            sources = sum([1 for peer in peers if peer.source and peer.mask])
+            flights_max = -(-self._window // max(sources, 1))
         return [peer for peer in usable if len(peer.flights) < flights_max]
 
     def _next_request(self, now_s: float) -> FetchChunk | None:
@@ -417,13 +422,12 @@ class Download:
         last, self._last_source = self._last_source, None
         if last is not None and last.mask & wanted:
             return self._ask_rarest(last, wanted, now_s)
+        usable = self._usable(now_s, wanted)
+        if not usable:
+            return None
         random = self._rng.random
-        peer = min(
-            self._usable(now_s, wanted),
-            key=lambda peer: len(peer.flights) + random(),
-            default=None,
-        )
-        return self._ask_rarest(peer, wanted, now_s) if peer is not None else None
+        loads = [len(peer.flights) + random() for peer in usable]
+        return self._ask_rarest(usable[loads.index(min(loads))], wanted, now_s)
 
     def _ask_rarest(self, peer: PeerView, wanted: int, now_s: float) -> FetchChunk:
         chunk = self._picker.pick(wanted & peer.mask)
@@ -475,7 +479,7 @@ class Download:
             self.version.version_id,
             chunk,
             length_bytes,
-            self._digest_of(chunk),
+            self._digests[chunk],
             peer.address,
             self.held.bit_count(),
             deadline_s=DEADLINE_S + length_bytes / DEADLINE_RATE_BYTES_PER_S,
@@ -493,7 +497,7 @@ class Download:
         assert self.held | self._missing | self._reading | flying == self._full, "a chunk is lost"
         assert self._flight_count == sum(len(flights) for flights in self._flights.values())
         for chunk in chunks_in(self.held):
-            assert self._digests[chunk] is not None, "a held chunk without a digest"
+            assert self._digests[chunk] != UNKNOWN, "a held chunk without a digest"
         available = 0
         for peer in self.peers.values():
             available |= peer.mask if peer.source else 0

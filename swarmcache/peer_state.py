@@ -277,10 +277,10 @@ class PeerState:
         """Apply one event; return what must now be done, in order."""
         effects: list[PeerEffect] = []
         match event:
+            case PeerSaid():  # most events by far
+                self._handle_peer_said(event.node, event.message, now_s, effects)
             case ChunkArrived() | ChunkCorrupt() | ChunkAbsent() | PeerBusy() | PeerUnreachable():
                 self._handle_fetch_end(event, now_s, effects)
-            case PeerSaid():
-                self._handle_peer_said(event.node, event.message, now_s, effects)
             case TrackerSaid():
                 self._handle_tracker_said(event.message, now_s, effects)
             case ChunkRead() | RangeReadDone() | RangeReadFailed():
@@ -301,8 +301,11 @@ class PeerState:
 
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
-        times_s = (self._timers.next_at_s(), self._writes.wake_at_s(), self._heartbeat_at_s)
-        return min((at_s for at_s in times_s if at_s is not None), default=None)
+        at_s = self._timers.next_at_s()
+        for other_s in (self._heartbeat_at_s, self._writes.wake_at_s()):
+            if other_s is not None and (at_s is None or other_s < at_s):
+                at_s = other_s
+        return at_s
 
     def check(self) -> None:
         """Assert the invariants."""
@@ -1144,7 +1147,8 @@ class PeerState:
                 case PeerUnreachable():
                     download.peer_failed(event.chunk, event.node, now_s)
             self._go_on(event.version_id, now_s, effects)
-        self._feed_starved(now_s, effects)
+        if self._starved:
+            self._feed_starved(now_s, effects)
 
     def _distrust(self, node: str, version_id: bytes, effects: list[PeerEffect]) -> None:
         """Wrong bytes came from this peer: it is not asked again, in any swarm.
@@ -1180,16 +1184,17 @@ class PeerState:
     def _go_on(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
         """Ask for what can be asked for, tell what came, put in place what is complete."""
         fetching = self._fetching.get(version_id)
-        if fetching is None or fetching.download is None or not fetching.on_disk:
+        if fetching is None:
             return
         download = fetching.download
-        if not download.complete:
-            self._request(fetching, download, now_s, effects)
-        elif not fetching.publishing:
-            fetching.publishing = True
-            self._begin(version_id)
-            effects.append(PublishFile(version_id))
-        effects.extend(download.announcements(now_s))
+        if download is not None and fetching.on_disk:
+            if not download.complete:
+                self._request(fetching, download, now_s, effects)
+            elif not fetching.publishing:
+                fetching.publishing = True
+                self._begin(version_id)
+                effects.append(PublishFile(version_id))
+            effects.extend(download.announcements(now_s))
         self._arm(version_id, now_s)
 
     def _request(
@@ -1252,7 +1257,6 @@ class PeerState:
         self._answer_stalled(fetching, now_s, effects)
         self._complain(fetching, now_s, effects)
         self._go_on(version_id, now_s, effects)
-        self._arm(version_id, now_s)
 
     def _complain(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
         """Tell the tracker what nobody gives us: it may not know yet that a holder is gone."""

@@ -171,7 +171,9 @@ class PeerWrites:
 
     def wake_at_s(self) -> float | None:
         """When ``look_after`` is next due."""
-        return min((self._due_s(write) for write in self._writes.values()), default=None)
+        if not self._writes:
+            return None
+        return min(self._due_s(write) for write in self._writes.values())
 
     def look_after(self, now_s: float, effects: list[PeerEffect]) -> None:
         """Give back the leases whose promise has run out; tell those who have waited in vain."""

@@ -61,10 +61,13 @@ class UploadSlots:
         del self._uploads[upload]
 
     def _may_wait(self, upload: Upload) -> bool:
-        same = [other for other in self._uploads if other.version_id == upload.version_id]
-        return not same or any(
-            other.held_chunks > upload.held_chunks + LAG_CHUNKS for other in same
-        )
+        alone = True
+        for other in self._uploads:
+            if other.version_id == upload.version_id:
+                alone = False
+                if other.held_chunks > upload.held_chunks + LAG_CHUNKS:
+                    return True
+        return alone
 
     def check(self) -> None:
         """Assert the invariant."""
