@@ -62,6 +62,7 @@ class LocalConnection:
         self._sending = threading.Lock()  # for what is unsent, and for the socket's number
         self._drained: asyncio.Event | None = None
         self.is_open = True
+        self.client_left = False  # it has closed its end; or else we have closed ours
         server.loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, *answers: Answer) -> None:
@@ -117,6 +118,7 @@ class LocalConnection:
             pass
         except OSError as error:
             log.debug("a client has gone: %s", error)
+            self.client_left = True
             self.close()
             return
         if len(self._unsent) > BACKLOG_BYTES:
@@ -139,10 +141,12 @@ class LocalConnection:
             return
         except OSError as error:
             log.debug("a client has gone: %s", error)
+            self.client_left = True
             self.close()
             return
         self._descriptors.extend(descriptors)
         if not data:
+            self.client_left = True
             self.close()
             return
         self._received += data

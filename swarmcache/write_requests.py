@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from swarmcache.chunks import FileVersion, choose_chunk_size
+from swarmcache.clock import now_s
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
@@ -50,6 +51,7 @@ from swarmcache.peer_events import (
     WriterAnswered,
     WriteWanted,
 )
+from swarmcache.peer_writes import PIECE_S
 from swarmcache.replica_copy import add_replica, is_replica
 from swarmcache.source_file import SourceExaminer
 
@@ -57,6 +59,15 @@ WORKING_S = 1.0
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Writer:
+    """A client that writes to this file server, and until when it was told that it may."""
+
+    connection: LocalConnection
+    file_server: str
+    until_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -104,7 +115,7 @@ class WriteRequests:
         self._spawn = spawn
         self._handle = handle
         self._loop = asyncio.get_running_loop()
-        self._writers: dict[int, tuple[LocalConnection, str]] = {}  # with the file server
+        self._writers: dict[int, Writer] = {}
         self._by_connection: dict[LocalConnection, int] = {}
         self._offers: dict[int, Offer] = {}
         self._turns: dict[int, asyncio.Lock] = {}  # by uid
@@ -124,13 +135,8 @@ class WriteRequests:
     def carry_out(self, effect: AnswerSlot | AnswerNoSlot | AddReplica | RefuseReplica) -> None:
         """Give the machine's answer to the client who asked."""
         match effect:
-            case AnswerSlot():
-                connection, file_server = self._writers[effect.request]
-                connection.send(Slot(effect.until_s, file_server))
-            case AnswerNoSlot():
-                connection, _ = self._writers[effect.request]
-                self._forget(effect.request)
-                connection.send(NoSlot(effect.reason))
+            case AnswerSlot() | AnswerNoSlot():
+                self._answer(effect)
             case AddReplica():
                 offer = self._offers[effect.request]
                 self._disk.add_replica(effect.version_id, self._make(offer))
@@ -138,6 +144,18 @@ class WriteRequests:
                 self._offers[effect.request].done.set_result(effect.reason)
 
     # --- slots ----------------------------------------------------------------------------------
+
+    def _answer(self, effect: AnswerSlot | AnswerNoSlot) -> None:
+        writer = self._writers.get(effect.request)
+        if writer is None:
+            return  # the client has gone, and the machine is about to hear of it
+        if isinstance(effect, AnswerNoSlot):
+            self._forget(effect.request)
+            writer.connection.send(NoSlot(effect.reason))
+            return
+        if effect.until_s is not None:
+            writer.until_s = effect.until_s
+        writer.connection.send(Slot(effect.until_s, writer.file_server))
 
     async def _want_slot(self, connection: LocalConnection, directory_fd: int) -> None:
         try:
@@ -158,19 +176,26 @@ class WriteRequests:
         if not connection.is_open:
             return
         number = next(self._numbers)
-        self._writers[number] = (connection, file_server)
+        self._writers[number] = Writer(connection, file_server)
         self._by_connection[connection] = number
         connection.on_closed[self] = lambda: self._gone(number)
         self._handle(WriteWanted(number, file_server, connection.user.name))
 
     def _gone(self, number: int) -> None:
-        self._forget(number)
-        self._handle(RequestGone(number))
+        """A client that has left writes no more. One that was cut off (this daemon is being
+        stopped) goes on as long as it was told that it may, and nobody answers for it."""
+        writer = self._forget(number)
+        wait_s = 0.0 if writer.connection.client_left else writer.until_s + PIECE_S - now_s()
+        if wait_s > 0:
+            self._loop.call_later(wait_s, self._handle, RequestGone(number))
+        else:
+            self._handle(RequestGone(number))
 
-    def _forget(self, number: int) -> None:
-        connection, _ = self._writers.pop(number)
-        del self._by_connection[connection]
-        connection.on_closed.pop(self, None)
+    def _forget(self, number: int) -> Writer:
+        writer = self._writers.pop(number)
+        del self._by_connection[writer.connection]
+        writer.connection.on_closed.pop(self, None)
+        return writer
 
     # --- replicas -------------------------------------------------------------------------------
 

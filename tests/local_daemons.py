@@ -156,10 +156,13 @@ class LocalDaemons:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start_tracker(self) -> Server:
+    def start_tracker(self, settings: str = "") -> Server:
+        """``settings``: in TOML."""
+        config = self._directory / "config-tracker.toml"
+        config.write_text(settings)
         self.tracker = Server(
             self._directory / "tracker.log",
-            *("tracker", "--config", "/dev/null", "--listen", "127.0.0.1:0"),
+            *("tracker", "--config", config, "--listen", "127.0.0.1:0"),
             *("--state-dir", self._directory / "state"),
         )
         self._stack.callback(self.tracker.kill)

@@ -1,0 +1,307 @@
+"""The daemon's part in ``cp``: slots for those who are there, replicas of what is true."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from swarmcache.client import Client
+from swarmcache.clock import now_s
+from swarmcache.config import load
+from swarmcache.cp import CopyProgress, copy_files
+from swarmcache.local_protocol import OfferReplica, encode_request
+from swarmcache.local_server import LocalServer
+from swarmcache.local_socket import Connection, parse_answer
+from swarmcache.peer_events import AnswerSlot, PeerEvent, RequestGone, WriteWanted
+from swarmcache.peer_writes import PIECE_S
+from swarmcache.source_file import SourceExaminer
+from swarmcache.write_requests import WriteRequests
+from swarmcache.write_slot import WriteSlot
+from tests.box import wait_until
+from tests.local_daemons import COMMAND, PATIENCE_S, LocalDaemons, LocalNode
+from tests.loop_disks import loop_disk
+
+pytestmark = pytest.mark.slow
+
+MIB = 1024 * 1024
+
+
+class Node:
+    """A node whose file server has one slot."""
+
+    def __init__(self, directory: Path, local: LocalDaemons) -> None:
+        self.server = directory / "server"
+        self.server.mkdir()
+        self.names = (f"name{number}" for number in itertools.count())
+        self.settings = f'[file_servers.nfs]\npaths = ["{self.server}"]\nslots_max = 1\n'
+        self.local = local
+        local.start_tracker(self.settings)
+        self.daemon = local.start_daemon("one", self.settings)
+
+    @contextmanager
+    def slot(self) -> Iterator[WriteSlot]:
+        """A client that wants to write."""
+        fd = os.open(self.server, os.O_PATH)
+        with Client(os.fsencode(self.daemon.socket)) as client:
+            slot = WriteSlot(client, fd)
+            try:
+                yield slot
+            finally:
+                slot.close()
+                os.close(fd)
+
+    def new_directory(self) -> Path:
+        """One on the file server."""
+        directory = self.server / next(self.names)
+        directory.mkdir()
+        return directory
+
+    def used(self) -> int:
+        """How many slots are taken, as the tracker says."""
+        (server,) = self.daemon.status()["cluster"]["file_servers"]
+        return int(server["slots_used"])
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    directory = tmp_path_factory.mktemp("node")
+    with LocalDaemons(directory) as local:
+        yield Node(directory, local)
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[Node]:
+    """A node whose daemon and tracker may be ended."""
+    with LocalDaemons(tmp_path) as local:
+        yield Node(tmp_path, local)
+
+
+def nothing() -> None:
+    """What to do while waiting."""
+
+
+# --- slots ---------------------------------------------------------------------------------------
+
+
+def test_a_slot_is_ones_own_until_one_is_through_however_one_ends(node: Node) -> None:
+    with node.slot() as first, node.slot() as second:
+        first.wait(nothing)
+        assert not second.reason
+        assert not is_granted(second)
+
+        first.close()
+        second.wait(nothing)
+
+        assert (second.reason, second.file_server) == ("", "nfs")
+    wait_until(lambda: node.used() == 0, PATIENCE_S, "the slot to be free")
+
+
+def is_granted(slot: WriteSlot) -> bool:
+    return now_s() < slot._until_s
+
+
+def test_a_promise_is_renewed_as_long_as_the_client_answers(node: Node) -> None:
+    with node.slot() as slot:
+        slot.wait(nothing)
+        promised_s = slot._until_s
+
+        wait_until(lambda: slot._until_s > promised_s + 2.0, PATIENCE_S, "two renewals")
+
+
+def test_a_client_that_is_stopped_keeps_others_waiting_no_longer_than_its_promise(
+    node: Node, tmp_path: Path
+) -> None:
+    endless, directory = tmp_path / "endless", node.new_directory()
+    endless.touch()
+    os.truncate(endless, 1 << 40)
+    stopped = subprocess.Popen(
+        [*COMMAND, "cp", f"--socket={node.daemon.socket}", endless, directory], env={}
+    )
+    try:
+        wait_until(lambda: list(directory.iterdir()), PATIENCE_S, "the copy to begin")
+        stopped.send_signal(signal.SIGSTOP)
+        (beside,) = directory.iterdir()
+        with node.slot() as slot:
+            slot.wait(nothing)
+            assert slot.reason == ""
+            written = beside.stat().st_size
+
+            stopped.send_signal(signal.SIGCONT)
+            promised_s = slot._until_s
+            wait_until(lambda: slot._until_s > promised_s + 1.0, PATIENCE_S, "some time to pass")
+            assert beside.stat().st_size - written <= MIB, "the piece that was on its way"
+        wait_until(lambda: beside.stat().st_size > written + 8 * MIB, PATIENCE_S, "it to go on")
+    finally:
+        stopped.kill()
+        stopped.wait()
+
+
+def test_a_daemon_that_is_restarted_goes_on_with_those_who_write(mortal: Node) -> None:
+    with mortal.slot() as slot:
+        slot.wait(nothing)
+        mortal.daemon.kill()
+        mortal.daemon = mortal.local.start_daemon("one", mortal.settings)
+
+        wait_until(lambda: mortal.used() == 1 and is_granted(slot), PATIENCE_S, "a new promise")
+        assert slot.reason == ""
+
+
+def test_a_tracker_that_ends_for_good_holds_nobody_up(mortal: Node, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(4 * MIB))
+    assert mortal.local.tracker is not None
+    tracker = mortal.local.tracker
+
+    def end_it(progress: CopyProgress) -> None:
+        if progress.done_bytes and tracker.process.poll() is None:
+            tracker.kill()
+
+    with Client(os.fsencode(mortal.daemon.socket)) as client:
+        (outcome,) = copy_files(
+            client, [os.fsencode(source)], os.fsencode(mortal.server), on_progress=end_it
+        )
+
+    assert (outcome.error, outcome.not_registered) == ("", "")
+    assert (mortal.server / "source").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("client_leaves", [True, False])
+async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
+    tmp_path: Path, client_leaves: bool
+) -> None:
+    """So its slot is nobody else's before its promise has run out."""
+    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+    examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
+    none: Any = None  # whatever makes replicas
+    with ThreadPoolExecutor(1) as threads:
+        requests = WriteRequests(
+            *(none, examiner, threads, threads, none, itertools.count(1)),
+            chunk_size_bytes=None,
+            spawn=asyncio.create_task,
+            handle=events.put_nowait,
+        )
+        server = LocalServer(
+            tmp_path / "run/daemon.sock",
+            requests.take,  # type: ignore[arg-type]
+        )
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(os.fspath(tmp_path / "run/daemon.sock"))
+            fd = os.open(tmp_path, os.O_PATH)
+            socket.send_fds(client, [b'{"op":"write_slot"}\n'], [fd])
+            os.close(fd)
+            wanted = await asyncio.wait_for(events.get(), PATIENCE_S)
+            assert isinstance(wanted, WriteWanted)
+            until_s = now_s() + 0.2
+            requests.carry_out(AnswerSlot(wanted.request, until_s))
+            if client_leaves:
+                client.close()
+            else:
+                server.close()
+
+            gone = await asyncio.wait_for(events.get(), PATIENCE_S)
+
+            assert gone == RequestGone(wanted.request)
+            assert client_leaves or now_s() >= until_s + PIECE_S
+        if client_leaves:
+            server.close()
+    examiner.close()
+
+
+# --- replicas ------------------------------------------------------------------------------------
+
+
+def offer(
+    daemon: LocalNode, file: Path, copy: Path, *, digest: bytes | None = None, how: int = os.O_RDWR
+) -> dict[str, Any]:
+    """What the daemon answers to who offers a replica."""
+    fds = [os.open(file, how), os.open(copy, os.O_RDONLY)]
+    connection = Connection(os.fsencode(daemon.socket))
+    try:
+        line = encode_request(OfferReplica(digest or blake3(copy.read_bytes()).digest()))
+        connection.send(line, *fds)
+        arrival = select.poll()
+        arrival.register(connection.fileno(), select.POLLIN)
+        while True:
+            assert arrival.poll(PATIENCE_S * 1000)
+            for each in map(parse_answer, connection.receive()):
+                if each["answer"] != "working":
+                    return each
+    finally:
+        connection.close()
+        for fd in fds:
+            os.close(fd)
+
+
+def test_only_who_may_write_a_file_can_say_what_is_in_it(node: Node, tmp_path: Path) -> None:
+    file, copy = node.new_directory() / "file", tmp_path / "copy"
+    file.write_bytes(b"the truth")
+    copy.write_bytes(b"not at all"[:9])
+    shorter = tmp_path / "shorter"
+    shorter.write_bytes(b"short")
+
+    read_only = offer(node.daemon, file, copy, how=os.O_RDONLY)
+    write_only = offer(node.daemon, file, copy, how=os.O_WRONLY)
+    wrong_digest = offer(node.daemon, file, copy, digest=blake3(b"the truth").digest())
+    wrong_size = offer(node.daemon, file, shorter)
+    directory = offer(node.daemon, file, tmp_path, digest=b"d" * 32)
+
+    answers = (read_only, write_only, wrong_digest, wrong_size, directory)
+    assert [answer["reason"] for answer in answers] == [
+        "the file is not open for reading and writing",
+        "the file is not open for reading and writing",
+        "the copy no longer has the bytes that were written",
+        "the copy is no regular file of the same size",
+        "the copy is no regular file of the same size",
+    ]
+    assert node.daemon.listed() == []
+    (cached,) = node.daemon.get(file)
+    assert Path(os.fsdecode(cached)).read_bytes() == b"the truth"
+
+
+def test_an_offer_that_is_true_replaces_a_replica_that_is_not(node: Node, tmp_path: Path) -> None:
+    """The same size and time, other bytes: somebody has copied as ``cp --preserve`` does."""
+    file, copy = node.new_directory() / "file", tmp_path / "copy"
+    file.write_bytes(b"before")
+    os.utime(file, (1, 1))
+    (cached,) = node.daemon.get(file)
+    for path in (file, copy):
+        path.write_bytes(b"after!")
+        os.utime(path, (1, 1))
+
+    assert offer(node.daemon, file, copy)["answer"] == "end"
+    assert offer(node.daemon, file, copy)["answer"] == "end", "there already"
+
+    assert node.daemon.get(file) == [cached]
+    assert Path(os.fsdecode(cached)).read_bytes() == b"after!"
+
+
+@pytest.mark.box
+def test_a_copy_on_a_disk_that_can_share_blocks_takes_no_more_room(tmp_path: Path) -> None:
+    with loop_disk(tmp_path, "xfs", size_mib=320) as disk, LocalDaemons(tmp_path) as local:
+        node = local.start_daemon("one", cache_dir=disk.path / "cache")
+        source, target = disk.path / "source", tmp_path / "target"
+        source.write_bytes(os.urandom(64 * MIB))
+        os.sync()
+        free_before = disk.free_bytes
+
+        assert node.run("cp", source, target).returncode == 0
+
+        (cached,) = node.get(target)
+        assert Path(os.fsdecode(cached)).read_bytes() == source.read_bytes()
+        os.sync()
+        assert free_before - disk.free_bytes < 8 * MIB
+        source.write_bytes(b"others")
+        assert Path(os.fsdecode(cached)).read_bytes() == target.read_bytes()
