@@ -24,6 +24,7 @@ from swarmcache.errors import ConfigError, LocalError, PeerUnavailable, Swarmcac
 from swarmcache.get import run_get, say
 from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 from swarmcache.place_commands import place_app
+from swarmcache.submit_command import submit_app
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -46,6 +47,7 @@ app.add_typer(cp_app)
 app.add_typer(cache_app)
 app.add_typer(cf_app)
 app.add_typer(place_app)
+app.add_typer(submit_app)
 
 
 class LogLevel(StrEnum):
