@@ -61,12 +61,13 @@ UNKNOWN = b""
 class PeerView:
     """What a download knows of one neighbour.
 
-    ``mask``: chunks that it has. ``source``: it may be asked (not distrusted). ``service_s``: how
-    long a chunk from it takes, smoothed.
+    ``mask``: chunks that it has told of. ``complete``: it has all. ``source``: it may be asked (not
+    distrusted). ``service_s``: how long a chunk from it takes, smoothed.
     """
 
     address: NodeAddress
     mask: int = 0
+    complete: bool = False
     source: bool = True
     flights: set[int] = field(default_factory=set)
     service_s: float = 0.0
@@ -184,10 +185,16 @@ class Download:
         self._picker.add(mask)
         return self._flight_count < self._window and bool(mask & self._missing)
 
+    def peer_completed(self, node: str) -> None:
+        """This neighbour says that it holds every chunk."""
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.complete = True
+
     def peer_is_complete(self, node: str) -> bool:
         """This neighbour holds every chunk."""
         peer = self.peers.get(node)
-        return peer is not None and peer.mask == self._full
+        return peer is not None and (peer.complete or peer.mask == self._full)
 
     # --- what happened to chunks ----------------------------------------------------------------
 
@@ -330,7 +337,12 @@ class Download:
         chunks = list(chunks_in(mask))
         version_id = self.version.version_id
         return [
-            Have(version_id, part, b"".join([self._digests[chunk] for chunk in part]))
+            Have(
+                version_id,
+                part,
+                b"".join([self._digests[chunk] for chunk in part]),
+                chunk_size_bytes=self.layout.chunk_size_bytes,
+            )
             for start in range(0, max(len(chunks), 1), HAVE_CHUNKS_MAX)
             for part in (chunks[start : start + HAVE_CHUNKS_MAX],)
         ]

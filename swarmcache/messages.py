@@ -361,15 +361,19 @@ class Refused(Message, tag="refused"):
 # --- node <-> node ------------------------------------------------------------------------------
 
 
-class Have(Message, tag="have"):
+class Have(Message, tag="have", omit_defaults=True):
     """The sender has these chunks now. ``digests`` are theirs, 32 bytes each, in the same order.
 
-    An empty ``Have`` says that the sender is in the swarm.
+    An empty ``Have`` says that the sender is in the swarm. ``complete``: it has all chunks; those
+    that the receiver has itself it has not been told of. ``chunk_size_bytes``: how the sender cuts
+    the file (0: not told). The last chunks of two ways to cut it may be equally long.
     """
 
     version_id: VersionId
     chunks: Annotated[list[Count], Meta(max_length=HAVE_CHUNKS_MAX)]
     digests: bytes
+    complete: bool = False
+    chunk_size_bytes: Count = 0
 
 
 class Gone(Message, tag="gone"):

@@ -657,6 +657,7 @@ class PeerState:
                 effects.append(TellPeer(node, Gone(version_id)))
                 self._part(node, version_id, now_s)
             else:
+                effects.append(TellPeer(node, Have(version_id, [], b"", complete=True)))
                 seed.nodes.add(node)
         if seed.nodes:
             self._seeds[version_id] = seed
@@ -703,7 +704,8 @@ class PeerState:
         seed.digests = event.digests
         seed.chunk_size_bytes = event.chunk_size_bytes
         for node in sorted(seed.nodes):
-            if node in seed.nodes and self._neighbours[node].up:
+            left = self._seeds.get(event.version_id) is not seed
+            if not left and self._neighbours[node].up:
                 self._offer(node, event.version_id, seed, now_s, effects)
 
     def _offer(
@@ -716,20 +718,24 @@ class PeerState:
         """
         wanted_bytes = self._neighbours[node].versions.get(version_id, 0)
         if wanted_bytes in (0, seed.chunk_size_bytes):
-            assert seed.digests is not None, "offered before it was loaded"
-            self._tell_all(node, version_id, seed.digests, effects)
+            self._tell_all(node, version_id, seed, effects)
             return
         effects.extend(TellPeer(other, Gone(version_id)) for other in sorted(seed.nodes))
         self._drop_seed(version_id, now_s)
         self._tell(Leave(version_id), effects)
 
     def _tell_all(
-        self, node: str, version_id: bytes, digests: tuple[bytes, ...], effects: list[PeerEffect]
+        self, node: str, version_id: bytes, seed: Seed, effects: list[PeerEffect]
     ) -> None:
+        digests = seed.digests
+        assert digests is not None, "offered before it was loaded"
         for start in range(0, len(digests), HAVE_CHUNKS_MAX):
             part = digests[start : start + HAVE_CHUNKS_MAX]
             chunks = list(range(start, start + len(part)))
-            effects.append(TellPeer(node, Have(version_id, chunks, b"".join(part))))
+            last = start + len(part) == len(digests)
+            cut = seed.chunk_size_bytes
+            have = Have(version_id, chunks, b"".join(part), complete=last, chunk_size_bytes=cut)
+            effects.append(TellPeer(node, have))
 
     def _drop_seed(self, version_id: bytes, now_s: float) -> None:
         seed = self._seeds.pop(version_id, None)
@@ -1105,13 +1111,19 @@ class PeerState:
         match message:
             case Have():
                 fetching = self._fetching.get(version_id)
+                if fetching is None and message.complete:
+                    self._part(node, version_id, now_s)  # and we have told it the same
                 if fetching is None or fetching.download is None:
                     return
+                if message.chunk_size_bytes not in (0, fetching.chunk_size_bytes):
+                    return  # one of us has not been told yet how this swarm cuts the file
                 if node not in fetching.download.peers:
                     # It was introduced to us before we were introduced to it.
                     self._meet(neighbour.address, version_id, now_s, effects)
                 if fetching.download.peer_has(node, message.chunks, message.digests):
                     self._go_on(version_id, now_s, effects)
+                if message.complete:
+                    fetching.download.peer_completed(node)
             case Gone():
                 self._part(node, version_id, now_s)
 

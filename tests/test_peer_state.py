@@ -111,8 +111,9 @@ def digest(chunk: int) -> bytes:
     return b"%032d" % chunk
 
 
-def have(file: FileVersion, *chunks: int) -> Have:
-    return Have(file.version_id, list(chunks), b"".join(digest(chunk) for chunk in chunks))
+def have(file: FileVersion, *chunks: int, complete: bool = False) -> Have:
+    digests = b"".join(digest(chunk) for chunk in chunks)
+    return Have(file.version_id, list(chunks), digests, complete, CHUNK_BYTES)
 
 
 class Bench:
@@ -1024,9 +1025,34 @@ def test_a_seed_loads_its_digests_once_and_tells_every_neighbour_all() -> None:
     effects = bench.tell(ManifestLoaded(file.version_id, tuple(map(digest, range(3))), CHUNK_BYTES))
 
     assert {tell.node: tell.message for tell in of(TellPeer, effects)} == {
-        HIGHER.node: have(file, 0, 1, 2),
-        LOWER.node: have(file, 0, 1, 2),
+        HIGHER.node: have(file, 0, 1, 2, complete=True),
+        LOWER.node: have(file, 0, 1, 2, complete=True),
     }
+
+
+def test_two_that_have_all_have_nothing_to_do_with_one_another_any_more() -> None:
+    """Found in simulation: each took the other for one that it serves, and stayed connected."""
+    bench = Bench()
+    file = version()
+    bench.meet(HIGHER, file)
+    bench.tell(ManifestLoaded(file.version_id, tuple(map(digest, range(3))), CHUNK_BYTES))
+
+    bench.heard(HIGHER, have(file, 0, complete=True))
+
+    assert HangUp(HIGHER.node) in bench.wait_until(bench.now_s + LINGER_S)
+
+
+def test_chunks_of_a_file_that_is_cut_differently_are_not_heard_of() -> None:
+    """The last chunks of two ways to cut a file may be equally long: wrong bytes in the end."""
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+
+    other = have(file, 0, 1)
+    other.chunk_size_bytes = 2 * CHUNK_BYTES
+
+    assert of(FetchChunk, bench.heard(HIGHER, other)) == []
 
 
 @pytest.mark.parametrize("manifest_first", [True, False])
