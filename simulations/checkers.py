@@ -9,6 +9,7 @@ Here is the rest: what must be so while it runs (``Watch``), and when everything
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simulations.clients import Clients
@@ -27,20 +28,38 @@ WATCH_S = 0.5
 ANSWER_MAX_S = 120.0
 
 
+# Longest time without a new chunk before whoever waits gets the original: the patience of a node
+# (5 s), that of the tracker with silent nodes, and our own looking every now and then.
+STUCK_MAX_S = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a node had of a file version at the last look, and in which life and session it was."""
+
+    life: int
+    session: int | None
+    chunks: frozenset[int]
+
+
 class Watch:
     """Looks at the cluster every ``WATCH_S``. ``evaluated``: how often each invariant was."""
 
     def __init__(self, cluster: Cluster, clients: Clients) -> None:
         self._cluster = cluster
         self._clients = clients
+        self._held: dict[tuple[str, bytes], Held] = {}
+        self._waits: dict[tuple[str, bytes], tuple[int, int, float]] = {}
         self.evaluated: Counter[str] = Counter()
         cluster.engine.at(cluster.engine.now_s, self._look, None)
 
     def _look(self, _: object) -> None:
         cluster = self._cluster
         now_s = cluster.engine.now_s
+        self._held.clear()
         for node in cluster.node_list:
             self._look_at(node)
+            self._look_at_waiting(node, now_s)
         oldest_s = min(self._clients.waiting_since_s(), default=now_s)
         self.require("answered in time", now_s - oldest_s <= ANSWER_MAX_S, "a request waits")
         cluster.engine.at(now_s + WATCH_S, self._look, None)
@@ -60,6 +79,53 @@ class Watch:
                 hedges_max = HEDGES_MIN + fetching.download.chunk_count // 100
                 few = fetching.download.hedges <= hedges_max
                 self.require("hedges", few, f"{node.name} asks twice for too many chunks")
+
+    def _look_at_waiting(self, node: Node, now_s: float) -> None:
+        """Nobody waits for long while nothing comes, but for a slot that others have."""
+        for version_id, replica in node.disk.replicas.items():
+            self._held[node.name, version_id] = Held(
+                node.life, node.session, frozenset(replica.digests)
+            )
+        for version in set(node.waiting.values()):
+            key = (node.name, version.version_id)
+            fetching = node.machine.fetching(version.version_id)
+            held = self._held.get(key)
+            count = len(held.chunks) if held is not None else 0
+            former_count, former_stops, since_s = self._waits.get(key, (-1, 0, now_s))
+            excused = (
+                node.stopped
+                or fetching is None
+                or not fetching.on_disk  # the disk works
+                or fetching.publishing
+                or fetching.waiting_for_slot
+            )
+            if count != former_count or node.stops != former_stops or excused:
+                since_s = now_s
+            self._waits[key] = (count, node.stops, since_s)
+            asked_s = max(self._clients.asked_s(node, version), since_s)
+            in_time = now_s - asked_s <= STUCK_MAX_S
+            self.require("not held up", in_time, f"a job on {node.name} is held up by a fault")
+
+    def no_needless_reading(self) -> None:
+        """From now on no chunk may be read that a node has had for a while that can be reached. Not
+        for times in which messages or answers are late: the tracker can only know what it is told.
+        """
+        self._cluster.readings.on_range = self._look_at_range
+
+    def _look_at_range(self, reader: Node, version_id: bytes, chunks: range) -> None:
+        for node in self._cluster.node_list:
+            held = self._held.get((node.name, version_id))
+            replica = node.disk.replicas.get(version_id)
+            if held is None or replica is None or node is reader or not node.alive:
+                continue
+            if (held.life, held.session) != (node.life, node.session) or node.session is None:
+                continue
+            again = held.chunks.intersection(chunks, replica.digests)
+            needed = not again or node.name in self._distrusted()
+            self.require("nothing read in vain", needed, f"{reader.name} reads what others have")
+
+    def _distrusted(self) -> set[str]:
+        return set().union(*(node.distrusted for node in self._cluster.node_list))
 
     def require(self, invariant: str, holds: bool, complaint: str) -> None:
         """Count one look at an invariant. Raises SimulationFailed when it does not hold."""
@@ -93,6 +159,7 @@ class Watch:
         self.require("nothing under way", not left, f"{name} has something under way for ever")
         self.require("no transfer left", not node.fetches, f"{name} still fetches chunks")
         self.require("no upload left", not node.serving, f"{name} still serves chunks")
+        self.require("no connection left", not node.connected, f"{name} keeps useless connections")
         for version_id in node.disk.published():
             self._cluster.check_replica(node, self._cluster.versions[version_id])
             rotten = node.disk.replicas[version_id].rotten

@@ -6,6 +6,7 @@ fault has held up is seen to come right in the end. A job whose daemon is dead w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -103,6 +104,17 @@ class Clients:
         client.content_s = now_s
         if self.on_content is not None:
             self.on_content(client)
+
+    def asked_s(self, node: Node, version: FileVersion) -> float:
+        """When the first of those asked who wait for this file on this node; else for ever ago."""
+        return min(
+            (
+                client.asked_s
+                for client in (self.pending[number] for number in self._asked.values())
+                if client.node is node and client.path == version.path
+            ),
+            default=-math.inf,
+        )
 
     def waiting_since_s(self) -> list[float]:
         """When those asked who have no answer yet."""

@@ -9,6 +9,7 @@ Invariant: a range that is read ends in exactly one event, unless the daemon tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from simulations.disks import content_digest
@@ -71,6 +72,7 @@ class Readings:
         self._trace = cluster.trace
         self._settings = cluster.settings
         self.server = cluster.file_server
+        self.on_range: Callable[[Node, bytes, range], None] | None = None
 
     def begin(self, node: Node, effect: ReadRange) -> None:
         """Carry out ``ReadRange``."""
@@ -83,6 +85,8 @@ class Readings:
         if not node.machine.may_read(effect.lease_id, node.clock.read(now_s)):
             self.fail(reading, "the lease ran out")
             return
+        if self.on_range is not None:
+            self.on_range(node, effect.version_id, range(effect.first, effect.first + effect.count))
         self.server.enter(reading, now_s)
         first_byte_s = now_s + 2 * self._settings.latency_s
         self._engine.at(first_byte_s, self._next_piece, reading)

@@ -89,6 +89,8 @@ class _Run:
     def act(self) -> None:
         """All acts. Raises SimulationFailed, AssertionError."""
         plan, cluster = self.plan, self.cluster
+        if plan.theme in ("calm", "ends of nodes") and not plan.mixed_cuts:
+            self.watch.no_needless_reading()
         cluster.connect_all()
         paths = [b"/export/file%d" % number for number in range(len(plan.sizes_bytes))]
         for path, size_bytes in zip(paths, plan.sizes_bytes, strict=True):

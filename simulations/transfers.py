@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simulations.disks import corrupted
+from simulations.engine import SimulationFailed
 from simulations.network import Flow
 from simulations.nodes import Node
 from swarmcache.peer_events import (
@@ -74,6 +75,8 @@ class Transfers:
     def fetch(self, node: Node, effect: FetchChunk) -> None:
         """Carry out ``FetchChunk``."""
         node.under_way[effect.version_id] += 1
+        if effect.address.node in node.distrusted:
+            raise SimulationFailed(f"{node.name} asked a peer that has lied to it")
         fetch = Fetch(self._cluster, node, effect)
         node.fetches[fetch] = None
         self._engine.at(self._engine.now_s + 2 * self._latency_s, self.begins, fetch)
