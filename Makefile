@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 # What the cluster in a box is made of, beyond the kernel: used by the tests marked "box".
-BOX_PACKAGES = acl e2fsprogs fuse3 iproute2 munge openssh-sftp-server slurm-client slurmctld slurmd \
+# RETURNN, the caller in one of them, compiles a part of itself.
+BOX_PACKAGES = acl e2fsprogs fuse3 g++ iproute2 munge openssh-sftp-server slurm-client slurmctld slurmd \
     sshfs xfsprogs
-BOX_COMMANDS = setfacl fusermount3 ip mkfs.ext4 mkfs.xfs munged sbatch slurmctld slurmd tc sshfs
+BOX_COMMANDS = c++ setfacl fusermount3 ip mkfs.ext4 mkfs.xfs munged sbatch slurmctld slurmd tc sshfs
 
 APT_INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # Debian splits the means to make virtual environments off from Python.
