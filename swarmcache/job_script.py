@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -80,11 +80,25 @@ def read_submission(words: list[str], *, directive: bytes, slurm: bool) -> Submi
     wrapped = Submission(words, JobScript(b"", "sh"), words[1:], slurm)
     if slurm and (command := wrapped.option("--wrap")) is not None:
         return replace(wrapped, script=JobScript(b"#!/bin/sh\n" + os.fsencode(command), "sh"))
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty() or not _is_script_on_stdin(words[1:]):
         raise NoPreference("the command line names no file that begins with #!")
     text = sys.stdin.buffer.read()
     options = _directives(text, directive) + words[1:]
     return Submission(words, JobScript(text, "sh"), options, slurm, text)
+
+
+def _is_script_on_stdin(words: Sequence[str]) -> bool:
+    """Whether no word can be meant as the script: each is an option or may be the value of one.
+
+    Else the scheduler will not read stdin, which may never end.
+    """
+    before = ""
+    for word in words:
+        may_be_value = before.startswith("-") and "=" not in before and not Path(word).is_file()
+        if not word.startswith("-") and not may_be_value:
+            return False
+        before = word
+    return True
 
 
 def _script_text(word: str) -> bytes | None:

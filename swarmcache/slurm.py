@@ -27,7 +27,9 @@ NODES_ASKED_MAX = 16  # how many nodes are tried, from the best on
 # How much later than elsewhere a job may start on the node that holds its files. Slurm's times are
 # estimates, which count what jobs before it might take, idle nodes or not.
 LATER_S_MAX = 30.0
-WITH_ROOM = {"idle", "mix"}  # states of nodes; others have a mark behind them or no room
+# States of nodes, as sinfo shortens them; a mark behind one ("*": does not answer) is no good sign.
+WITH_ROOM = {"idle", "mix"}
+BUSY = {"alloc", "comp", "plnd", "resv"}
 # A controller may let three seconds pass before it looks at a new job (batch_sched_delay).
 START_S_MAX = 6.0
 START_POLL_S = 0.5
@@ -58,7 +60,7 @@ class Slurm(Scheduler):
     def __init__(self, submission: Submission) -> None:
         super().__init__(submission)
         self._starts_s: dict[str | None, float | None] = {}
-        self._with_room: set[str] = set()
+        self._states: dict[str, str] = {}
 
     def check(self) -> None:
         _refuse(self.submission, TAKEN)
@@ -75,11 +77,9 @@ class Slurm(Scheduler):
         return found if task is None else {**found, "SLURM_ARRAY_TASK_ID": str(task)}
 
     def nodes(self) -> list[str]:
-        """All nodes, each once for each of its partitions."""
         answer = ask(["sinfo", "--noheader", "--Node", "--format=%N %t"])
-        states = [line.split() for line in _text(answer.stdout).splitlines()]
-        self._with_room = {name for name, state in states if state in WITH_ROOM}
-        return [name for name, _ in states]
+        self._states = dict(line.split() for line in _text(answer.stdout).splitlines())
+        return list(self._states)
 
     def place(self, rankings: Rankings, *, wait: bool) -> Placement:
         if rankings.of_tasks:
@@ -108,12 +108,13 @@ class Slurm(Scheduler):
         return Placement([BEGIN], what, places)
 
     def _choose(self, ranked: list[NodeBytes], taken: Counter[str], wait: bool) -> str | None:
-        """The best node where the job starts as soon as anywhere; with ``wait``, where it can run.
+        """The best node where the job starts as soon as anywhere; with ``wait``, at any time.
 
         Of those that hold the same, one that fewer other tasks have ``taken``. Raises NoPreference.
         """
         ordered = sorted(ranked, key=lambda each: (-each.size_bytes, taken[each.node], each.node))
-        nodes = [each.node for each in ordered if wait or each.node in self._with_room]
+        states = WITH_ROOM | BUSY if wait else WITH_ROOM
+        nodes = [each.node for each in ordered if self._states[each.node] in states]
         for node in nodes[:NODES_ASKED_MAX]:
             start_s = self._start_s(node)
             if start_s is None:

@@ -54,8 +54,9 @@ def run_submit(
     scheduler, placement = kind(submission), Placement([], "")
     try:
         wanted = _files_of_tasks(scheduler)
-        if prefetch and not submission.has("--comment"):
-            placement = Placement([f"--comment={comment_for(_common(wanted))}"], "")
+        common = _common(wanted)
+        if prefetch and common and not submission.has("--comment"):
+            placement = Placement([f"--comment={comment_for(common)}"], "")
         scheduler.check()
         chosen = scheduler.place(_rank(scheduler, client, wanted), wait=wait)
         placement = replace(chosen, options=placement.options + chosen.options)

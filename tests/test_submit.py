@@ -25,11 +25,12 @@ from swarmcache.job_script import NoPreference, array_tasks, names_at_scheduler,
 from swarmcache.locate import FileLocations, Replica
 from swarmcache.scheduler import CannotSubmit
 from swarmcache.slurm_prolog import COMMENT_BYTES_MAX, comment_for, files_in
+from swarmcache.slurm_prolog import main as prolog
 
 pytestmark = pytest.mark.slow
 
 # Says what it was called with, then what it was told to say.
-PROGRAM = """#!{python}
+PROGRAM = """#!{python} -IS
 import json, os, sys
 name = os.path.basename(sys.argv[0])
 with open({log!r}, "a") as log:
@@ -67,7 +68,7 @@ class Programs:
         usual: list[tuple[str, Answer]] = [
             ("sbatch --test-only", ("", f"sbatch: {start}\n", 0)),
             ("sbatch", ("Submitted batch job 77\n", "", 0)),
-            ("sinfo", ("n1 idle\nn2 mix\nn3 alloc\nn1 idle\n", "", 0)),
+            ("sinfo", ("n1 idle\nn2 mix\nn3 alloc\nn1 idle\nn4 drain\nn5 idle*\n", "", 0)),
             ("squeue", ("", "", 0)),
             ("scontrol", ("", "", 0)),
             ("qconf", ("n1.cluster\nn2.cluster\n", "", 0)),
@@ -113,11 +114,11 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """``a`` is on n1, ``b``, which is larger, on n2 and n3, ``c`` nowhere."""
+    """``a`` is on n1, ``b``, which is larger, on n2 to n5, ``c`` nowhere."""
     monkeypatch.chdir(tmp_path)
     files = Files(tmp_path)
     files.add("a", 10, "n1.cluster")
-    files.add("b", 20, "n2", "n3")
+    files.add("b", 20, "n2", "n3", "n4", "n5")
     files.add("c", 30)
     monkeypatch.setattr(submit, "locate", files.locate)
     return files
@@ -160,6 +161,7 @@ def test_a_job_that_does_not_start_there_may_go_elsewhere(programs: Programs, fi
 def test_with_wait_a_job_stays_with_the_best_node_though_it_is_busy(
     programs: Programs, files: Files
 ) -> None:
+    """But not with one that is down or does not answer."""
     late = time.time() + 5000
     answer = ("", f"sbatch: Job 1 to start at {late:.0f} using 1 processors on nodes n2 in m\n", 0)
     programs.answer(("sbatch --test-only --nodelist=n2", answer))
@@ -269,6 +271,21 @@ def test_a_script_may_come_from_stdin_or_be_one_command(
     ]
 
 
+@pytest.mark.parametrize(
+    "words", [["sbatch", "typo.sh"], ["sbatch", "-p", "gpu", "typo.sh"], ["qsub", "-cwd", "plain"]]
+)
+def test_stdin_is_left_alone_where_a_word_may_name_the_script(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """It may be a pipe that never ends."""
+    Path("plain").write_text("cf a\n")
+    reading, writing = os.pipe()
+    with open(reading) as pipe, open(writing, "w"):
+        monkeypatch.setattr(sys, "stdin", pipe)
+
+        assert run(*words, dry_run=True) == 0
+
+
 def test_a_job_in_another_language_is_submitted_as_it_is(
     programs: Programs, files: Files, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +318,26 @@ def test_the_prolog_is_told_what_all_tasks_ask_for(
     first, second = programs.calls("sbatch")
     assert f"--comment=swarmcache:{tmp_path}/b" in first
     assert second == ["--nodelist=n2", "--comment=mine", "job.sh", ""]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_COMMENT": "swarmcache:/etc/passwd"},
+        {"SLURM_JOB_COMMENT": "swarmcache:/etc/passwd", "SLURM_JOB_UID": "3999999999"},
+        {"SLURM_JOB_COMMENT": "swarmcache:/etc/passwd", "SLURM_JOB_UID": "x"},
+    ],
+)
+def test_a_prolog_that_can_fetch_nothing_succeeds(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("SLURM_JOB_COMMENT", "SLURM_JOB_UID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert prolog() == 0
 
 
 # --- Grid Engine ---------------------------------------------------------------------------------
