@@ -30,8 +30,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from glob import glob
 from importlib.resources import files as resources
 from pathlib import Path
 
@@ -49,6 +47,9 @@ LOOK_S_MAX = 10.0
 LINGER_S = 1.0
 FILES_MAX = 10_000
 TOLD_BYTES_MAX = 8 << 20
+REWRITTEN_BYTES_MAX = (
+    128 << 10
+)  # of a script; patterns that find no end look for it again and again
 DIRECTORIES_MAX = 8  # changes of directory that are followed
 
 # Variables that would change how bash reads a script, or run something of their own.
@@ -57,33 +58,92 @@ _NOT_PASSED_ON = re.compile(
 )
 
 
-def files_asked_for(
-    script: JobScript, directory: Path, variables: Mapping[str, str], timeout_s: float = LOOK_S_MAX
-) -> list[bytes]:
-    """Absolute paths of the files and directories that the script asks for, each once, in order.
+class Look:
+    """A job script, to be looked through once or, for the tasks of an array, several times.
 
-    Only those that exist. ``directory``: where the job will start. ``variables``: what the
-    scheduler sets for the job; the others are this process' own. Raises NoPreference.
+        with Look(script, directory) as look:
+            paths = look.files({"SLURM_ARRAY_TASK_ID": "1"})
+
+    ``directory``: where the job will start. Raises NoPreference for what is no script of a shell.
     """
-    check_shell(script)
-    bash = shutil.which("bash")
-    if bash is None:
-        raise NoPreference("there is no bash here to look into the job script")
-    found: dict[bytes, None] = {}
-    with tempfile.TemporaryDirectory(prefix="swarmcache-") as tools:
-        _lay_out(Path(tools), _rewritten(script.text, bash))
-        look = _Look(bash, tools, script, directory, variables, time.monotonic() + timeout_s)
-        where, cds_done = directory, 0
+
+    def __init__(self, script: JobScript, directory: Path) -> None:
+        check_shell(script)
+        bash = shutil.which("bash")
+        if bash is None:
+            raise NoPreference("there is no bash here to look into the job script")
+        self._script = script
+        self._directory = directory
+        self._bash = bash
+        self._tools = tempfile.TemporaryDirectory(prefix="swarmcache-")
+        _lay_out(Path(self._tools.name), _rewritten(script.text, bash))
+
+    def __enter__(self) -> Look:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tools.cleanup()
+
+    def files(self, variables: Mapping[str, str], timeout_s: float = LOOK_S_MAX) -> list[bytes]:
+        """Absolute paths of what the script asks for and is there, each once, in order.
+
+        ``variables``: what the scheduler sets for the job; the others are this process' own.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        found: dict[bytes, None] = {}
+        where, cds_done = self._directory, 0
         for _ in range(DIRECTORIES_MAX + 1):
             moved = False
-            for kind, value, *more in look.told(where, cds_done):
+            environment = self._environment(variables, cds_done)
+            for kind, value, *more in _records(self._run(where, environment, deadline_s)):
                 if kind == b"cd":
                     where, cds_done, moved = Path(os.fsdecode(value)), int(more[0]), True
                 else:
-                    found.update(dict.fromkeys(_existing(value)))
+                    found[value] = None
             if not moved:
                 break
-    return list(found)[:FILES_MAX]
+        return list(filter(os.path.exists, list(found)[:FILES_MAX]))
+
+    def _environment(self, variables: Mapping[str, str], cds_done: int) -> dict[str, str]:
+        own = {
+            name: value for name, value in os.environ.items() if not _NOT_PASSED_ON.fullmatch(name)
+        }
+        return {
+            **own,
+            **variables,
+            "SWARMCACHE_DRY_RUN": "1",
+            "SWARMCACHE_TOOLS": self._tools.name,
+            "SWARMCACHE_CDS_DONE": str(cds_done),
+            "SWARMCACHE_CWD": str(self._directory),
+        }
+
+    def _run(self, where: Path, environment: dict[str, str], deadline_s: float) -> bytes:
+        """What the script tells when it is run in this directory."""
+        reading, writing = os.pipe()
+        with open(reading, "rb", buffering=0) as pipe:
+            try:
+                process = subprocess.Popen(
+                    [
+                        *(self._bash, "--noprofile", "--norc", "-c", _prelude()),
+                        *(self._script.name, *self._script.arguments),
+                    ],
+                    cwd=where,
+                    env={**environment, "SWARMCACHE_TELL": str(writing)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[writing],
+                    start_new_session=True,
+                )
+            except OSError:  # the directory is not there, or closed
+                return b""
+            finally:
+                os.close(writing)
+            try:
+                return _read_until_end(pipe.fileno(), process.pid, deadline_s)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def check_shell(script: JobScript) -> None:
@@ -100,13 +160,6 @@ def check_shell(script: JobScript) -> None:
         raise NoPreference("the job script has bytes that no shell reads")
 
 
-def _existing(path: bytes) -> list[bytes]:
-    """The path, or what it matches: a pattern that a changed directory kept from being expanded."""
-    if os.path.exists(path):
-        return [path]
-    return sorted(glob(path))[:FILES_MAX]
-
-
 # --- bash ----------------------------------------------------------------------------------------
 
 
@@ -118,67 +171,12 @@ def _lay_out(tools: Path, text: bytes) -> None:
             (tools / name).symlink_to(os.path.realpath(place))
 
 
-@dataclass(frozen=True)
-class _Look:
-    """One script, looked through once for each directory that it goes to."""
-
-    bash: str
-    tools: str
-    script: JobScript
-    directory: Path
-    variables: Mapping[str, str]
-    deadline_s: float
-
-    def told(self, where: Path, cds_done: int) -> Iterator[list[bytes]]:
-        """What the script told: ["file", path] and, as the last, ["cd", path, count]."""
-        fields = self._run(where, cds_done).split(b"\0")
-        while len(fields) >= 3:
-            count = 3 if fields[0] == b"cd" else 2
-            if len(fields) <= count:
-                return  # cut short
-            yield fields[:count]
-            del fields[:count]
-
-    def _run(self, where: Path, cds_done: int) -> bytes:
-        reading, writing = os.pipe()
-        with open(reading, "rb", buffering=0) as pipe:
-            try:
-                process = subprocess.Popen(
-                    [
-                        *(self.bash, "--noprofile", "--norc", "-c", _prelude()),
-                        *(self.script.name, *self.script.arguments),
-                    ],
-                    cwd=where,
-                    env=self._environment(writing, cds_done),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[writing],
-                    start_new_session=True,
-                )
-            except OSError:  # the directory is not there, or closed
-                return b""
-            finally:
-                os.close(writing)
-            try:
-                return _read_until_end(pipe.fileno(), process.pid, self.deadline_s)
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-    def _environment(self, writing: int, cds_done: int) -> dict[str, str]:
-        own = {
-            name: value for name, value in os.environ.items() if not _NOT_PASSED_ON.fullmatch(name)
-        }
-        return {
-            **own,
-            **self.variables,
-            "SWARMCACHE_DRY_RUN": "1",
-            "SWARMCACHE_TOOLS": self.tools,
-            "SWARMCACHE_TELL": str(writing),
-            "SWARMCACHE_CDS_DONE": str(cds_done),
-            "SWARMCACHE_CWD": str(self.directory),
-        }
+def _records(told: bytes) -> Iterator[list[bytes]]:
+    """What a script told: ["file", path] and, as the last, ["cd", path, count]."""
+    fields = told.split(b"\0")
+    while len(fields) > (count := 3 if fields[0] == b"cd" else 2):  # else it was cut short
+        yield fields[:count]
+        del fields[:count]
 
 
 def _prelude() -> str:
@@ -215,21 +213,25 @@ def _read_until_end(fd: int, pid: int, deadline_s: float) -> bytes:
 
 # --- rewriting -----------------------------------------------------------------------------------
 
-_SINGLE_QUOTED = rb"\$?'(?:[^']*)'"
-_SUBSTITUTED = rb"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
-_DOUBLE_QUOTED = rb'"(?:\\.|' + _SUBSTITUTED + rb'|[^"\\])*"'
-_WORD = rb"(?:\\.|" + b"|".join([_SINGLE_QUOTED, _SUBSTITUTED, _DOUBLE_QUOTED])
-_WORD += rb"|\$\{[^{}]*\}|[^\s;|&()<>\"'`\\])+"
+# Atomic and possessive: what has been taken for one thing is not tried as another as well.
+_SINGLE_QUOTED = rb"\$?'[^']*+'"
+_SUBSTITUTED = rb"\$\((?>[^()]|\((?>[^()]|\([^()]*+\))*+\))*+\)"
+_DOUBLE_QUOTED = rb'"(?>\\.|' + _SUBSTITUTED + rb'|[^"\\])*+"'
+_WORD = (
+    rb"(?>"
+    + b"|".join([rb"\\.", _SINGLE_QUOTED, _SUBSTITUTED, _DOUBLE_QUOTED, rb"\$\{[^{}]*+\}"])
+    + rb"|[^\s;|&()<>\"'`\\])++"
+)
 _PIECE = re.compile(
     b"|".join(
         [
             rb"(?P<escaped>\\.)",
-            rb"(?P<comment>(?<![^\s;])#[^\n]*)",
+            rb"(?P<comment>(?<![^\s;])#[^\n]*+)",
             rb"(?P<single>" + _SINGLE_QUOTED + rb")",
             rb"(?P<double>" + _DOUBLE_QUOTED + rb")",
-            rb"(?P<test>\[\[ .*? \]\]|\(\(.*?\)\))",
-            rb"(?P<both>&>>?[ \t]*" + _WORD + rb")",
-            rb"(?P<fd>\{\w+\}|(?<![\w$])\d+)?(?P<out>(?<![<>-])>(?:>|\|)?[ \t]*" + _WORD + rb")",
+            rb"(?P<test>\[\[ .{0,200}? \]\]|\(\(.{0,200}?\)\))",
+            rb"(?P<both>&>>?[ \t]*+" + _WORD + rb")",
+            rb"(?P<fd>\{\w+\}|(?<![\w$])\d+)?(?P<out>(?<![<>-])>(?:>|\|)?[ \t]*+" + _WORD + rb")",
         ]
     ),
     re.DOTALL,
@@ -272,6 +274,8 @@ def _without_output(piece: re.Match[bytes]) -> bytes:
 
 def _rewritten(text: bytes, bash: str) -> bytes:
     """The script rewritten; as it is, where the patterns have made nonsense of it."""
+    if len(text) > REWRITTEN_BYTES_MAX:
+        return text
     changed = rewrite(text)
     checked = subprocess.run(
         [bash, "-n"],

@@ -18,7 +18,7 @@ from swarmcache.client import Client
 from swarmcache.errors import SwarmcacheError, UsageError
 from swarmcache.get import say
 from swarmcache.grid_engine import GridEngine
-from swarmcache.job_files import LOOK_S_MAX, files_asked_for
+from swarmcache.job_files import LOOK_S_MAX, Look
 from swarmcache.job_script import NoPreference, array_tasks, names_at_scheduler, read_submission
 from swarmcache.locate import NodeBytes, files_of, locate, rank_hosts
 from swarmcache.scheduler import Placement, Rankings, Scheduler, submit
@@ -95,14 +95,13 @@ def _files_of_tasks(scheduler: Scheduler) -> FilesOfTasks:
         tasks = tasks[:1]
     deadline_s = time.monotonic() + (LOOK_S_MAX if len(tasks) == 1 else TASKS_LOOK_S_MAX)
     found: FilesOfTasks = {}
-    for task in tasks:
-        left_s = min(LOOK_S_MAX, deadline_s - time.monotonic())
-        if left_s <= 0:
-            say(f"only {len(found)} of {len(tasks)} tasks were looked through in time")
-            break
-        found[task] = files_asked_for(
-            script, Path(scheduler.directory()), scheduler.variables(task), left_s
-        )
+    with Look(script, Path(scheduler.directory())) as look:
+        for task in tasks:
+            left_s = min(LOOK_S_MAX, deadline_s - time.monotonic())
+            if left_s <= 0:
+                say(f"only {len(found)} of {len(tasks)} tasks were looked through in time")
+                break
+            found[task] = look.files(scheduler.variables(task), left_s)
     if not any(found.values()):
         raise NoPreference("the job script asks for no file that is there")
     return found

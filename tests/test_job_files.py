@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from swarmcache.job_files import files_asked_for, rewrite
+from swarmcache.job_files import Look, rewrite
 from swarmcache.job_script import JobScript, NoPreference
 from tests.box import wait_until
 
 pytestmark = pytest.mark.slow
-Look = Callable[..., list[str]]
+LookInto = Callable[..., list[str]]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def look(tmp_path: Path, data: Path) -> Look:
+def look(tmp_path: Path, data: Path) -> LookInto:
     """The names of the files below ``data`` that a script asks for."""
 
     def look(text: str, *arguments: str, timeout_s: float = 10.0, **variables: str) -> list[str]:
@@ -39,7 +39,8 @@ def look(tmp_path: Path, data: Path) -> Look:
             str(tmp_path / "job.sh"),
             list(arguments),
         )
-        found = files_asked_for(script, tmp_path, {"DATA": str(data), **variables}, timeout_s)
+        with Look(script, tmp_path) as looking:
+            found = looking.files({"DATA": str(data), **variables}, timeout_s)
         return [os.path.relpath(os.fsdecode(path), data) for path in found]
 
     return look
@@ -91,20 +92,22 @@ def look(tmp_path: Path, data: Path) -> Look:
         ("#! /bin/bash -l\ncf $DATA/a", "a"),
     ],
 )
-def test_what_a_script_asks_for_is_found(look: Look, tmp_path: Path, text: str, files: str) -> None:
+def test_what_a_script_asks_for_is_found(
+    look: LookInto, tmp_path: Path, text: str, files: str
+) -> None:
     (tmp_path / "inc.sh").write_text("FROM_INC=$DATA/a\n")
 
     assert look(text) == list(files)
 
 
-def test_a_script_sees_its_arguments_and_the_variables_of_its_task(look: Look) -> None:
+def test_a_script_sees_its_arguments_and_the_variables_of_its_task(look: LookInto) -> None:
     text = 'NAMES=(a b c)\ncf "$DATA/$1" "$2"; cf $DATA/${NAMES[$TASK]}\n'
     text += "[ $SWARMCACHE_DRY_RUN ] && cf $DATA/h"
 
     assert look(text, "d", "e", TASK="1") == ["d", "b", "h"]
 
 
-def test_any_name_is_found_as_it_is(look: Look, data: Path) -> None:
+def test_any_name_is_found_as_it_is(look: LookInto, data: Path) -> None:
     names = ["with space", "new\nline", "-dash", os.fsdecode(b"not \xff utf8"), "'\"$x`"]
     for name in names:
         (data / name).touch()
@@ -148,7 +151,7 @@ WAYS_TO_DESTROY = [
 
 @pytest.mark.parametrize("text", WAYS_TO_DESTROY)
 def test_the_work_of_a_script_is_not_done(
-    look: Look, tmp_path: Path, data: Path, text: str
+    look: LookInto, tmp_path: Path, data: Path, text: str
 ) -> None:
     victim = tmp_path / "victim"
     victim.write_text("x\n")
@@ -186,7 +189,7 @@ def quoted(text: str) -> str:
     ],
 )
 def test_a_script_that_does_not_end_is_ended_with_all_that_it_has_started(
-    look: Look, data: Path, text: str
+    look: LookInto, data: Path, text: str
 ) -> None:
     os.mkfifo(data / "fifo")
     begun_s = time.monotonic()
@@ -199,7 +202,7 @@ def test_a_script_that_does_not_end_is_ended_with_all_that_it_has_started(
 @pytest.mark.parametrize(
     "text", ["f() { f; }; f\ncf $DATA/a", "(while :; do :; done) & cf $DATA/a; exit"]
 )
-def test_what_a_script_leaves_behind_holds_nobody_up(look: Look, data: Path, text: str) -> None:
+def test_what_a_script_leaves_behind_holds_nobody_up(look: LookInto, data: Path, text: str) -> None:
     begun_s = time.monotonic()
 
     assert look(text, timeout_s=60.0) == ["a"]
@@ -220,7 +223,7 @@ def processes_with(text: str) -> list[str]:
 
 
 def test_functions_in_the_environment_and_files_of_the_user_are_not_run(
-    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: LookInto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "own.sh"
     own.write_text("cf $DATA/b\n")
@@ -247,13 +250,24 @@ def test_functions_in_the_environment_and_files_of_the_user_are_not_run(
 )
 def test_what_is_no_shell_script_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
     with pytest.raises(NoPreference, match=reason):
-        files_asked_for(JobScript(text, "job"), tmp_path, {})
+        Look(JobScript(text, "job"), tmp_path)
 
 
 def test_a_job_directory_that_is_not_there_means_no_files(tmp_path: Path) -> None:
     script = JobScript(b"#!/bin/sh\ncf /etc/passwd\n", "job")
 
-    assert files_asked_for(script, tmp_path / "missing", {}) == []
+    with Look(script, tmp_path / "missing") as look:
+        assert look.files({}) == []
+
+
+@pytest.mark.parametrize("piece", [b'"$(a) ', b'"', b"$(", b"((", b"[[ ", b">", b"/a", b"!"])
+def test_no_text_takes_long_to_rewrite(piece: bytes) -> None:
+    """Patterns that try everything would take longer than the universe is old."""
+    begun_s = time.monotonic()
+
+    rewrite(b'"' + piece * 2000)
+
+    assert time.monotonic() - begun_s < 20
 
 
 @pytest.mark.parametrize(
