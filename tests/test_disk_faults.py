@@ -315,4 +315,3 @@ def test_a_kill_before_any_call_loses_nothing(root: Path) -> None:
         live_until_killed(life, number)
         live_again(life)
         shutil.rmtree(root)
-
