@@ -6,33 +6,41 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from simulations import campaign
+from rich.console import Console
+from rich.progress import Progress
+
+from simulations import campaign, compare, plots
+from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
-from simulations.scenarios import Result, flash_crowd
-from simulations.settings import ClusterSettings
-from swarmcache.quantities import format_size, parse_count, parse_duration, parse_rate, parse_size
+from simulations.options import add_cluster_options, cluster_settings, quantity
+from simulations.scenarios import SCENARIOS, Result, Watch
+from swarmcache.quantities import format_size, parse_count
+
+COMMANDS = {"campaign": campaign.main, "compare": compare.main}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one scenario. Exit status: 0 done, 1 a promise was broken, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["campaign"]:
-        return campaign.main(arguments[1:])
-    asked = _parser().parse_args(arguments)
-    settings = ClusterSettings(
-        nodes=asked.nodes,
-        seed=asked.seed,
-        node_rate=asked.rate,
-        file_server_rate=asked.file_server_rate or asked.rate,
-        slots_max=asked.slots,
-        latency_s=asked.latency,
-        check_every=asked.check_every,
-    )
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if asked.list:
+        print(_list())
+        return 0
+    if asked.scenario is None:
+        parser.error(f"which scenario? {', '.join(SCENARIOS)}; --list says what they are")
+    if asked.plot is not None and (problem := plots.problem_with(asked.plot)):
+        parser.error(f"--plot {asked.plot}: {problem}")
+    settings = cluster_settings(asked, asked.nodes, check_every=asked.check_every)
     began_s = time.perf_counter()
     try:
-        result = flash_crowd(settings, asked.size)
+        with _progress(f"{asked.scenario}, {asked.nodes} nodes") as watch:
+            result = SCENARIOS[asked.scenario](settings, asked.size, watch)
     except SimulationFailed as failure:
         print(f"simulations: {failure}\nrepeat it with: {_command(asked)}", file=sys.stderr)
         return 1
@@ -42,49 +50,62 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(_describe(result))
         print(f"{wall_s:.1f} s of real time", file=sys.stderr)
+    if asked.plot is not None:
+        plots.draw(result, asked.plot)
     return 0
+
+
+def _list() -> str:
+    """All scenarios, each with the first line of what it says of itself."""
+    return "\n".join(
+        f"{name:16} {(scenario.__doc__ or '').splitlines()[0]}"
+        for name, scenario in SCENARIOS.items()
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Watch | None]:
+    """A bar on stderr for those who wait at a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+
+        def watch(cluster: Cluster) -> None:
+            bar.update(task, completed=cluster.done)
+
+        yield watch
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m simulations",
         description="Runs the machines of swarmcache in virtual time.",
+        epilog=f"Commands with options of their own: {', '.join(COMMANDS)}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("scenario", choices=["flash_crowd"], help="what happens")
+    parser.add_argument("scenario", nargs="?", choices=list(SCENARIOS), help="what happens")
     option = parser.add_argument
-    option("--nodes", type=_read(parse_count), default=100, help="how many want the file")
-    option("--size", type=_read(parse_size), default="256MiB", help="size of the file")
-    option("--seed", type=int, default=1, help="the source of all chance")
-    option("--rate", type=_read(parse_rate), default="125MB/s", help="of every link, each way")
-    option("--file-server-rate", type=_read(parse_rate), help="of its uplink, if not --rate")
-    option("--slots", type=_read(parse_count), default=8, help="readers of the file server")
-    option("--latency", type=_read(parse_duration), default="0.2ms", help="of a message, one way")
+    option("--list", action="store_true", help="say what scenarios there are")
+    option("--nodes", type=quantity(parse_count), default=100, help="how many want the file")
+    add_cluster_options(parser)
     option(
         "--check-every",
-        type=_read(parse_count),
+        type=quantity(parse_count),
         default=10_000,
         help="events between two times that a machine checks its invariants",
     )
+    option("--plot", metavar="FILE.png", help="draw how it went (needs matplotlib)")
     option("--json", action="store_true", help="one line of JSON, equal for equal seeds")
     return parser
-
-
-def _read(parse: Callable[[object], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from error
-
-    return convert
 
 
 def _command(asked: argparse.Namespace) -> str:
     options = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in vars(asked).items()
-        if name not in ("scenario", "json") and value is not None
+        if name not in ("scenario", "json", "list", "plot") and value is not None
     ]
     return f"python -m simulations {asked.scenario} {' '.join(options)}"
 
@@ -92,6 +113,7 @@ def _command(asked: argparse.Namespace) -> str:
 def _describe(result: Result) -> str:
     file_size = format_size(result.size_bytes)
     rows = [
+        ("scenario", result.scenario),
         ("file", f"{file_size} to {result.nodes} nodes, seed {result.seed}"),
         ("efficiency", f"{result.efficiency:.3f} (last node, of the fluid bound)"),
         ("amplification", f"{result.amplification:.4f}"),

@@ -105,6 +105,7 @@ class Cluster:
         self.machine_events = 0
         self.unanswered = 0
         self.originals = 0
+        self.wanted_bytes = 0
         self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
         self.on_holders: Callable[[Node, AnswerHolders], None] | None = None
         self.node_list = [Node(index, settings) for index in range(settings.nodes)]
@@ -140,6 +141,7 @@ class Cluster:
         self.versions[version.version_id] = version
         self.file_server.current.setdefault(version.path, version)
         self.unanswered += 1
+        self.wanted_bytes += version.size_bytes
         node.waiting[request] = version
         replica = node.disk.replicas.get(version.version_id)
         if replica is not None and replica.published and replica.settled:
@@ -170,6 +172,12 @@ class Cluster:
                 f"nothing left to do at {self.engine.now_s:.3f} s, but {self.unanswered} "
                 f"requests are not answered"
             )
+
+    @property
+    def done(self) -> float:
+        """The part of all that is wanted that has come to where it is wanted; 0 to 1."""
+        come_bytes = sum(node.down.carried_bytes for node in self.node_list)
+        return come_bytes / max(self.wanted_bytes, 1)
 
     def check(self) -> None:
         """Every machine checks itself."""

@@ -13,20 +13,27 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
+# Events between two calls of ``Engine.watch``: a tenth of a second of real time or so.
+WATCH_EVERY = 1 << 13
+
 
 class SimulationFailed(Exception):
     """The simulated cluster broke a promise, or did not come to an end. Says which and when."""
 
 
 class Engine:
-    """Runs actions in the order of their times. ``events_max`` bounds one simulation."""
+    """Runs actions in the order of their times. ``events_max`` bounds one simulation.
 
-    __slots__ = ("_heap", "_order", "_stopped", "events", "events_max", "now_s")
+    ``watch`` is called now and then, for those who wait; it must change nothing.
+    """
+
+    __slots__ = ("_heap", "_order", "_stopped", "events", "events_max", "now_s", "watch")
 
     def __init__(self, events_max: int) -> None:
         self.now_s = 0.0
         self.events = 0
         self.events_max = events_max
+        self.watch: Callable[[], None] | None = None
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = 0
         self._stopped = False
@@ -52,6 +59,8 @@ class Engine:
         try:
             while self._heap and not self._stopped:
                 self.step(until_s)
+                if self.watch is not None and not self.events % WATCH_EVERY:
+                    self.watch()
         finally:
             gc.enable()
 

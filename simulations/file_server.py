@@ -47,6 +47,8 @@ class FileServer:
         self.readers: dict[Reader, None] = {}
         self.readers_peak = 0
         self.checked = 0
+        # How many read from when on.
+        self.history: list[tuple[float, int]] = [(0.0, 0)]
         self.current: dict[bytes, FileVersion] = {}  # by path
         self._settings = settings
         self._network = network
@@ -64,12 +66,12 @@ class FileServer:
                 f"{count} readers of {self.name} at {now_s:.6f} s, but {self.slots_max} slots"
             )
         self.readers_peak = max(self.readers_peak, count)
-        self._adapt()
+        self._changed()
 
     def leave(self, reader: Reader) -> None:
         """A node reads no more."""
         if self.readers.pop(reader, reader) is None:
-            self._adapt()
+            self._changed()
 
     def slow_down(self, slowness: float) -> None:
         """Everything takes so many times as long from now on; 1 is normal."""
@@ -83,6 +85,10 @@ class FileServer:
     @staticmethod
     def _is_remainder(reader: Reader, now_s: float) -> bool:
         return reader.piece_since_s + LEASE_MARGIN_S <= now_s and reader.lease_is_over(now_s)
+
+    def _changed(self) -> None:
+        self.history.append((self._network.now_s, len(self.readers)))
+        self._adapt()
 
     def _adapt(self, *, always: bool = False) -> None:
         cost = self._settings.cost_per_reader

@@ -86,6 +86,11 @@ class Network:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def now_s(self) -> float:
+        """Virtual time."""
+        return self._engine.now_s
+
     def start(self, flow: Flow) -> None:
         """Put a flow on its two links."""
         up, down = flow.up, flow.down

@@ -6,9 +6,13 @@ holds nothing that two runs of the same seed could disagree about.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import TypeAlias
 
 from simulations.cluster import Cluster
+from simulations.nodes import Node
 from simulations.settings import USER, ClusterSettings
 from swarmcache.chunks import FileVersion
 
@@ -16,11 +20,35 @@ from swarmcache.chunks import FileVersion
 CROWD_AT_S = 1.0
 # A run that takes this many times the bound, and a minute, is taken for one that hangs.
 PATIENCE_FACTOR = 100
+# gray_nodes: one node in so many has links of this part of the rate.
+GRAY_EVERY = 20
+GRAY_RATE = 0.1
+# churn: this part of the nodes is killed while the first nodes are between these parts of the way.
+KILLED = 0.1
+KILLED_BETWEEN = (0.25, 0.75)
+
+# Told of the cluster now and then while it runs; see ``Engine.watch``.
+Watch: TypeAlias = Callable[[Cluster], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """How a run went, for plots. Times count from the instant at which the file was asked for.
+
+    ``answered_s``: of the nodes that count, earliest first. ``readers``: how many nodes read from
+    the file server from when on. ``sent_bytes``: of each node, and ``server_bytes``.
+    """
+
+    answered_s: tuple[float, ...]
+    readers: tuple[tuple[float, int], ...]
+    sent_bytes: tuple[int, ...]
+    server_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to. ``efficiency`` is ``bound_s / last_node_s``, for the last node.
+    """What a run came to. ``efficiency`` is ``bound_s / last_node_s``, for the last node that
+    counts: all but those that were slowed down or killed on purpose.
 
     ``amplification``: bytes read from the file server / size of the file. ``repeats``: chunks that
     came to a node that had them. Times count from the instant at which the file was asked for.
@@ -48,10 +76,13 @@ class Result:
     machine_events: int
     engine_events: int
     trace_digest: str
+    observed: Observed
 
     def as_json(self) -> dict[str, object]:
         """Plain data for ``--json``."""
-        return asdict(self)
+        figures = asdict(replace(self, observed=Observed((), (), (), 0)))
+        del figures["observed"]
+        return figures
 
 
 def bound_s(size_bytes: int, settings: ClusterSettings) -> float:
@@ -68,60 +99,110 @@ def bound_s(size_bytes: int, settings: ClusterSettings) -> float:
     )
 
 
-def flash_crowd(settings: ClusterSettings, size_bytes: int) -> Result:
+def flash_crowd(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
     """Every node wants the same file at the same instant, and nobody has it.
 
     Raises SimulationFailed when a promise is broken; the machines' ``check()`` raises
-    AssertionError.
+    AssertionError. So do all scenarios.
     """
-    cluster = Cluster(settings)
-    version = FileVersion(f"/export/{USER}/corpus.hdf".encode(), size_bytes, 0)
-    cluster.connect_all()
-    cluster.engine.at(CROWD_AT_S, _come, (cluster, version))
-    least_s = bound_s(size_bytes, settings)
-    cluster.run(CROWD_AT_S + 60 + PATIENCE_FACTOR * least_s)
-    cluster.check()
-    for node in cluster.nodes.values():
-        cluster.check_replica(node, version)
-    return _measure("flash_crowd", cluster, version, least_s)
+    crowd = _Crowd("flash_crowd", settings, size_bytes)
+    return crowd.run(crowd.cluster.node_list, watch)
 
 
-def _come(crowd: tuple[Cluster, FileVersion]) -> None:
-    cluster, version = crowd
-    for index in range(cluster.settings.nodes):
-        cluster.want_file(index, version, request=1)
+def gray_nodes(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
+    """A flash crowd in which one node in 20 has a tenth of the rate. The others count."""
+    crowd = _Crowd("gray_nodes", settings, size_bytes)
+    rng = Random(f"{settings.seed} gray nodes")
+    nodes = crowd.cluster.node_list
+    gray = set(rng.sample(range(len(nodes)), max(len(nodes) // GRAY_EVERY, 1)))
+    for index in sorted(gray):
+        for link in (nodes[index].up, nodes[index].down):
+            link.rate = link.free = settings.node_rate * GRAY_RATE
+    return crowd.run([node for node in nodes if node.index not in gray], watch)
 
 
-def _measure(scenario: str, cluster: Cluster, version: FileVersion, least_s: float) -> Result:
-    settings = cluster.settings
-    size_bytes = version.size_bytes
-    times_s = sorted(
-        answered_s - CROWD_AT_S
-        for node in cluster.nodes.values()
-        for answered_s in node.answered_s.values()
-    )
-    last_node_s = times_s[-1]
-    return Result(
-        scenario=scenario,
-        seed=settings.seed,
-        nodes=settings.nodes,
-        size_bytes=size_bytes,
-        node_rate=settings.node_rate,
-        file_server_rate=settings.file_server_rate,
-        slots_max=settings.slots_max,
-        efficiency=least_s / last_node_s,
-        amplification=cluster.file_server.up.carried_bytes / size_bytes,
-        readers_peak=cluster.file_server.readers_peak,
-        first_node_s=times_s[0],
-        median_node_s=times_s[len(times_s) // 2],
-        last_node_s=last_node_s,
-        bound_s=least_s,
-        messages=cluster.trace.messages,
-        message_bytes=cluster.trace.message_bytes,
-        repeats=cluster.transfers.repeats,
-        deadlines_missed=cluster.transfers.deadlines_missed,
-        uploads_refused=cluster.transfers.uploads_refused,
-        machine_events=cluster.machine_events,
-        engine_events=cluster.engine.events,
-        trace_digest=cluster.trace.digest,
-    )
+def churn(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
+    """A flash crowd of which a tenth is killed in mid-swarm. The others count."""
+    crowd = _Crowd("churn", replace(settings, originals=True), size_bytes)
+    rng = Random(f"{settings.seed} churn")
+    cluster = crowd.cluster
+    nodes = cluster.node_list
+    killed = rng.sample(range(len(nodes)), max(round(len(nodes) * KILLED), 1))
+    for index in killed:
+        at_s = CROWD_AT_S + rng.uniform(*KILLED_BETWEEN) * crowd.bound_s
+        cluster.engine.at(at_s, cluster.processes.kill, nodes[index])
+    return crowd.run([node for node in nodes if node.index not in killed], watch)
+
+
+SCENARIOS: dict[str, Callable[[ClusterSettings, int, Watch | None], Result]] = {
+    "flash_crowd": flash_crowd,
+    "gray_nodes": gray_nodes,
+    "churn": churn,
+}
+
+
+class _Crowd:
+    """A cluster of which every node will want the same file at the same instant."""
+
+    def __init__(self, scenario: str, settings: ClusterSettings, size_bytes: int) -> None:
+        self.scenario = scenario
+        self.cluster = Cluster(settings)
+        self.version = FileVersion(f"/export/{USER}/corpus.hdf".encode(), size_bytes, 0)
+        self.bound_s = bound_s(size_bytes, settings)
+
+    def run(self, counted: Sequence[Node], watch: Watch | None) -> Result:
+        """Let them come, check everything, measure those nodes that count."""
+        cluster = self.cluster
+        cluster.connect_all()
+        cluster.engine.at(CROWD_AT_S, self._come, None)
+        if watch is not None:
+            cluster.engine.watch = lambda: watch(cluster)
+        cluster.run(CROWD_AT_S + 60 + PATIENCE_FACTOR * self.bound_s)
+        cluster.check()
+        for node in counted:
+            cluster.check_replica(node, self.version)
+        return self._measure(counted)
+
+    def _come(self, _: object) -> None:
+        for index in range(self.cluster.settings.nodes):
+            self.cluster.want_file(index, self.version, request=1)
+
+    def _observe(self, counted: Sequence[Node]) -> Observed:
+        answered_s = [each - CROWD_AT_S for node in counted for each in node.answered_s.values()]
+        server = self.cluster.file_server
+        return Observed(
+            tuple(sorted(answered_s)),
+            tuple((max(at_s - CROWD_AT_S, 0.0), readers) for at_s, readers in server.history),
+            tuple(node.up.carried_bytes for node in self.cluster.node_list),
+            server.up.carried_bytes,
+        )
+
+    def _measure(self, counted: Sequence[Node]) -> Result:
+        cluster, settings = self.cluster, self.cluster.settings
+        observed = self._observe(counted)
+        times_s = observed.answered_s
+        return Result(
+            scenario=self.scenario,
+            seed=settings.seed,
+            nodes=settings.nodes,
+            size_bytes=self.version.size_bytes,
+            node_rate=settings.node_rate,
+            file_server_rate=settings.file_server_rate,
+            slots_max=settings.slots_max,
+            efficiency=self.bound_s / times_s[-1],
+            amplification=observed.server_bytes / self.version.size_bytes,
+            readers_peak=cluster.file_server.readers_peak,
+            first_node_s=times_s[0],
+            median_node_s=times_s[len(times_s) // 2],
+            last_node_s=times_s[-1],
+            bound_s=self.bound_s,
+            messages=cluster.trace.messages,
+            message_bytes=cluster.trace.message_bytes,
+            repeats=cluster.transfers.repeats,
+            deadlines_missed=cluster.transfers.deadlines_missed,
+            uploads_refused=cluster.transfers.uploads_refused,
+            machine_events=cluster.machine_events,
+            engine_events=cluster.engine.events,
+            trace_digest=cluster.trace.digest,
+            observed=observed,
+        )
