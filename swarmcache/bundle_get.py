@@ -89,6 +89,7 @@ def get_with_bundles(
         if not isinstance(request, Bundle):
             yield request if isinstance(request, Answer) else found[0]
             continue
+        found = [_if_still_there(answer) for answer in found]
         if all_or_nothing and not all(answer.cached for answer in found):
             request.fault = "not all of its files can be cached"
             _take_out(client, [answer for answer in found if answer.cached and not answer.hit])
@@ -110,6 +111,17 @@ def _read(path: bytes, bundle: bool | None) -> bytes | Bundle | Answer:
     except NoBundle as error:
         return Answer(path, real_path_of(path), reason=str(error))
     return path if lines is None else Bundle(path, lines)
+
+
+def _if_still_there(answer: Answer) -> Answer:
+    """The same, unless the copy has made room for a later member of a bundle as big as the cache.
+
+    That takes longer than ``cache.min_age``: what was answered within that time stays.
+    """
+    if not answer.cached or os.path.lexists(answer.path):
+        return answer
+    asked = os.fsencode(answer.asked)
+    return Answer(asked, real_path_of(asked), reason="its copy has made room for others since")
 
 
 def _answer(bundle: Bundle, answers: list[Answer]) -> BundleAnswer:

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from swarmcache.bundles import read_if_bundle
-from swarmcache.client import Client, open_source, real_path_of
+from swarmcache.client import Client, Source, open_source, real_path_of
 from swarmcache.directories import list_directory
 from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
 from swarmcache.local_protocol import (
@@ -226,28 +226,35 @@ def _locate_some(
     client: Client, paths: Sequence[bytes], limit: int | None, on_notice: Callable[[str], None]
 ) -> Iterator[FileLocations]:
     """As many files as one request may be about."""
-    unreadable: dict[int, FileLocations] = {}
+    found: dict[int, FileLocations] = {}
+    asked: dict[int, Source] = {}
     with ExitStack() as stack:
-        fds = []
         for number, path in enumerate(paths):
             try:
-                source = open_source(path)
+                asked[number] = open_source(path)
             except SourceUnreadable as error:
-                real_path = real_path_of(path)
-                unreadable[number] = FileLocations(real_path, reason=str(error), readable=False)
+                found[number] = _unreadable(real_path_of(path), str(error))
             else:
-                stack.callback(source.close)
-                fds.append(source.fd)
+                stack.callback(asked[number].close)
+        fds = [source.fd for source in asked.values()]
         answers = _ask(client, LocationsOf(len(fds), limit), fds) if fds else []
     for answer in answers:
         if isinstance(answer, Notice):
             on_notice(answer.text)
-    found = [_file_locations(each) for each in answers if isinstance(each, Locations)]
-    if len(found) != len(fds):
+    locations = [each for each in answers if isinstance(each, Locations)]
+    if len(locations) != len(asked):
         raise BadMessage("the daemon's answer is not about the files that were asked about")
-    rest = iter(found)
-    for number in range(len(paths)):
-        yield unreadable[number] if number in unreadable else next(rest)
+    for (number, source), each in zip(asked.items(), locations, strict=True):
+        known = bool(each.path)
+        found[number] = (
+            _file_locations(each) if known else _unreadable(source.real_path, each.reason)
+        )
+    yield from (found[number] for number in range(len(paths)))
+
+
+def _unreadable(real_path: bytes, reason: str) -> FileLocations:
+    """A file that the caller cannot open, or that the daemon does not take for one."""
+    return FileLocations(real_path, reason=reason, readable=False)
 
 
 def _file_locations(answer: Locations) -> FileLocations:

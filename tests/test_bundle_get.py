@@ -6,12 +6,15 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from swarmcache import bundle_get
 from swarmcache.bundle_get import TOLD_MAX, BundleAnswer, get_with_bundles
 from swarmcache.cache_client import ask
-from swarmcache.client import Client
+from swarmcache.client import Answer, Client
+from swarmcache.directories import get_everything
 from swarmcache.get import run_get
 from swarmcache.local_protocol import Ls
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
@@ -196,6 +199,25 @@ def test_where_the_list_cannot_be_written_the_bundle_is_used(sources: Sources) -
         moved.rename(results)
     assert answer.path == str(bundle) and answer.usable and not answer.cached
     assert "cannot be written" in answer.reason
+
+
+def test_a_copy_that_has_gone_before_the_last_one_came_is_not_listed(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [a, b] = sources.put("a", "b")
+
+    def get_and_lose(*arguments: Any) -> Iterator[Answer]:
+        for number, answer in enumerate(get_everything(*arguments)):
+            if number == 0:
+                os.unlink(answer.path)
+            yield answer
+
+    monkeypatch.setattr(bundle_get, "get_everything", get_and_lose)
+    [path], said = sources.get(sources.bundle("x.bundle", a, b))
+    assert lines_of(path) == [a, sources.copy_of(b)]
+    assert f"'{a}': its copy has made room" in said
+    c = sources.put("c")
+    assert not sources.answer(sources.bundle("y.bundle", *c, b), all_or_nothing=True).cached
 
 
 # --- all or nothing ------------------------------------------------------------------------------

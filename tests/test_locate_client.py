@@ -68,6 +68,17 @@ def test_what_cannot_be_read_keeps_its_place_and_is_not_asked_about(
         assert [each.request for each in daemon.asked] == [LocationsOf(1)]
 
 
+def test_what_the_daemon_takes_for_no_file_is_not_said_to_have_no_replicas(
+    tmp_path: Path, file: bytes
+) -> None:
+    with (
+        daemon_that_answers(tmp_path, Locations(reason="mounted for you alone"), End()) as daemon,
+        Client(bytes(daemon.path)) as client,
+    ):
+        [found] = locate(client, [file])
+    assert found == FileLocations(file, reason="mounted for you alone", readable=False)
+
+
 @pytest.mark.parametrize(
     ("answers", "error"),
     [
