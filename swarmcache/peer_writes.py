@@ -95,8 +95,6 @@ class PeerWrites:
         self._by_id[write.write_id] = write
         self._claim(write, now_s, effects)
         self._give_up_if_stalled(write, now_s, effects)
-        if event.request in self._writes:
-            self._tell_slot(write, None, effects)
 
     def answered(self, event: WriterAnswered, now_s: float, effects: list[PeerEffect]) -> None:
         """A client has got what it was told."""

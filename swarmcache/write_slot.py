@@ -44,6 +44,7 @@ class WriteSlot:
         self._client = client
         self._directory_fd = directory_fd
         self._until_s = 0.0
+        self._queued = False  # told so since somebody last waited
         self._heard_at_s = now_s()
         self._changed = threading.Condition()
         self._closed = False
@@ -55,19 +56,24 @@ class WriteSlot:
             self.reason = str(error)
             return
         # Alive as long as the process is, however long a piece takes to be written.
-        self._listener = threading.Thread(target=self._listen, name="write slot", daemon=True)
+        self._listener = threading.Thread(target=self._run, name="write slot", daemon=True)
         self._listener.start()
 
     def wait(self, on_wait: Callable[[], None]) -> None:
-        """Return when the next piece may be written. ``on_wait`` is called if that takes a while.
+        """Return when the next piece may be written.
 
-        From then on the piece has the lease's margin of half a second.
+        ``on_wait`` is called whenever the daemon says that others have all slots. What is begun
+        after this returns has the lease's margin, half a second, to come to its end.
         """
-        if self.reason or now_s() < self._until_s:
-            return
-        on_wait()
-        with self._changed:
-            self._changed.wait_for(lambda: self.reason or now_s() < self._until_s)
+        while not self._may_write():
+            with self._changed:
+                self._changed.wait_for(lambda: self._may_write() or self._queued)
+                told, self._queued = self._queued, False
+            if told:
+                on_wait()
+
+    def _may_write(self) -> bool:
+        return bool(self.reason) or now_s() < self._until_s
 
     def close(self) -> None:
         """Give the slot back."""
@@ -81,6 +87,13 @@ class WriteSlot:
 
     def _ask(self) -> Connection:
         return self._client.send(_ASK, self._directory_fd)[0]
+
+    def _run(self) -> None:
+        try:
+            self._listen()
+        finally:
+            if not self._closed:  # after a bug of ours; who waits must not wait for ever
+                self._go_without("nobody listens to the daemon any more")
 
     def _listen(self) -> None:
         """Hear what the daemon says, and ask again if another one is there after its end."""
@@ -136,6 +149,7 @@ class WriteSlot:
         self._heard_at_s = now_s()
         with self._changed:
             self.file_server = str(message["file_server"])
+            self._queued = until_s is None
             if until_s is not None:
                 if float(until_s) > now_s() + PROMISE_S_MAX:
                     raise BadMessage("its clock is not ours")

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from swarmcache import write_slot
 from swarmcache.client import Client
 from swarmcache.clock import now_s
 from swarmcache.config import load
@@ -71,8 +73,12 @@ class Node:
 
     def used(self) -> int:
         """How many slots are taken, as the tracker says."""
+        return len(self.leases())
+
+    def leases(self) -> list[int]:
+        """The ids of the leases that are out."""
         (server,) = self.daemon.status()["cluster"]["file_servers"]
-        return int(server["slots_used"])
+        return [lease["lease_id"] for lease in server["leases"]]
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +103,19 @@ def nothing() -> None:
 
 
 def test_a_slot_is_ones_own_until_one_is_through_however_one_ends(node: Node) -> None:
-    with node.slot() as first, node.slot() as second:
+    with node.slot() as first:
         first.wait(nothing)
-        assert not second.reason
-        assert not is_granted(second)
+        with node.slot() as second:
+            told = []
+            waiting = threading.Thread(target=second.wait, args=(lambda: told.append("to wait"),))
+            waiting.start()
+            wait_until(lambda: told, PATIENCE_S, "the second one to be told that it waits")
+            assert waiting.is_alive()
 
-        first.close()
-        second.wait(nothing)
+            first.close()
+            waiting.join()
 
-        assert (second.reason, second.file_server) == ("", "nfs")
+            assert (second.reason, second.file_server) == ("", "nfs")
     wait_until(lambda: node.used() == 0, PATIENCE_S, "the slot to be free")
 
 
@@ -137,19 +147,24 @@ def test_a_client_that_is_stopped_keeps_others_waiting_no_longer_than_its_promis
         with node.slot() as slot:
             slot.wait(nothing)
             assert slot.reason == ""
-            written = beside.stat().st_size
+            written, leases = beside.stat().st_size, node.leases()
 
             stopped.send_signal(signal.SIGCONT)
             promised_s = slot._until_s
             wait_until(lambda: slot._until_s > promised_s + 1.0, PATIENCE_S, "some time to pass")
-            assert beside.stat().st_size - written <= MIB, "the piece that was on its way"
+            grown_bytes = beside.stat().st_size - written
+            if node.leases() == leases:  # or else this machine is too busy to keep a slot
+                assert grown_bytes <= MIB, "the piece that was on its way, and no more"
         wait_until(lambda: beside.stat().st_size > written + 8 * MIB, PATIENCE_S, "it to go on")
     finally:
         stopped.kill()
         stopped.wait()
 
 
-def test_a_daemon_that_is_restarted_goes_on_with_those_who_write(mortal: Node) -> None:
+def test_a_daemon_that_is_restarted_goes_on_with_those_who_write(
+    mortal: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_slot, "PATIENCE_S", PATIENCE_S)  # this machine may be busy
     with mortal.slot() as slot:
         slot.wait(nothing)
         mortal.daemon.kill()
