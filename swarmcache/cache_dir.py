@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from swarmcache.cache_index import CacheIndex, Entry, Replica, Trust
+from swarmcache.cache_index import CacheIndex, Entry, Replica, Surveyed, Trust
 from swarmcache.chunk_sources import ChunkSource, OpenReplicas
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.disk_calls import (
@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 # together; ``get`` does not wait for that. Seldom, since what others have written is synced along.
 RECOVERED_MAX = 1000
 RECOVERED_S = 10.0
+YOUNG_HINT = "--unused-for 0 takes it away"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -69,6 +70,15 @@ _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def go_on(size_bytes: int) -> None:
     """After each piece that was digested: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What went, how many and how many bytes; and what was meant to go and stays, each with why."""
+
+    dropped: int
+    dropped_bytes: int
+    kept: list[tuple[Surveyed, str]]
 
 
 class Removal(Enum):
@@ -141,6 +151,7 @@ class CacheDir:
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
             self._listed = self._index.complete or self._begin_empty(own)
+            self._min_age_s = min_age_s
             self._use_check = UseCheck(self._partial_fd)
             self._evictor = Evictor(self._index, self._uses, self, min_age_s)
             self._retention = (
@@ -342,6 +353,42 @@ class CacheDir:
             replica = dataclasses.replace(replica, last_used_s=last_used_s)
         trusted = replica.trusted(self._boot_id)
         return dataclasses.replace(entry, replica=replica, root=root, trusted=trusted)
+
+    def survey(self, wanted: Callable[[bytes], bool]) -> Iterator[list[Surveyed]]:
+        """All replicas of sources whose paths are wanted, a page at a time; some may be empty."""
+        for page in self._index.survey():
+            yield [self._with_use(each) for each in page if wanted(each.path)]
+
+    def forget(
+        self, wanted: Callable[[bytes], bool], unused_s: float | None
+    ) -> Iterator[Forgotten]:
+        """Take these replicas away if they were not used for ``unused_s`` seconds, or (None) may be
+        evicted; a page at a time. None that is pinned or in use goes. Slow. Raises LocalError."""
+        for page in self.survey(wanted):
+            now_s = time.time()
+            newest_s = now_s - (self._min_age_s if unused_s is None else unused_s)
+            kept: list[tuple[Surveyed, str]] = []
+            going: dict[bytes, Surveyed] = {}
+            for each in page:
+                if each.last_used_s > newest_s:
+                    if unused_s is None:
+                        kept.append((each, f"it was used within cache.min_age ({YOUNG_HINT})"))
+                elif each.pinned:
+                    kept.append((each, "it is pinned"))
+                else:
+                    going[each.version_id] = each
+            removed = self._evictor.take_away(going, newest_s, now_s)
+            for replica in removed:
+                del going[replica.version_id]
+            kept += [(each, "it is in use") for each in going.values()]
+            dropped_bytes = sum(replica.stamp.size_bytes for replica in removed)
+            yield Forgotten(len(removed), dropped_bytes, kept)
+
+    def _with_use(self, found: Surveyed) -> Surveyed:
+        """With what the index does not know yet."""
+        read_s = min(self.real_use_s(found.version_id), time.time())
+        used_s = max(self._uses.used_s(found.version_id), read_s, found.last_used_s)
+        return dataclasses.replace(found, last_used_s=used_s)
 
     def files(self, version_ids: Iterable[bytes]) -> dict[bytes, FileId]:
         """Device and inode of each replica that is here."""

@@ -169,6 +169,17 @@ class Entry:
         return [b"/".join((self.root, user)) + self.replica.path for user in users]
 
 
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """One replica in a survey of all. ``path``: real path of the source."""
+
+    version_id: bytes
+    path: bytes
+    size_bytes: int
+    last_used_s: float
+    pinned: bool
+
+
 _COLUMNS = (
     "r.version_id, r.path, r.chunk_size_bytes, r.stored_bytes, r.trust, r.boot_id,"
     " r.size_bytes, r.mtime_ns, r.ctime_ns, r.inode, r.created_s, r.last_used_s,"
@@ -293,6 +304,21 @@ class CacheIndex:
                 if len(rows) < LISTED_ROWS:
                     break
                 after = (found[-1].replica.path, rows[-1][0])
+
+    def survey(self) -> Iterator[list[Surveyed]]:
+        """All replicas, a page at a time, in the order of their version ids."""
+        query = (
+            "SELECT version_id, path, size_bytes, last_used_s,"
+            " EXISTS (SELECT 1 FROM pin p WHERE p.version_id = r.version_id)"
+            " FROM replica r WHERE version_id > ? ORDER BY version_id LIMIT ?"
+        )
+        after = b""
+        while rows := self._rows(query, after, LISTED_ROWS):
+            yield [
+                Surveyed(version_id, path, size_bytes, last_used_s, bool(pinned))
+                for version_id, path, size_bytes, last_used_s, pinned in rows
+            ]
+            after = rows[-1][0]
 
     def unlink(self, version_id: bytes, user: User) -> None:
         """The user has no link to the replica any more."""

@@ -91,7 +91,7 @@ class CacheRequests:
             connection.send(Failed("one request at a time on a connection"))
         elif self._running[uid] >= REQUESTS_PER_USER_MAX or self._running.total() >= REQUESTS_MAX:
             connection.send(Failed("too many requests about the cache at once"))
-        elif isinstance(request, Unpin) and request.all_users and not _sees_all(connection.user):
+        elif isinstance(request, Unpin) and request.all_users and not sees_all(connection.user):
             connection.send(Failed("only root may take away the pins of other users"))
         else:
             self._running[uid] += 1
@@ -129,7 +129,7 @@ class CacheRequests:
     async def _do_all(self, connection: LocalConnection, request: AboutCache, path: bytes) -> bool:
         """Do what is asked with all that a path stands for; whether there was anything."""
         user = connection.user
-        visible_to = None if _sees_all(user) else user
+        visible_to = None if sees_all(user) else user
         found = False
         pages = self._cache.entries(path, visible_to)
         while (page := await self._in_thread(next, pages, None)) is not None:
@@ -156,7 +156,7 @@ class CacheRequests:
             Outcome(fetching.version.path, False, FETCHED)
             for fetching in self._state.downloads()
             if (fetching.version.path == path or fetching.version.path.startswith(below))
-            and (_sees_all(user) or user.uid in self._users_of(fetching.version.version_id))
+            and (sees_all(user) or user.uid in self._users_of(fetching.version.version_id))
         ]
         return fetched if found or fetched else [Outcome(path, False, "not cached")]
 
@@ -255,7 +255,8 @@ class CacheRequests:
         return outcomes
 
 
-def _sees_all(user: User) -> bool:
+def sees_all(user: User) -> bool:
+    """Whether a user is root or the daemon's own: one who sees and changes everything."""
     return user.uid in (0, os.geteuid())
 
 

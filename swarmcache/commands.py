@@ -19,6 +19,7 @@ import typer
 
 from swarmcache.cache_commands import cache_app
 from swarmcache.cf_commands import cf_app
+from swarmcache.cluster_commands import cluster_app
 from swarmcache.cp_command import cp_app
 from swarmcache.errors import ConfigError, LocalError, PeerUnavailable, SwarmcacheError
 from swarmcache.get import run_get, say
@@ -48,6 +49,7 @@ app.add_typer(cache_app)
 app.add_typer(cf_app)
 app.add_typer(place_app)
 app.add_typer(submit_app)
+app.add_typer(cluster_app)
 
 
 class LogLevel(StrEnum):

@@ -30,8 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from swarmcache.cache_dir import CacheDir, Damaged, Partial, Removal, User, go_on
-from swarmcache.cache_index import Entry
+from swarmcache.cache_dir import CacheDir, Damaged, Forgotten, Partial, Removal, User, go_on
+from swarmcache.cache_index import Entry, Surveyed
 from swarmcache.chunk_sources import ChunkSource
 from swarmcache.chunks import FileVersion, Manifest
 from swarmcache.clock import now_s
@@ -45,8 +45,10 @@ __all__ = [
     "ChunkSource",
     "DirectoryStatus",
     "Entry",
+    "Forgotten",
     "Partial",
     "Removal",
+    "Surveyed",
     "User",
 ]
 
@@ -257,6 +259,16 @@ class Cache:
     def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
         """See ``CacheDir.entries``. Raises LocalError."""
         return self._chain(lambda each: each.entries(path, user))
+
+    def survey(self, wanted: Callable[[bytes], bool]) -> Iterator[list[Surveyed]]:
+        """See ``CacheDir.survey``. Raises LocalError."""
+        return self._chain(lambda each: each.survey(wanted))
+
+    def forget(
+        self, wanted: Callable[[bytes], bool], unused_s: float | None
+    ) -> Iterator[Forgotten]:
+        """See ``CacheDir.forget``. Raises LocalError."""
+        return self._chain(lambda each: each.forget(wanted, unused_s))
 
     def owner_of(self, path: bytes) -> str | None:
         """See ``CacheDir.owner_of``."""

@@ -124,13 +124,26 @@ class Evictor:
         candidates = (version_id for version_id, _, _ in self._candidates(since_s, kept))
         for some in _in_slices(islice(candidates, files_max)):
             looked_at += len(some)
+            dropped += len(self.take_away(some, since_s, now_s))
+        return dropped, looked_at
+
+    def take_away(
+        self, version_ids: Iterable[bytes], newest_s: float, now_s: float
+    ) -> list[Replica]:
+        """Take those of some replicas away that nobody uses, has pinned, or has used after
+        ``newest_s``; returns these. Those that are in use count as used at ``now_s``. Slow.
+
+        Raises LocalError.
+        """
+        removed: list[Replica] = []
+        for some in _in_slices(version_ids):
             with self._alone:  # who needs room does not wait for all of them
                 with self._store.unused(some) as unused:
                     in_use = set(some) - unused
                 self._note_use(dict.fromkeys(in_use, now_s))
                 going = [version_id for version_id in some if version_id not in in_use]
-                dropped += len(self._evict(going, since_s))
-        return dropped, looked_at
+                removed += self._evict(going, newest_s)
+        return removed
 
     def _make_room(self, wanted_bytes: int, overhead_bytes: int) -> None:
         while wanted_bytes > 0:

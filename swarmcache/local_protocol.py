@@ -29,6 +29,9 @@ LINE_MAX_BYTES = 64 * 1024
 LOOK_UP_MAX = 32
 
 PATH_MAX_BYTES = 4096
+# How many nodes and paths one request about the caches of other nodes may name.
+NODES_MAX = 64
+PATHS_MAX = 8
 # How many files one ``LocationsOf`` may be about.
 LOCATIONS_FILES_MAX = 16
 
@@ -190,6 +193,26 @@ class OfferReplica(Request, tag="offer_replica"):
         return 2
 
 
+class ReplicasOn(Request, tag="replicas"):
+    """What these nodes hold of sources at or below ``paths``; no paths stand for everything.
+
+    For root and the daemon's own user, as ``ForgetOn``. ``nodes``: control addresses; none stand
+    for this node. Answered by any number of ``NodeReplicas`` and ``NodeSilent``, and an ``End``.
+    """
+
+    nodes: Annotated[list[str], Meta(max_length=NODES_MAX)] = []
+    paths: Annotated[list[Path], Meta(max_length=PATHS_MAX)] = []
+
+
+class ForgetOn(Request, tag="forget"):
+    """Have these nodes give up what they hold, if it was not used for ``unused_s`` (None: if it may
+    be evicted). Answered by any number of ``NodeForgot`` and ``NodeSilent``, and an ``End``."""
+
+    nodes: Annotated[list[str], Meta(max_length=NODES_MAX)] = []
+    paths: Annotated[list[Path], Meta(max_length=PATHS_MAX)] = []
+    unused_s: Annotated[float, Meta(ge=0)] | None = None
+
+
 class Cached(Struct, tag_field="answer", tag="cached"):
     """Final: the path of the verified copy. ``hit``: it was there before the request.
 
@@ -274,6 +297,46 @@ class Outcome(Struct, tag_field="answer", tag="outcome"):
     rotten_chunks: int | None = None
 
 
+class KnownReplica(Struct):
+    """A replica on some node. ``path``: of the source, empty where only another node knows it."""
+
+    version_id: str
+    size_bytes: int
+    idle_s: float
+    path: bytes = b""
+
+
+class NodeReplicas(Struct, tag_field="answer", tag="node_replicas"):
+    """Not final: some of the replicas of one node. An empty ``node`` is this one."""
+
+    node: str
+    replicas: list[KnownReplica]
+
+
+class NotForgotten(Struct):
+    """A replica that stays, and why."""
+
+    version_id: str
+    why: str
+    path: bytes = b""
+
+
+class NodeForgot(Struct, tag_field="answer", tag="node_forgot"):
+    """Not final: how many replicas one node has given up, of how many bytes, and which it keeps."""
+
+    node: str
+    dropped: int
+    dropped_bytes: int
+    kept: list[NotForgotten]
+
+
+class NodeSilent(Struct, tag_field="answer", tag="node_silent"):
+    """Not final: a node cannot be asked, or not to the end."""
+
+    node: str
+    reason: str
+
+
 class Location(Struct):
     """A verified replica. ``node``: its host name; ``path``: of the user's copy there.
 
@@ -350,17 +413,20 @@ AboutCache = Ls | Rm | Pin | Unpin | Verify
 AboutFiles = Get | LookUp | Release | StatusOf
 AboutPlaces = LocationsOf | CopyPathOf | RoomFor
 AboutWriting = WriteSlot | SlotHeard | OfferReplica
-AnyRequest = AboutFiles | AboutCache | AboutPlaces | AboutWriting
+AboutNodes = ReplicasOn | ForgetOn
+AnyRequest = AboutFiles | AboutCache | AboutPlaces | AboutWriting | AboutNodes
 OfFiles = Cached | Found | Original | Progress | NodeStatus
 OfPlaces = Notice | Locations | CopyPath | Room | Working | End | Failed
 OfWriting = Slot | NoSlot | Working | End | Failed
-Answer = OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
+OfNodes = NodeReplicas | NodeForgot | NodeSilent | Working | End | Failed
+Answer = OfNodes | OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
 
 AboutFile = CachedFile | Outcome
 
 _requests = msgspec.json.Decoder(AnyRequest)
 _answers = msgspec.json.Decoder(AboutFile | Working | End | Failed)
 _place_answers = msgspec.json.Decoder(OfPlaces)
+_node_answers = msgspec.json.Decoder(OfNodes)
 _encoder = msgspec.json.Encoder()
 
 
@@ -391,7 +457,16 @@ def decode_place_answer(line: bytes) -> OfPlaces:
         raise BadMessage(f"not an answer: {error}") from error
 
 
-def encode_request(request: AboutCache | AboutPlaces | OfferReplica) -> bytes:
+def decode_node_answer(line: bytes) -> OfNodes:
+    """Decode one line of the daemon's answer to a request about nodes. Raises BadMessage."""
+    try:
+        answer: OfNodes = _node_answers.decode(line)
+        return answer
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadMessage(f"not an answer: {error}") from error
+
+
+def encode_request(request: AboutCache | AboutPlaces | AboutNodes | OfferReplica) -> bytes:
     """One request as a line."""
     return _encoder.encode(request) + b"\n"
 

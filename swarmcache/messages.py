@@ -30,6 +30,9 @@ LOCATED_NODES_MAX = 128
 # How many file versions one ``FindReplicas`` may name: the answer has a path for each.
 FIND_MAX = 64
 PATH_MAX_BYTES = 4096
+# How many paths one question of an admin may be about, and how many replicas one answer.
+DIGESTS_MAX = 1024
+SURVEYED_MAX = 1024
 # 2: ``Locate``, ``Suspected``. 3: leases to write. A message that the other side does not know ends
 # the connection, and with it the leases, so nodes and tracker must know the same ones.
 PROTOCOL_VERSION = 3
@@ -37,6 +40,10 @@ LOADS_MAX = 64
 WAITING_MAX = 1024
 
 VersionId = Annotated[bytes, Meta(min_length=32, max_length=32)]
+# ``path_digests.path_digest``
+PathDigests = Annotated[
+    list[Annotated[bytes, Meta(min_length=32, max_length=32)]], Meta(max_length=DIGESTS_MAX)
+]
 # Of another length than a version id, since both are claims to slots of the same file server.
 WRITE_ID_BYTES = 16
 WriteId = Annotated[bytes, Meta(min_length=WRITE_ID_BYTES, max_length=WRITE_ID_BYTES)]
@@ -99,6 +106,21 @@ class ReplicaPlace(Struct, frozen=True):
 
     directory: Annotated[bytes, Meta(min_length=1, max_length=PATH_MAX_BYTES)]
     linked: bool
+
+
+class HeldReplica(Struct, frozen=True):
+    """A replica that a node holds. ``idle_s``: since it was last used."""
+
+    version_id: VersionId
+    size_bytes: Count
+    idle_s: float
+
+
+class KeptReplica(Struct, frozen=True):
+    """A replica that a node does not give up. ``why`` is for people."""
+
+    version_id: VersionId
+    why: Name
 
 
 class HeldLease(Struct, frozen=True):
@@ -398,6 +420,55 @@ class ReplicasFound(Message, tag="replicas_found"):
     places: Annotated[list[ReplicaPlace | None], Meta(max_length=FIND_MAX)]
 
 
+# --- node -> node, on behalf of an admin, on a short connection of its own -----------------------
+
+
+class SurveyReplicas(Message, tag="survey_replicas"):
+    """Asks for all replicas of sources at or below these paths; of all sources if there are none.
+
+    Answered by any number of ``ReplicasSurveyed``, of which only the last one is ``last``.
+    """
+
+    paths: PathDigests = []
+
+
+class ForgetReplicas(Message, tag="forget_replicas"):
+    """Give up these replicas, if they were not used for ``unused_s``; None: for as long as keeps
+    them from being evicted. None that is pinned or in use goes.
+
+    Answered by any number of ``ReplicasForgotten``, of which only the last one is ``last``.
+    """
+
+    paths: PathDigests = []
+    unused_s: Annotated[float, Meta(ge=0)] | None = None
+
+
+class GoOn(Message, tag="go_on"):
+    """An answer that was not the last one has been taken in."""
+
+
+class ReplicasSurveyed(Message, tag="replicas_surveyed"):
+    """Some of the replicas."""
+
+    replicas: Annotated[list[HeldReplica], Meta(max_length=SURVEYED_MAX)] = []
+    last: bool = False
+
+
+class ReplicasForgotten(Message, tag="replicas_forgotten"):
+    """How many went, and what they had; and those that were asked for and stay."""
+
+    dropped: Count = 0
+    dropped_bytes: Count = 0
+    kept: Annotated[list[KeptReplica], Meta(max_length=SURVEYED_MAX)] = []
+    last: bool = False
+
+
+class SurveyFailed(Message, tag="survey_failed"):
+    """The last answer: the node's disk fails."""
+
+    reason: Name
+
+
 ToTracker = (
     Register
     | Join
@@ -430,12 +501,16 @@ FromTracker = (
 )
 BetweenNodes = Have | Gone
 AboutReplicas = FindReplicas | ReplicasFound
+FromAdmin = SurveyReplicas | ForgetReplicas | GoOn
+ToAdmin = ReplicasSurveyed | ReplicasForgotten | SurveyFailed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_tracker: msgspec.msgpack.Decoder[ToTracker] = msgspec.msgpack.Decoder(ToTracker)
 _from_tracker: msgspec.msgpack.Decoder[FromTracker] = msgspec.msgpack.Decoder(FromTracker)
 _between_nodes: msgspec.msgpack.Decoder[BetweenNodes] = msgspec.msgpack.Decoder(BetweenNodes)
 _about_replicas: msgspec.msgpack.Decoder[AboutReplicas] = msgspec.msgpack.Decoder(AboutReplicas)
+_from_admin: msgspec.msgpack.Decoder[FromAdmin] = msgspec.msgpack.Decoder(FromAdmin)
+_to_admin: msgspec.msgpack.Decoder[ToAdmin] = msgspec.msgpack.Decoder(ToAdmin)
 
 
 def encode(message: Message) -> bytes:
@@ -464,6 +539,16 @@ def decode_between_nodes(data: bytes) -> BetweenNodes:
 def decode_about_replicas(data: bytes) -> AboutReplicas:
     """Decode a question about replicas, or its answer. Raises BadMessage."""
     return _decode(_about_replicas, data)
+
+
+def decode_from_admin(data: bytes) -> FromAdmin:
+    """Decode what another node asks on behalf of an admin. Raises BadMessage."""
+    return _decode(_from_admin, data)
+
+
+def decode_to_admin(data: bytes) -> ToAdmin:
+    """Decode the answer to that. Raises BadMessage."""
+    return _decode(_to_admin, data)
 
 
 Decoded = TypeVar("Decoded")

@@ -29,6 +29,7 @@ from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
 from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
+from swarmcache.cluster_caches import ClusterCaches
 from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
@@ -36,7 +37,13 @@ from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.link import Link, connect, serve
-from swarmcache.local_protocol import AboutCache, AboutPlaces, AboutWriting, AnyRequest
+from swarmcache.local_protocol import (
+    AboutCache,
+    AboutNodes,
+    AboutPlaces,
+    AboutWriting,
+    AnyRequest,
+)
 from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.locator import Locator
@@ -274,6 +281,10 @@ class Daemon:
         self._replica_questions = ReplicaQuestions(
             self._cache, self._look_threads, self._session, self._key, self.address, self._spawn
         )
+        self._cluster_caches = ClusterCaches(
+            *(self._cache, self._disk_threads, self._session, self._key, self.address),
+            self._spawn,
+        )
         self._locator = Locator(
             self._cache,
             self._examiner,
@@ -328,6 +339,8 @@ class Daemon:
             self._about_cache.take(connection, request)
         elif isinstance(request, AboutPlaces):
             self._locator.take(connection, request, fds)
+        elif isinstance(request, AboutNodes):
+            self._cluster_caches.take(connection, request)
         elif isinstance(request, AboutWriting):
             self._writing.take(connection, request, fds)
         else:
@@ -419,6 +432,7 @@ class Daemon:
         application = web.Application()
         application.router.add_get("/v1/peer", self._serve_peer)
         application.router.add_get("/v1/holder", self._replica_questions.serve)
+        application.router.add_get("/v1/admin", self._cluster_caches.serve)
         return application
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
