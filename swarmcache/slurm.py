@@ -174,21 +174,33 @@ def _let_go(job: str, ids: Collection[str]) -> None:
         while _pending(job, ids) and time.monotonic() < deadline_s:
             time.sleep(START_POLL_S)  # Slurm tells nobody when a job starts
     finally:  # a user who does not want to wait wants the job to wait even less
-        _update(dict.fromkeys(_pending(job, ids), "ReqNodeList="))
+        fault = _update(dict.fromkeys(_pending(job, ids), "ReqNodeList="))
+    if fault and (waiting := _pending(job, ids)):
+        raise NoPreference(f"{', '.join(waiting)} may wait for the best node: {fault}")
 
 
 def _pending(job: str, ids: Collection[str]) -> list[str]:
-    """Which of these have not started. A job that has ended may be unknown by now."""
+    """Which of these have not started; all of them, if Slurm cannot say so.
+
+    One that has ended may be unknown by now.
+    """
     words = ["squeue", "--noheader", "--array", f"--jobs={job}", "--states=PENDING"]
     answer = ask([*words, "--format=%i"], check=False)
+    if answer.returncode != 0 and b"Invalid job id" not in answer.stderr:
+        return sorted(ids)
     return sorted(set(_text(answer.stdout).split()) & set(ids))
 
 
-def _update(changes: Mapping[str, str]) -> None:
-    """Change jobs, by id. One that has started meanwhile stays as it is. Raises NoPreference."""
+def _update(changes: Mapping[str, str]) -> str:
+    """Change jobs, by id; one that has started meanwhile stays as it is. Raises NoPreference.
+
+    Returns the last thing that Slurm had against it.
+    """
     lines = [f"update JobId={job} {change}\n" for job, change in changes.items()]
-    if lines:
-        ask(["scontrol", "--oneliner"], stdin="".join(lines).encode(), check=False)
+    if not lines:
+        return ""
+    answer = ask(["scontrol", "--oneliner"], stdin="".join(lines).encode(), check=False)
+    return "".join(_text(answer.stderr).strip().splitlines()[-1:])
 
 
 def _text(output: bytes) -> str:

@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _comment_by_scontrol() -> str:
-    """For Slurm before 23.02, which does not tell its prolog the comment."""
+    """For versions of Slurm that do not tell the prolog the comment, as 22.05."""
     scontrol = shutil.which("scontrol", path=PATH)
     if scontrol is None:
         return ""

@@ -158,6 +158,29 @@ def test_a_job_that_does_not_start_there_may_go_elsewhere(programs: Programs, fi
     assert programs.calls("scontrol") == [["--oneliner", "update JobId=77 ReqNodeList=\n"]]
 
 
+@pytest.mark.parametrize(
+    ("queue", "said"),
+    [
+        (("77\n", "", 0), "77 may wait for the best node: Access denied"),
+        (("", "slurm_load_jobs error: no contact\n", 1), "77 may wait for the best node"),
+        (("", "slurm_load_jobs error: Invalid job id specified\n", 1), ""),
+    ],
+)
+def test_who_submits_is_told_of_a_job_that_could_not_be_let_go(
+    programs: Programs,
+    files: Files,
+    capfd: pytest.CaptureFixture[str],
+    queue: Answer,
+    said: str,
+) -> None:
+    programs.answer(("squeue", queue), ("scontrol", ("", "Access denied\n", 1)))
+
+    assert run("sbatch", script("cf b")) == 0
+
+    assert said in capfd.readouterr().err
+    assert bool(programs.calls("scontrol")) == bool(said)
+
+
 def test_with_wait_a_job_stays_with_the_best_node_though_it_is_busy(
     programs: Programs, files: Files
 ) -> None:
