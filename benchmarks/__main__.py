@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import hit, many_files, memory, pair, single, swarm
+from benchmarks import api, hit, many_files, memory, pair, single, small_files, swarm
 from benchmarks.local_cluster import clean_environment
 from benchmarks.report import Figure, Options, Skipped, machine, table
 
@@ -18,6 +18,8 @@ BENCHMARKS: dict[str, Callable[[Options], list[Figure]]] = {
     "pair": pair.measure,
     "single": single.measure,
     "hit": hit.measure,
+    "api": api.measure,
+    "small_files": small_files.measure,
     "memory": memory.measure,
     "many_files": many_files.measure,
 }
@@ -65,7 +67,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.add_argument("--runs", type=int, help="how often to measure; default: as each needs")
-    parser.add_argument("--files", type=int, help="files in the cache of many_files")
+    parser.add_argument("--files", type=int, help="files of many_files, small_files")
     parser.add_argument("--quick", action="store_true", help="the smallest variants, as a check")
     arguments = parser.parse_args()
     for name in arguments.names:

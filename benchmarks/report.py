@@ -22,7 +22,7 @@ class Skipped(Exception):
 class Options:
     """What the command line asks for. ``quick``: the smallest variant, which measures nothing.
 
-    ``files``: how many files the cache of ``many_files`` has.
+    ``files``: how many files ``many_files`` and ``small_files`` have.
     """
 
     runs: int | None = None

@@ -20,7 +20,6 @@ import os
 import select
 import stat
 import time
-from collections import deque
 
 from swarmcache.errors import BadMessage, DaemonUnavailable, NotCached, SourceUnreadable
 from swarmcache.local_socket import (
@@ -315,7 +314,7 @@ class Exchanges:
         self._put_off: list[tuple[int, bytes]] = []
         self._on_progress = on_progress
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        self._missed: deque[Exchange] = deque()  # open, not cached, not asked for yet
+        self._missed: list[Exchange] = []  # open, not cached, not asked for yet
         self._in_flight: dict[int, Exchange] = {}  # by the descriptor of the connection
         self._look_ups: dict[int, LookUp] = {}  # likewise
         self._answers: dict[int, Answer] = {}
@@ -355,7 +354,7 @@ class Exchanges:
     def start(self) -> bool:
         """Turn to the next paths. False: there are none, or enough is in flight."""
         if self._missed and len(self._in_flight) < REQUESTS_MAX:
-            self._ask(self._missed.popleft())
+            self._ask(self._missed.pop(0))  # a few dozen at most
             return True
         if self._missed or len(self._look_ups) >= LOOK_UPS_MAX:
             return False

@@ -66,7 +66,7 @@ IDLE_SERVER_S = 60.0
 IDLE_CLIENT_S = 30.0  # less than the server's, so that it is the client who closes
 IDLE_SERVER_MAX = 512  # connections; half of the usual limit of 1,024 descriptors per process
 IDLE_CLIENT_MAX = 128
-IDLE_PER_PEER_MAX = 4
+IDLE_PER_PEER_MAX = 16  # as many requests as are in flight: of small files, often to one peer
 assert IDLE_CLIENT_S < IDLE_SERVER_S, "else requests meet closing connections"
 
 SEND_STALL_S = 10.0  # a receiver that takes nothing for so long is dropped

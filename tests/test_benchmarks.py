@@ -32,6 +32,8 @@ def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("pair", 3),
         ("single", 2),
         ("hit", 1),
+        ("api", 2),
+        ("small_files", 2),
         ("memory", 3),
         ("many_files", 18),
         pytest.param("swarm", 7, marks=pytest.mark.box),
@@ -51,7 +53,7 @@ def test_an_unknown_name_is_refused_and_the_known_ones_are_listed() -> None:
     done = run_benchmarks("pairs")
 
     assert done.returncode == 2
-    assert "pairs: expected one of swarm, pair, single, hit, memory" in done.stderr
+    assert "pairs: expected one of swarm, pair, single, hit, api" in done.stderr
 
 
 def test_a_missed_target_is_said_in_words() -> None:

@@ -1,0 +1,67 @@
+"""A directory of many small files: cold from a peer, and when it is there already.
+
+``swarmcache get DIRECTORY``, as a whole process. Beside both, in turns, ``cp -r`` of the directory
+on the same disk, which has neither a network nor digests nor an index.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from benchmarks.api import make_files
+from benchmarks.local_cluster import LocalCluster, run_timed
+from benchmarks.report import Figure, Options, Spread, in_turns
+
+FILES = 10_000
+QUICK_FILES = 20
+RUNS = 3
+COLD_PER_S_MIN = 2000.0
+WARM_S_MAX = 1.0
+
+
+def measure(options: Options) -> list[Figure]:
+    """One figure for cold, one for warm."""
+    count = options.files or (QUICK_FILES if options.quick else FILES)
+    runs = options.choose_runs(RUNS)
+    with tempfile.TemporaryDirectory(prefix="swarmcache-bench-") as name:
+        sources, copy = Path(name, "sources"), Path(name, "copy")
+        make_files(sources, count)
+        with LocalCluster(Path(name), nodes=1) as cluster:
+            holder = cluster.nodes[0]
+            holder.get(sources)
+            numbers = iter(range(2, runs + 2))
+
+            def get_cold() -> float:
+                """On a node that has nothing yet."""
+                node = cluster.start_node(next(numbers))
+                node.program.wait_until_ready()
+                node.wait_until_connected()
+                elapsed_s = node.get(sources)[1]
+                cluster.end_node(node)
+                return count / elapsed_s
+
+            def copy_per_s() -> float:
+                elapsed_s = run_timed(["cp", "-r", sources, copy])[1]
+                shutil.rmtree(copy)
+                return count / elapsed_s
+
+            cold, copied = in_turns(get_cold, copy_per_s, runs)
+            warm, copied_again = in_turns(
+                lambda: holder.get(sources)[1], lambda: count / copy_per_s(), runs
+            )
+    fetched, found = Spread.of(cold), Spread.of(warm)
+    what = f"{count} files of 10 KiB: "
+    return [
+        Figure(
+            what + "cold, from a peer",
+            *(fetched, "files/s", "cp -r", Spread.of(copied)),
+            *(f">= {COLD_PER_S_MIN:.0f}/s", fetched.median >= COLD_PER_S_MIN),
+        ),
+        Figure(
+            what + "warm, get DIRECTORY",
+            *(found, "s", "cp -r", Spread.of(copied_again)),
+            *(f"<= {WARM_S_MAX:.0f} s", found.median <= WARM_S_MAX),
+        ),
+    ]
