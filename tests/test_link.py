@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -415,3 +416,22 @@ async def test_what_is_sent_on_a_closed_link_is_dropped(session: aiohttp.ClientS
 
     assert server.received == []
     assert server.ends == [None]
+
+
+async def test_who_is_gone_before_the_connection_is_taken_costs_one_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = iter([ConnectionResetError("Cannot write to closing transport")])
+
+    async def gone(socket: web.WebSocketResponse, request: web.Request) -> None:
+        for error in tries:
+            raise error  # the first time; aiohttp tries again with what the handler returns
+
+    monkeypatch.setattr(web.WebSocketResponse, "prepare", gone)
+    async with serving() as server, asyncio.timeout(DEADLINE_S):
+        reader, writer = await asyncio.open_connection(server.address.host, server.address.port)
+        with caplog.at_level(logging.INFO):
+            writer.write(b"GET /v1/peer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await reader.read()
+        writer.close()
+    assert [record.name for record in caplog.records] == ["swarmcache.link"]
