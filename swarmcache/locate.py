@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from swarmcache.bundles import read_if_bundle
+from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client, Source, open_source, real_path_of
 from swarmcache.directories import list_directory
 from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
@@ -100,9 +100,9 @@ def locate(
 
     ``limit``: no more nodes per file. ``bundle``: whether files are bundles; None to go by their
     names. ``on_notice`` hears of nodes that do not answer, whose replicas are not listed.
-    Raises DaemonUnavailable, DaemonRefused, BadMessage, NoBundle.
+    Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
-    files = (file for path in paths for file in files_of(path, bundle))
+    files = (file for path in paths for file in _files_or_fault(path, bundle))
     while batch := list(islice(files, LOCATIONS_FILES_MAX)):
         yield from _locate_some(client, batch, limit, on_notice)
 
@@ -222,14 +222,28 @@ def files_of(path: bytes, bundle: bool | None = None) -> Iterator[bytes]:
 # --- the daemon ----------------------------------------------------------------------------------
 
 
+def _files_or_fault(path: bytes, bundle: bool | None) -> Iterator[bytes | FileLocations]:
+    """``files_of``, or what is to be said of a file that is no bundle, contrary to ``bundle``."""
+    try:
+        yield from files_of(path, bundle)
+    except NoBundle as error:
+        yield _unreadable(real_path_of(path), str(error))
+
+
 def _locate_some(
-    client: Client, paths: Sequence[bytes], limit: int | None, on_notice: Callable[[str], None]
+    client: Client,
+    paths: Sequence[bytes | FileLocations],
+    limit: int | None,
+    on_notice: Callable[[str], None],
 ) -> Iterator[FileLocations]:
-    """As many files as one request may be about."""
+    """As many files as one request may be about; of some all is known already."""
     found: dict[int, FileLocations] = {}
     asked: dict[int, Source] = {}
     with ExitStack() as stack:
         for number, path in enumerate(paths):
+            if isinstance(path, FileLocations):
+                found[number] = path
+                continue
             try:
                 asked[number] = open_source(path)
             except SourceUnreadable as error:
@@ -253,7 +267,7 @@ def _locate_some(
 
 
 def _unreadable(real_path: bytes, reason: str) -> FileLocations:
-    """A file that the caller cannot open, or that the daemon does not take for one."""
+    """A file that the caller cannot open, or that is not what it is taken for."""
     return FileLocations(real_path, reason=reason, readable=False)
 
 

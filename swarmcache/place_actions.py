@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from swarmcache.bundles import read_if_bundle
+from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client
 from swarmcache.errors import SourceUnreadable
 from swarmcache.get import say
@@ -63,7 +63,12 @@ def show_paths(
     complaints = _Complaints()
     with printing():
         for path in paths:
-            for each in _members(path, bundle):
+            try:
+                members = _members(path, bundle)
+            except NoBundle as error:
+                complaints.complain(path, str(error))
+                continue
+            for each in members:
                 try:
                     copy = local_path(client, each, config_file)
                 except SourceUnreadable as error:
@@ -102,7 +107,10 @@ class _Complaints:
 
 
 def _members(path: bytes, bundle: bool | None) -> list[bytes]:
-    """What a bundle lists; of anything else, and of what cannot be read, the path itself."""
+    """What a bundle lists; of anything else, and of what cannot be read, the path itself.
+
+    Raises NoBundle.
+    """
     try:
         lines = read_if_bundle(path, bundle)
     except SourceUnreadable:

@@ -236,6 +236,19 @@ def test_without_the_tracker_only_this_nodes_replica_is_listed_and_that_is_said(
     assert (path.returncode, path.stderr) == (0, b"")
 
 
+def test_what_is_no_bundle_although_it_should_be_is_named_and_the_rest_is_done(
+    cluster: Cluster,
+) -> None:
+    binary, file = cluster.put("binary", b"\0"), cluster.put("file")
+    bundle = cluster.put("x.lst", b"file\n")
+    [copy] = cluster.cache("a", file)
+    for command in ("locate", "path"):
+        done = cluster.nodes["a"].run(command, "--bundle", binary, bundle)
+        assert done.returncode == 1 and done.stdout.count(bytes(copy)) == 1
+        assert len(done.stdout.splitlines()) == len(done.stderr.splitlines()) == 1
+        assert b"/binary': it is no list of paths" in done.stderr
+
+
 # --- path ----------------------------------------------------------------------------------------
 
 
