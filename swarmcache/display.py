@@ -270,8 +270,8 @@ def statistics_renderables(statistics: Mapping[str, Any]) -> Iterator[Renderable
 def _slots_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "Leases of file servers",
-        *("name", "to read:right", "read:right", "to write:right", "ran out:right"),
-        *("failed:right", "waits:right", "mean s:right", "longest s:right", "waiting:right"),
+        *("name", "reads:right", "read:right", "writes:right", "ran out:right"),
+        *("failed:right", "waits:right", "mean:right", "max:right", "now:right"),
     )
     for each in file_servers:
         table.add_row(
