@@ -3,6 +3,8 @@
     PREFIX/cache-manager/cf             the program; some callers start it by this path
     PREFIX/cache-manager/__init__.py    the Python package ``cache-manager``, and its module
     PREFIX/cache-manager/client.py      ``client``, whose names are the same
+    PREFIX/cache-manager/cqsub          ``swarmcache submit`` for Grid Engine, as it was called
+    PREFIX/cache-manager/cftools.sh     what its job scripts source
     PREFIX/bin/cf                       a link to the program
 
 The program is started with environments of all kinds, so it names this Python by its path and
@@ -45,6 +47,26 @@ import sys
 sys.path.append({packages!r})
 from swarmcache.cf import run_cf
 sys.exit(run_cf(sys.argv[1:]))"""
+CQSUB = """\
+#!/bin/sh
+# {mark}
+# --try-hard was: one node after the other, then any. A list of nodes to prefer is just that.
+[ "$1" != --try-hard ] || shift
+python={python}
+[ -x "$python" ] || exec qsub "$@"
+exec "$python" -I -c {script} submit -- qsub "$@"
+"""
+CQSUB_SCRIPT = """\
+import sys
+sys.path.append({packages!r})
+from swarmcache.cli import main
+sys.exit(main())"""
+CFTOOLS = """\
+# {mark}
+# Job scripts mark with cf_exec what is not to be done when they are submitted. None of it is.
+cf() {{ {program} "$@"; }}
+cf_exec() {{ "$@"; }}
+"""
 CLIENT_MODULE = '''\
 """The names of the package again, for programs that import its module ``client``."""
 
@@ -64,9 +86,14 @@ def install(prefix: Path) -> list[Path]:
     prefix = Path(os.path.abspath(prefix))
     directory = prefix / "cache-manager"
     files = {
-        directory / "cf": (_program(), 0o755),
+        directory / "cf": (_filled_in(PROGRAM, SCRIPT), 0o755),
         directory / "__init__.py": (_package(), 0o644),
         directory / "client.py": (CLIENT_MODULE.format(mark=MARK), 0o644),
+        directory / "cqsub": (_filled_in(CQSUB, CQSUB_SCRIPT), 0o755),
+        directory / "cftools.sh": (
+            CFTOOLS.format(mark=MARK, program=shlex.quote(str(directory / "cf"))),
+            0o644,
+        ),
     }
     link = prefix / "bin" / "cf"
     try:
@@ -81,10 +108,10 @@ def install(prefix: Path) -> list[Path]:
     return [*files, link]
 
 
-def _program() -> str:
-    packages = str(Path(swarmcache.__file__).resolve().parent.parent)
-    script = SCRIPT.format(packages=packages)
-    return PROGRAM.format(mark=MARK, python=shlex.quote(sys.executable), script=shlex.quote(script))
+def _filled_in(program: str, script: str) -> str:
+    """A shell script that runs a script of this Python."""
+    script = script.format(packages=str(Path(swarmcache.__file__).resolve().parent.parent))
+    return program.format(mark=MARK, python=shlex.quote(sys.executable), script=shlex.quote(script))
 
 
 def _package() -> str:

@@ -23,12 +23,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 PREFIX = "swarmcache:"
 COMMENT_BYTES_MAX = 4096
 PREFETCH_S_MAX = 60.0
 GRACE_S = 5.0  # for a client that does not end in time, before it is killed
+KILL_S = 2.0
 SCONTROL_S_MAX = 10.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # slurmd sets none
 COMMENT = re.compile(r"(?:^| )Comment=(\S+)")
@@ -81,7 +83,7 @@ def _get_as(user: pwd.struct_passwd, files: list[bytes]) -> None:
     """Run ``swarmcache get`` as this user, for a limited time. Raises OSError.
 
     Isolated (-I), so that nothing of the user's is imported outside the job. A process that hangs
-    in a dead file server outlives its kill: it is not waited for, and holds nothing of ours open.
+    in a dead file server outlives its kill, and is not waited for; it holds nothing of ours open.
     """
     get = [sys.executable, "-I", "-m", "swarmcache", "get", f"--timeout={PREFETCH_S_MAX}"]
     process = subprocess.Popen(
@@ -100,3 +102,5 @@ def _get_as(user: pwd.struct_passwd, files: list[bytes]) -> None:
         process.wait(PREFETCH_S_MAX + GRACE_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_S)

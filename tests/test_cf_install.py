@@ -61,6 +61,8 @@ def test_the_command_tells_what_it_has_installed(prefix: Path) -> None:
         prefix / "cache-manager/cf",
         prefix / "cache-manager/__init__.py",
         prefix / "cache-manager/client.py",
+        prefix / "cache-manager/cqsub",
+        prefix / "cache-manager/cftools.sh",
         prefix / "bin/cf",
     }
     assert set(map(Path, done.stdout.splitlines())) == installed
@@ -190,3 +192,42 @@ def test_the_log_level_says_how_much_is_told(
     )
 
     assert len(done.stderr.splitlines()) == lines
+
+
+# --- cqsub ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--try-hard"]])
+def test_cqsub_submits_a_job_whose_script_sources_cftools(
+    prefix: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    """The script as its users wrote them: its work is done by the job, and by nobody before."""
+    install(prefix)
+    tools, data, done = prefix / "cache-manager", tmp_path / "data", tmp_path / "done"
+    data.write_text("1")
+    job = tmp_path / "job.sh"
+    job.write_text(
+        f"#!/bin/bash\n#$ -cwd\nsource '{tools}/cftools.sh'\nexport SGE_TASK_ID=`printf %04d 1`\n"
+        f"cf_exec cp $(cf '{data}') '{done}'\n"
+    )
+    qsub = tmp_path / "bin/qsub"
+    qsub.parent.mkdir()
+    qsub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
+    qsub.chmod(0o755)
+    environment = {"PATH": f"{qsub.parent}:/usr/bin:/bin", "SGE_ROOT": "/", "HOME": str(tmp_path)}
+
+    submitted = subprocess.run(
+        [tools / "cqsub", *arguments, "-N", "my job", job, "a"],
+        env={**environment, "SWARMCACHE_SOCKET": str(tmp_path / "missing")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (submitted.returncode, submitted.stdout) == (7, f"-N\nmy job\n{job}\na\n")
+    assert "no daemon answers" in submitted.stderr
+    assert not done.exists()
+    subprocess.run(["bash", job], env=environment, check=True, stdin=subprocess.DEVNULL)
+    assert done.read_text() == "1"

@@ -9,16 +9,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import pwd
+import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from swarmcache import slurm, submit
+from swarmcache import slurm, slurm_prolog, submit
 from swarmcache.client import Client
 from swarmcache.errors import DaemonUnavailable, UsageError
 from swarmcache.job_script import NoPreference, array_tasks, names_at_scheduler, read_submission
@@ -361,6 +364,36 @@ def test_a_prolog_that_can_fetch_nothing_succeeds(
         monkeypatch.setenv(name, value)
 
     assert prolog() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a prolog is run by root")
+def test_a_prolog_does_not_wait_for_a_daemon_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's settings name its socket: they are looked for in the user's own home."""
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "daemon.sock"))
+        daemon.listen()
+        settings = tmp_path / ".config/swarmcache/config.toml"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(f"[daemon]\nsocket = '{tmp_path}/daemon.sock'\n")
+        user = pwd.struct_passwd(("root", "x", 0, 0, "", str(tmp_path), "/bin/sh"))
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: user)
+        monkeypatch.setattr(slurm_prolog, "GRACE_S", -57.0)  # so that the client is killed
+        monkeypatch.setenv("SLURM_JOB_UID", "0")
+        monkeypatch.setenv("SLURM_JOB_COMMENT", "swarmcache:/etc/passwd")
+        begun_s = time.monotonic()
+
+        assert prolog() == 0
+
+        assert time.monotonic() - begun_s < slurm_prolog.PREFETCH_S_MAX - 10
+        daemon.settimeout(0)
+        with suppress(BlockingIOError):  # a client that had not even begun, on a busy machine
+            connection, _ = daemon.accept()
+            with connection:
+                connection.settimeout(20)
+                while connection.recv(1 << 16):  # until it is gone
+                    pass
 
 
 # --- Grid Engine ---------------------------------------------------------------------------------
