@@ -9,7 +9,7 @@
 
 A request that waits for the daemon needs no thread: the event loop watches its connection. A thread
 is borrowed, for a moment, whenever a file has to be opened or looked at, since a file server may
-hang.
+hang. What is about a directory, ``cp`` and ``locate`` keep one busy as long as they take.
 """
 
 from __future__ import annotations

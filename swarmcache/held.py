@@ -129,26 +129,23 @@ class Holder:
 
     def _ask(self, line: bytes, fd: int) -> tuple[_HoldingConnection, dict[str, Any]] | None:
         """The daemon's answer, if it holds the copy. Raises DaemonUnavailable, BadMessage."""
-        for attempt in range(2):
-            if not self._open or attempt:
+        while self._open and not self._open[-1].connection.alive():
+            self._open.pop().connection.close()  # its daemon has ended, and with it what it held
+        for fresh in (True,) if not self._open else (False, True):
+            if fresh:
                 self._open.append(_HoldingConnection(self._connections.connect()))
             connection = self._open[-1]
             try:
                 message = connection.ask(line, fd)
-            except (DaemonUnavailable, BadMessage):
-                # Its holds are lost; or, where the daemon does not answer, not to be relied on.
-                self._open.remove(connection)
-                connection.connection.close()
-                if attempt:
-                    raise
-                continue
+            except (DaemonUnavailable, BadMessage):  # what it holds is not to be relied on
+                self._open.pop().connection.close()
+                raise
             if message.get("answer") != "cached":
                 return None
             if message.get("held") is True:
                 return connection, message
-            if attempt:  # a new one cannot hold any either
-                self._open.remove(connection)
-                connection.connection.close()
+            if fresh:  # or else a new connection may hold more
+                self._open.pop().connection.close()
         return None
 
     def _release(self, connection: _HoldingConnection, number: int) -> None:

@@ -103,6 +103,16 @@ class Connection:
         with suppress(OSError):  # the daemon was faster
             self._socket.shutdown(SHUT_RDWR)
 
+    def alive(self) -> bool:
+        """Whether the daemon has neither closed the connection nor said anything unasked."""
+        try:
+            self._socket.recv(1, MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def send(self, line: bytes, *fds: int) -> None:
         """Send a request and the descriptors that go with it. Raises OSError."""
         if not fds:

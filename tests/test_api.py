@@ -399,6 +399,25 @@ def test_another_connection_holds_what_one_cannot(tmp_path: Path) -> None:
             client.hold(file, strict=True)
 
 
+def test_a_hold_is_taken_of_the_daemon_that_runs_now(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    (file,) = small_files(tmp_path, 1)
+    caching = caching_in(tmp_path / "cache")
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer]:
+        for each in caching(asked):
+            assert isinstance(asked.request, Get) and isinstance(each, Cached)
+            each.held = asked.request.hold is not None
+            yield each
+
+    with swarmcache.Client(bytes(tmp_path / "run" / "daemon.sock")) as client:
+        for _ in range(2):
+            with ScriptedDaemon(tmp_path / "run", answer) as daemon:
+                assert client.hold(file, strict=True).held
+            daemon.path.unlink()
+        assert not client.hold(file).held
+
+
 # --- asyncio -------------------------------------------------------------------------------------
 
 
