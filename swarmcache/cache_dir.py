@@ -533,29 +533,36 @@ class CacheDir:
                 good.append(version_id)
                 self._index.shorten_log()
             if len(good) >= RECOVERED_MAX or time.monotonic() > began_s + RECOVERED_S:
-                self._make_all_durable(good)
+                self._make_all_durable(good, self._index.doubt)
                 yield good
                 good, began_s = [], time.monotonic()
-        self._make_all_durable(good)
+        self._make_all_durable(good, self._index.doubt)
         yield good
 
-    def _make_all_durable(self, version_ids: Sequence[bytes]) -> None:
-        """As ``make_durable``, with one call for all of them.
+    def make_all_durable(self, version_ids: Sequence[bytes]) -> None:
+        """As ``make_durable``, with one call for all of them that are here.
 
-        An fsync of a file that is on the disk already still empties the cache of the drive, which
-        takes longer than digesting a small file. Where the one call fails, nobody knows for which
-        of them: all are in doubt again. Raises LocalError then.
+        Every fsync empties the cache of the drive, which takes longer than to fetch or to digest a
+        small file. Where the one call fails, nobody knows for which of them: all are dropped.
+        Nobody else may make a replica of one of them anew meanwhile. Raises LocalError.
         """
+        self._make_all_durable(version_ids, self.drop)
+
+    def _make_all_durable(
+        self, version_ids: Sequence[bytes], failed: Callable[[bytes], None]
+    ) -> None:
+        inodes = {version_id: self._inode(version_id) for version_id in version_ids}
+        version_ids = [version_id for version_id in version_ids if inodes[version_id]]
         if not version_ids:
             return
-        inodes = {version_id: self._inode(version_id) for version_id in version_ids}
         try:
             with disk_errors("sync the file system of the cache"):
+                self._check_mounted()
                 sync_file_system(self._objects_fd)
         except LocalError:
             with self._objects_lock:
                 for version_id in version_ids:
-                    self._index.doubt(version_id)
+                    failed(version_id)
             raise
         for start in range(0, len(version_ids), SLICE_FILES):
             some = version_ids[start : start + SLICE_FILES]

@@ -212,9 +212,12 @@ class Cache:
         """See ``CacheDir.drop``."""
         self._tell(lambda each: each.drop(version_id))
 
-    def make_durable(self, version_id: bytes) -> None:
-        """See ``CacheDir.make_durable``."""
-        self._tell(lambda each: each.make_durable(version_id))
+    def make_durable(self, version_ids: Sequence[bytes]) -> None:
+        """See ``CacheDir.make_durable`` and ``make_all_durable``."""
+        if len(version_ids) == 1:
+            self._tell(lambda each: each.make_durable(version_ids[0]))
+        else:
+            self._tell(lambda each: each.make_all_durable(version_ids))
 
     def list_objects(self) -> Iterator[None]:
         """See ``CacheDir.list_objects``."""

@@ -85,6 +85,8 @@ class DiskWorker:
             lambda: loop.call_soon_threadsafe(self._look_at_damaged),
         )
         self._partials: dict[bytes, Partial] = {}
+        self._syncing = asyncio.Lock()
+        self._undurable: set[bytes] = set()  # what the next sync shall make durable
         self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
 
     def start(self) -> None:
@@ -205,10 +207,20 @@ class DiskWorker:
         await self._make_durable(version_id)
 
     async def _make_durable(self, version_id: bytes) -> None:
-        try:
-            await self._in_thread(self._cache.make_durable, version_id)
-        except LocalError as error:
-            log.error("dropped a copy that could not be made durable: %s", error)
+        """Wait until the copy is durable, or dropped.
+
+        One thread at a time does it, for all that wait: many small files would keep all threads
+        busy with an fsync each.
+        """
+        self._undurable.add(version_id)
+        async with self._syncing:
+            if version_id not in self._undurable:
+                return  # it went along with another one
+            some, self._undurable = self._undurable, set()
+            try:
+                await self._in_thread(self._cache.make_durable, sorted(some))
+            except LocalError as error:
+                log.error("dropped what could not be made durable: %s", error)
 
     def _drop(self, effect: DropPartial) -> None:
         version_id = effect.version_id

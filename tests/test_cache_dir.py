@@ -21,6 +21,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarmcache import cache_dir
 from swarmcache.cache_dir import CacheDir, Partial, User
 from swarmcache.cache_index import CacheIndex, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
@@ -435,6 +436,47 @@ def test_a_failed_fsync_drops_the_copy_and_is_not_tried_again(
     assert cache.lookup(version, ME) is None
     assert not Path(path).exists()
     assert not object_of(root, version).exists()
+
+
+def test_many_copies_are_made_durable_with_one_call(
+    cache: CacheDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [a_file(9000, b"/nfs/%d" % number, number) for number in range(3)]
+    for version, data in files:
+        publish(cache, version, data)
+    version_ids = [version.version_id for version, _ in files]
+    calls: list[int] = []
+    monkeypatch.setattr(cache_dir, "sync_file_system", calls.append)
+
+    cache.make_all_durable([b"absent" * 5 + b"--"])
+    assert calls == []
+    cache.make_all_durable([*version_ids[:2], b"absent" * 5 + b"--"])
+
+    assert len(calls) == 1
+    index = CacheIndex(str(root / ".swarmcache" / "index.sqlite"))
+    replicas = [index.find(version_id) for version_id in version_ids]
+    index.close()
+    assert [replica.trust for replica in replicas if replica is not None] == [
+        *(Trust.DURABLE, Trust.DURABLE, Trust.WRITTEN)
+    ]
+
+
+def test_a_failed_sync_drops_all_copies_that_it_was_for(
+    cache: CacheDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [a_file(9000, b"/nfs/%d" % number, number) for number in range(3)]
+    for version, data in files:
+        publish(cache, version, data)
+
+    def broken_sync(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(cache_dir, "sync_file_system", broken_sync)
+    with pytest.raises(LocalError, match="sync"):
+        cache.make_all_durable([version.version_id for version, _ in files[:2]])
+
+    assert [cache.lookup(version, ME) is not None for version, _ in files] == [False, False, True]
+    assert [object_of(root, version).exists() for version, _ in files] == [False, False, True]
 
 
 def test_making_links_does_not_take_durability_away(cache: CacheDir, root: Path) -> None:

@@ -168,7 +168,7 @@ def test_what_is_asked_of_the_cache_is_answered_by_the_disk_that_has_the_file(tw
     assert manifest.layout.size_bytes == 9000
     assert os.pread(source.fd, 9000, 0) == data
     source.close()
-    two.make_durable(version.version_id)
+    two.make_durable([version.version_id])
     two.drop(version.version_id)
     assert two.lookup(version, ME) is None
     assert two.open_source(version.version_id) is None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,5 +62,63 @@ async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
         await task
 
     assert await asyncio.to_thread(cache.ended.wait, DEADLINE_S)
+    threads.shutdown()
+    cache.close()
+
+
+class Listener:
+    """A machine that only listens."""
+
+    def handle(self, event: PeerEvent, now_s: float) -> list[PeerEffect]:
+        return []
+
+    def wake_at_s(self) -> float | None:
+        return None
+
+
+class SlowSync(Cache):
+    """A cache whose syncs take until the test lets them go on; ``synced`` has what each was for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__([open_cache(root)])
+        self.synced: list[list[bytes]] = []
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def make_durable(self, version_ids: Sequence[bytes]) -> None:
+        self.synced.append(list(version_ids))
+        self.began.set()
+        assert self.go_on.wait(DEADLINE_S)
+
+
+async def test_what_comes_during_a_sync_is_made_durable_by_the_next_one(root: Path) -> None:
+    cache = SlowSync(root)
+    threads = ThreadPoolExecutor(2)
+    tasks: list[asyncio.Task[None]] = []
+
+    def spawn(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        tasks.append(asyncio.create_task(coroutine))
+        return tasks[-1]
+
+    async def made() -> None:
+        """A replica that is there already."""
+
+    shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
+        Listener(), lambda effect: None, TimePassed()
+    )
+    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None, None)
+    first, *others = [bytes([number]) * 32 for number in range(1, 7)]
+
+    worker.add_replica(first, made())
+    assert await asyncio.to_thread(cache.began.wait, DEADLINE_S)
+    for version_id in others:
+        worker.add_replica(version_id, made())
+    await asyncio.sleep(0)
+    cache.go_on.set()
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(*tasks)
+
+    assert cache.synced[0] == [first]
+    assert sorted(chain(*cache.synced[1:])) == others and len(cache.synced) <= 3
+    shell.stop()
     threads.shutdown()
     cache.close()

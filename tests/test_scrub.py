@@ -185,7 +185,7 @@ def test_the_copies_that_were_not_verified_for_longest_come_first(
     files = [a_file(9000, b"/nfs/%d" % i, i) for i in range(4)]
     for version, data in files:
         fill(cache.begin(version, CHUNK_BYTES), data).publish([ME])
-        cache.make_durable(version.version_id)
+        cache.make_durable([version.version_id])
     for number, (version, _) in enumerate(files[1:], 1):
         change_index(
             root,
@@ -248,7 +248,7 @@ def test_a_scrubber_stops_in_the_middle_of_a_file(root: Path) -> None:
     version, data = a_file(64 * CHUNK_BYTES)
     cache = Cache([open_cache(root)])
     fill(cache.begin(version, CHUNK_BYTES), data).publish([ME])
-    cache.make_durable(version.version_id)
+    cache.make_durable([version.version_id])
     change_index(root, "UPDATE replica SET verified_s = 1")
     # At this rate a chunk takes an hour.
     scrubber = Scrubber(cache, 1, lambda event: None, lambda: None)
