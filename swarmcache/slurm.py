@@ -78,7 +78,8 @@ class Slurm(Scheduler):
 
     def nodes(self) -> list[str]:
         answer = ask(["sinfo", "--noheader", "--Node", "--format=%N %t"])
-        self._states = dict(line.split() for line in _text(answer.stdout).splitlines())
+        lines = [line.split() for line in _text(answer.stdout).splitlines()]
+        self._states = {line[0]: line[1] for line in lines if len(line) == 2}
         return list(self._states)
 
     def place(self, rankings: Rankings, *, wait: bool) -> Placement:

@@ -61,7 +61,7 @@ def run_submit(
         chosen = scheduler.place(_rank(scheduler, client, wanted), wait=wait)
         placement = replace(chosen, options=placement.options + chosen.options)
         say(placement.what)
-    except SwarmcacheError as error:
+    except (SwarmcacheError, OSError) as error:  # no room in /tmp is no reason to submit nothing
         say(f"{error}: no node is preferred")
     words = scheduler.with_options(placement.options)
     if dry_run:

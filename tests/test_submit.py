@@ -447,13 +447,14 @@ def test_another_qsub_than_that_of_grid_engine_gets_no_options_of_ours(
 # --- faults --------------------------------------------------------------------------------------
 
 
-def test_without_a_daemon_the_job_is_submitted_as_it_is(
-    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", [DaemonUnavailable("no daemon answers"), OSError(28, "full")])
+def test_whatever_fails_the_job_is_submitted_as_it_is(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
-    def no_daemon(client: Client, paths: list[bytes], **_: object) -> Iterator[FileLocations]:
-        raise DaemonUnavailable("no daemon answers")
+    def fail(client: Client, paths: list[bytes], **_: object) -> Iterator[FileLocations]:
+        raise fault
 
-    monkeypatch.setattr(submit, "locate", no_daemon)
+    monkeypatch.setattr(submit, "locate", fail)
 
     assert run("sbatch", script("cf b")) == 0
 
