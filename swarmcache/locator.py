@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -51,13 +52,22 @@ from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import Places, ReplicaQuestions
 from swarmcache.source_file import SourceExaminer, SourceFile
 
-# Of one user at a time; who asks for more waits.
+# Of one user at a time; who asks for more waits. ``get`` needs the threads that look as well.
 SURVEYS_PER_USER_MAX = 4
+LOOKS_PER_USER_MAX = 4
 # Some of those that the tracker names may turn out to hold nothing any more.
 SPARE_HOLDERS = 4
 
 Result = TypeVar("Result")
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+
+class Turns:
+    """What one user has under way."""
+
+    def __init__(self) -> None:
+        self.surveys = asyncio.Semaphore(SURVEYS_PER_USER_MAX)
+        self.looks = asyncio.Semaphore(LOOKS_PER_USER_MAX)
 
 
 class Locator:
@@ -85,7 +95,7 @@ class Locator:
         self._chunk_size_bytes = chunk_size_bytes
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
-        self._turns: dict[int, asyncio.Semaphore] = {}  # by uid
+        self._turns: defaultdict[int, Turns] = defaultdict(Turns)  # by uid
         self._busy: set[LocalConnection] = set()
 
     def take(self, connection: LocalConnection, request: AboutPlaces, fds: list[int]) -> None:
@@ -104,7 +114,8 @@ class Locator:
         answers: list[Answer] = []
         try:
             # Not cancelled before all descriptors are closed.
-            sources = await asyncio.gather(*map(self._examine, fds))
+            uid = connection.user.uid
+            sources = await asyncio.gather(*(self._examine(uid, fd) for fd in fds))
             task = asyncio.current_task()
             assert task is not None
             connection.on_closed[self] = task.cancel
@@ -122,43 +133,44 @@ class Locator:
             connection.on_closed.pop(self, None)
             connection.send(*answers)
 
-    async def _examine(self, fd: int) -> SourceFile | str:
+    async def _examine(self, uid: int, fd: int) -> SourceFile | str:
         """What a descriptor leads to, or why that is no source. Closes it."""
         try:
-            return await self._in_thread(self._examiner.examine, fd)
+            return await self._look(uid, self._examiner.examine, fd)
         except SwarmcacheError as error:
             return str(error)
         finally:
             os.close(fd)
 
-    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
-        return await self._loop.run_in_executor(self._threads, function, *args)
+    async def _look(self, uid: int, function: Callable[..., Result], *args: object) -> Result:
+        """Run something in a thread, when it is this user's turn."""
+        async with self._turns[uid].looks:
+            return await self._loop.run_in_executor(self._threads, function, *args)
 
     async def _answers(
         self, request: AboutPlaces, sources: Sequence[SourceFile | str], user: User
     ) -> list[Answer]:
         if isinstance(request, LocationsOf):
-            turn = self._turns.setdefault(user.uid, asyncio.Semaphore(SURVEYS_PER_USER_MAX))
-            async with turn:
+            async with self._turns[user.uid].surveys:
                 return [*await self._locate(sources, user, request.limit), End()]
         if isinstance(request, RoomFor):
-            return [await self._room(sources)]
+            return [await self._room(sources, user)]
         if not sources:
-            path = await self._in_thread(self._cache.own_path, request.path, user)
+            path = await self._look(user.uid, self._cache.own_path, request.path, user)
         elif isinstance(sources[0], str):
             return [Failed(sources[0])]
         else:
-            path = await self._in_thread(self._cache.user_path, sources[0].version, user)
+            path = await self._look(user.uid, self._cache.user_path, sources[0].version, user)
         return [CopyPath(os.fsencode(path))]
 
-    async def _room(self, sources: Sequence[SourceFile | str]) -> Room:
+    async def _room(self, sources: Sequence[SourceFile | str], user: User) -> Room:
         """What cannot be cached needs no room."""
         versions = [source.version for source in sources if isinstance(source, SourceFile)]
         files = [
             (version, self._chunk_size_bytes or choose_chunk_size(version.size_bytes))
             for version in versions
         ]
-        return Room(*await self._in_thread(self._cache.room, files))
+        return Room(*await self._look(user.uid, self._cache.room, files))
 
     # --- where replicas are ---------------------------------------------------------------------
 
