@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from simulations.cluster import Cluster
 
 WATCH_S = 0.5
+CALM_WATCH_S = 5.0
+CALM_AFTER_S = 10.0
 # Longest time between asking and an answer, whatever breaks: the patience with a disk that works
 # (peer_state: 12 times 5 s), and as long again while chunks trickle in.
 ANSWER_MAX_S = 120.0
@@ -43,7 +45,7 @@ class Held:
 
 
 class Watch:
-    """Looks at the cluster every ``WATCH_S``. ``evaluated``: how often each invariant was."""
+    """Looks at the cluster every ``WATCH_S`` while jobs wait. ``evaluated``: how often each invariant was."""
 
     def __init__(self, cluster: Cluster, clients: Clients) -> None:
         self._cluster = cluster
@@ -62,7 +64,9 @@ class Watch:
             self._look_at_waiting(node, now_s)
         oldest_s = min(self._clients.waiting_since_s(), default=now_s)
         self.require("answered in time", now_s - oldest_s <= ANSWER_MAX_S, "a request waits")
-        cluster.engine.at(now_s + WATCH_S, self._look, None)
+        busy = self._clients.pending or now_s < CALM_AFTER_S
+        pause_s = WATCH_S if busy else CALM_WATCH_S
+        cluster.engine.at(now_s + pause_s, self._look, None)
 
     def _look_at(self, node: Node) -> None:
         node.disk.check()

@@ -228,7 +228,8 @@ class Cluster:
         if self._until_check == 0:
             self._until_check = self.settings.check_every
             machine.check()
-            self.tracker.machine.check()
+            if not self.strict:  # or else it was checked after its own last event
+                self.tracker.machine.check()
 
     def _wake(self, node: Node) -> None:
         """The time has come that a machine named, unless it has named another one since."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from simulations.checkers import Watch
 from simulations.clients import Client, Clients
 from simulations.cluster import Cluster
-from simulations.engine import SimulationFailed
 from simulations.faults import Fault, Faults
 from simulations.nodes import Node
 from simulations.plans import CHUNK_BYTES, FAULTS_UNTIL_S, Plan, draw
@@ -30,7 +29,7 @@ SETTLE_MAX_S = 100.0
 # Downloads that nobody waits for are given up after 60 s, and told 10 s later at the latest.
 REST_S = 80.0
 PROBE_MAX_S = 30.0
-EVENTS_MAX = 2_000_000
+EVENTS_MAX = 300_000
 
 
 @dataclass(slots=True)
@@ -57,7 +56,7 @@ def run_plan(plan: Plan, faults: Sequence[Fault] | None = None) -> Outcome:
     failure = None
     try:
         run.act()
-    except (SimulationFailed, AssertionError, LookupError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a machine raises would have ended a real one
         failure = f"{type(error).__name__}: {error}"
     cluster = run.cluster
     evaluated = run.watch.evaluated + Counter(

@@ -1,0 +1,435 @@
+"""Bugs planted into the production machines, to see that the campaign can find any.
+
+``python -m simulations planted-bugs`` plants one after the other and runs seeds until one fails. A
+bug is a change to the source of one function, applied while it runs; one that no longer applies is
+an error, not a bug that was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+from simulations.seed_run import run_seed
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedBug:
+    """``function`` (module:Class.function) with ``before`` replaced by ``after``.
+
+    ``seed``: one that finds it.
+    """
+
+    name: str
+    function: str
+    before: str
+    after: str
+    seed: int
+
+
+@contextmanager
+def planted(bug: PlantedBug) -> Iterator[None]:
+    """Inside the block the machines have this bug. Raises ValueError when it does not apply."""
+    module_name, path = bug.function.split(":")
+    module = import_module(f"swarmcache.{module_name}")
+    owner: object = module
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    former = inspect.getattr_static(owner, name)
+    function = former.fget if isinstance(former, property) else former
+    assert callable(function), f"{bug.function} is no function"
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(bug.before) != 1:
+        raise ValueError(f"{bug.name}: {bug.before!r} is not once in {bug.function}")
+    source = source.replace(bug.before, bug.after)
+    namespace: dict[str, object] = {}
+    code = compile(f"from __future__ import annotations\n{source}", f"<{bug.name}>", "exec")
+    exec(code, vars(module), namespace)
+    setattr(owner, name, namespace[name])
+    try:
+        yield
+    finally:
+        setattr(owner, name, former)
+
+
+def find(bug: PlantedBug, seeds: range) -> tuple[int, str] | None:
+    """The first seed that fails with this bug, and how; None when all go well."""
+    with planted(bug):
+        for seed in seeds:
+            failure = run_seed(seed).failure
+            if failure is not None:
+                return seed, failure
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table. Exit status: 0 when at least 95 % are found, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations planted-bugs",
+        description="Plants bugs into the machines, one at a time, and looks for them with seeds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=1000, help="how many to try for each")
+    parser.add_argument("--first-seed", type=int, default=0, help="where they begin")
+    parser.add_argument("--only", default="", help="bugs whose name has these words in it")
+    asked = parser.parse_args(arguments)
+    bugs = [bug for bug in BUGS if asked.only in bug.name]
+    missed = 0
+    for bug in bugs:
+        found = find(bug, range(asked.first_seed, asked.first_seed + asked.seeds))
+        missed += found is None
+        what = f"seed {found[0]:4}: {found[1][:90]}" if found is not None else "not found"
+        print(f"{bug.name:60} {what}", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} found")
+    return int(missed > 0.05 * len(bugs))
+
+
+BUGS = (
+    # --- download ----
+    PlantedBug(
+        "wrong bytes are taken for right ones",
+        "download:Download.chunk_corrupt",
+        "self._land(chunk, node, now_s)\n    self.distrust(node)",
+        "self.chunk_arrived(chunk, node, now_s)",
+        0,
+    ),
+    PlantedBug(
+        "a peer that has lied is asked again",
+        "download:Download.distrust",
+        "peer.source = False",
+        "peer.failures = 0",
+        0,
+    ),
+    PlantedBug(
+        "a chunk whose request failed is forgotten",
+        "download:Download._land",
+        "self._missing |= 1 << chunk",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a request that has ended still counts",
+        "download:Download._land",
+        "self._flight_count -= 1",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "rare chunks are not announced",
+        "download:Download._hold",
+        "self._fresh |= bit",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a busy peer is not asked again",
+        "download:Download.peer_busy",
+        "now_s + BUSY_BACKOFF_S",
+        "now_s + 1e6",
+        0,
+    ),
+    PlantedBug(
+        "slow chunks are asked for again without a limit",
+        "download:Download._next_hedge",
+        "self.hedges >= self._hedges_max",
+        "False",
+        0,
+    ),
+    PlantedBug(
+        "what was lost of a lease is not missing again",
+        "download:Download.read_ends",
+        "self._missing |= mask",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "the last chunk is not waited for",
+        "download:Download.complete",
+        "self.held == self._full",
+        "(self._full & ~self.held).bit_count() <= 1",
+        0,
+    ),
+    PlantedBug(
+        "chunks of a peer that is gone still count",
+        "download:Download.remove_peer",
+        "self._forget_chunks(peer, peer.mask)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "what is held is not told to a new neighbour",
+        "download:Download.add_peer",
+        "self._haves(self.held & ~self._fresh)",
+        "self._haves(0)",
+        0,
+    ),
+    # --- peer_state ----
+    PlantedBug(
+        "all but one of those who wait are forgotten",
+        "peer_state:PeerState._handle_published",
+        "for request in fetching.requests:",
+        "for request in list(fetching.requests)[:1]:",
+        0,
+    ),
+    PlantedBug(
+        "replicas are not announced to a new tracker",
+        "peer_state:PeerState._handle_tracker_connection",
+        "effects.append(AnnounceReplicas())",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "downloads do not join again after a new connection",
+        "peer_state:PeerState._handle_tracker_connection",
+        "if fetching.on_disk and fetching.version.size_bytes:",
+        "if False:",
+        0,
+    ),
+    PlantedBug(
+        "leases are not told to a new tracker",
+        "peer_state:PeerState._handle_tracker_connection",
+        "leases[:LOADS_MAX]",
+        "[]",
+        0,
+    ),
+    PlantedBug(
+        "a holder reads on when its lease is over",
+        "peer_state:PeerState.may_read",
+        "now_s < self.lease_until_s",
+        "now_s < self.lease_until_s + 60",
+        0,
+    ),
+    PlantedBug(
+        "what is under way is dropped",
+        "peer_state:PeerState._drop",
+        "if version_id in self._busy:",
+        "if False:",
+        0,
+    ),
+    PlantedBug(
+        "who waits in vain gets no answer",
+        "peer_state:PeerState._answer_stalled",
+        "if now_s >= max(fetching.progress_at_s, since_s) + patience_s:",
+        "if now_s >= max(fetching.progress_at_s, since_s) + 1000 * patience_s:",
+        0,
+    ),
+    PlantedBug(
+        "the end of a lease is not told",
+        "peer_state:PeerState._handle_reader_end",
+        "self._tell(done, effects)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a lease that was cancelled is not given back",
+        "peer_state:PeerState._handle_reader_end",
+        'self._tell(RangeFailed(lease_id, version_id, b"", lease.cancelled), effects)',
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "connections without a use are kept",
+        "peer_state:PeerState._look_after_neighbour",
+        "effects.append(HangUp(node))",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "an old replica is not offered",
+        "peer_state:PeerState._greet",
+        "effects.append(LoadManifest(version_id))",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "the tracker is not told that a replica is gone",
+        "peer_state:PeerState._handle_dropped",
+        "self._tell(Leave(version_id), effects)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a broken connection is not made again",
+        "peer_state:PeerState._look_after_neighbour",
+        "elif not neighbour.up and self.address.node < node:",
+        "elif False:",
+        0,
+    ),
+    PlantedBug(
+        "after a failure of the disk nobody begins again",
+        "peer_state:PeerState._begin_again",
+        "self._reserve(fetching, effects)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "replicas that are cut differently are offered",
+        "peer_state:PeerState._offer",
+        "wanted_bytes in (0, seed.chunk_size_bytes)",
+        "True",
+        0,
+    ),
+    PlantedBug(
+        "who is complete does not say so",
+        "peer_state:PeerState._handle_published",
+        'effects.append(TellPeer(node, Have(version_id, [], b"", complete=True)))',
+        "pass",
+        0,
+    ),
+    # --- tracker_state ----
+    PlantedBug(
+        "deadlines are named on the wrong clock",
+        "tracker_state:TrackerState._until_s",
+        "node.clock_s + (now_s - node.clock_at_s)",
+        "now_s",
+        0,
+    ),
+    PlantedBug(
+        "a lost node's slots are free at once",
+        "tracker_state:TrackerState._lose_node",
+        "leased = self._ranges[lease_id]",
+        "leased = self._ranges[lease_id]\n"
+        "            self._servers[leased.file_server].ledger.leases[lease_id].until_s = now_s",
+        0,
+    ),
+    PlantedBug(
+        "a restarted tracker knows nothing of leases",
+        "tracker_state:TrackerState.__init__",
+        "dict(earlier_leases or {})",
+        "{}",
+        0,
+    ),
+    PlantedBug(
+        "a restarted tracker does not wait for long enough",
+        "tracker_state:TrackerState.__init__",
+        "now_s + LEASE_S if self._earlier else now_s",
+        "now_s",
+        0,
+    ),
+    PlantedBug(
+        "the neighbours of a lost guardian are not asked",
+        "tracker_state:TrackerState._take_over",
+        "not neighbours or not chunks",
+        "True",
+        0,
+    ),
+    PlantedBug(
+        "a search that nobody answers never ends",
+        "tracker_state:TrackerState._search",
+        'self._timers.set(f"query {query_id}", now_s + QUERY_S)',
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "only one of two neighbours is told",
+        "tracker_state:TrackerState._link",
+        "swarm.members[other].neighbours.add(name)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "chunks of a lease that ran out are lost",
+        "tracker_state:TrackerState._expire",
+        "self._take_over(swarm, leased.mask, neighbours, now_s, effects)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a lost node is not taken off its searches",
+        "tracker_state:TrackerState._lose_node",
+        "if name in search.waiting:",
+        "if False:",
+        0,
+    ),
+    PlantedBug(
+        "a lost node is still a holder",
+        "tracker_state:TrackerState._lose_node",
+        "self._drop_holder(version_id, name)",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "a lost node is looked for among the readers of its other swarms",
+        "tracker_state:TrackerState._remove_member",
+        "self._reclaim(swarm)\n",
+        "self._reclaim(swarm)\n    self._grant(swarm.file_server, now_s, effects)\n",
+        97,
+    ),
+    PlantedBug(
+        "who failed to read is never asked again",
+        "tracker_state:TrackerState._choose_reader",
+        "member.failed_s + READ_AGAIN_S <= now_s",
+        "False",
+        17,
+    ),
+    PlantedBug(
+        "heartbeats renew nothing",
+        "tracker_state:TrackerState._heartbeat",
+        "self._renew(node, now_s)",
+        "pass",
+        0,
+    ),
+    # --- slots, timers, eviction ----
+    PlantedBug(
+        "one slot too many",
+        "slot_ledger:SlotLedger.free",
+        "self.slots_max - len(self.leases)",
+        "self.slots_max + 1 - len(self.leases)",
+        0,
+    ),
+    PlantedBug(
+        "slots are free before their leases have run out",
+        "slot_ledger:SlotLedger.expired",
+        "lease.until_s <= now_s",
+        "lease.until_s - 1.5 <= now_s",
+        0,
+    ),
+    PlantedBug(
+        "an upload slot is never free again",
+        "upload_slots:UploadSlots.leave",
+        "del self._uploads[upload]",
+        "pass",
+        0,
+    ),
+    PlantedBug(
+        "everybody is served at once",
+        "upload_slots:UploadSlots.admit",
+        "taken < self._uploads_max or (",
+        "True or (",
+        0,
+    ),
+    PlantedBug(
+        "only moves of deadlines to later count",
+        "timers:Timers.set_by",
+        "at_s < former_s",
+        "at_s > former_s",
+        0,
+    ),
+    PlantedBug(
+        "more is evicted than must be",
+        "eviction:choose_victims",
+        "return _without_needless(victims, freed_bytes - wanted_bytes)",
+        "return victims",
+        0,
+    ),
+    PlantedBug(
+        "less is evicted than must be",
+        "eviction:choose_victims",
+        "if freed_bytes >= wanted_bytes:",
+        "if victims:",
+        0,
+    ),
+    PlantedBug(
+        "a chunk that is held is still looked for",
+        "chunk_picker:ChunkPicker.forget",
+        "self._counts[chunk] = 0",
+        "pass",
+        0,
+    ),
+)
