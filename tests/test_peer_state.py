@@ -1042,6 +1042,18 @@ def test_two_that_have_all_have_nothing_to_do_with_one_another_any_more() -> Non
     assert HangUp(HIGHER.node) in bench.wait_until(bench.now_s + LINGER_S)
 
 
+def test_who_takes_us_for_one_of_a_swarm_that_we_have_left_is_told() -> None:
+    """Found in simulation: a connection broke, and only one of the two was still fetching."""
+    bench = Bench()
+    file, other = version("a"), version("b")
+    bench.meet(HIGHER, other)
+
+    effects = bench.heard(HIGHER, have(file, complete=True))
+
+    assert effects == [TellPeer(HIGHER.node, Gone(file.version_id))]
+    assert bench.heard(HIGHER, have(other, complete=True)) == []
+
+
 def test_chunks_of_a_file_that_is_cut_differently_are_not_heard_of() -> None:
     """The last chunks of two ways to cut a file may be equally long: wrong bytes in the end."""
     bench = Bench()
