@@ -12,14 +12,19 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress
 
-from simulations import campaign, compare, plots
+from simulations import campaign, compare, planted_bugs, plots
+from simulations.catalogue import SCENARIOS
 from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
 from simulations.options import add_cluster_options, cluster_settings, quantity
-from simulations.scenarios import SCENARIOS, Result, Watch
+from simulations.scenarios import Result, Watch
 from swarmcache.quantities import format_size, parse_count
 
-COMMANDS = {"campaign": campaign.main, "compare": compare.main}
+COMMANDS = {
+    "campaign": campaign.main,
+    "compare": compare.main,
+    "planted_bugs": planted_bugs.main,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

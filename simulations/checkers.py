@@ -45,7 +45,10 @@ class Held:
 
 
 class Watch:
-    """Looks at the cluster every ``WATCH_S`` while jobs wait. ``evaluated``: how often each invariant was."""
+    """Looks at the cluster every ``WATCH_S`` while jobs wait, and less often when none do.
+
+    ``evaluated``: how often each invariant was.
+    """
 
     def __init__(self, cluster: Cluster, clients: Clients) -> None:
         self._cluster = cluster

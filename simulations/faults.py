@@ -244,7 +244,11 @@ class Faults:
         return True
 
     def _some_replica(self, node: Node, fault: Fault) -> bytes | None:
-        held = [each for each, replica in node.disk.replicas.items() if replica.settled]
+        held = [
+            version_id
+            for version_id, replica in node.disk.replicas.items()
+            if replica.settled and replica.layout.chunk_count
+        ]
         return held[int(fault.amount * len(held)) % len(held)] if held else None
 
     def _replica_rotten(self, node: Node, fault: Fault) -> bool:

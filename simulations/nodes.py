@@ -50,6 +50,7 @@ class Node:
         self.alive = True
         self.powered = True
         self.lost = False
+        self.corrupts = False  # all that it sends to others is wrong
         self.stopped = False
         self.stops = 0
         self.life = 0

@@ -1,6 +1,6 @@
 """Bugs planted into the production machines, to see that the campaign can find any.
 
-``python -m simulations planted-bugs`` plants one after the other and runs seeds until one fails. A
+``python -m simulations planted_bugs`` plants one after the other and runs seeds until one fails. A
 bug is a change to the source of one function, applied while it runs; one that no longer applies is
 an error, not a bug that was found.
 """
@@ -71,7 +71,7 @@ def find(bug: PlantedBug, seeds: range) -> tuple[int, str] | None:
 def main(arguments: list[str]) -> int:
     """Print the table. Exit status: 0 when at least 95 % are found, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m simulations planted-bugs",
+        prog="python -m simulations planted_bugs",
         description="Plants bugs into the machines, one at a time, and looks for them with seeds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

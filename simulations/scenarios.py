@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import TypeAlias
 
+from simulations.clients import Client, Clients
 from simulations.cluster import Cluster
 from simulations.nodes import Node
 from simulations.settings import USER, ClusterSettings
@@ -51,7 +52,8 @@ class Result:
     counts: all but those that were slowed down or killed on purpose.
 
     ``amplification``: bytes read from the file server / size of the file. ``repeats``: chunks that
-    came to a node that had them. Times count from the instant at which the file was asked for.
+    came to a node that had them. ``originals``: answers that were not a cached copy. Times count
+    from the instant at which the file was asked for.
     """
 
     scenario: str
@@ -76,6 +78,7 @@ class Result:
     machine_events: int
     engine_events: int
     trace_digest: str
+    originals: int
     observed: Observed
 
     def as_json(self) -> dict[str, object]:
@@ -105,13 +108,13 @@ def flash_crowd(settings: ClusterSettings, size_bytes: int, watch: Watch | None 
     Raises SimulationFailed when a promise is broken; the machines' ``check()`` raises
     AssertionError. So do all scenarios.
     """
-    crowd = _Crowd("flash_crowd", settings, size_bytes)
+    crowd = Crowd("flash_crowd", settings, size_bytes)
     return crowd.run(crowd.cluster.node_list, watch)
 
 
 def gray_nodes(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
     """A flash crowd in which one node in 20 has a tenth of the rate. The others count."""
-    crowd = _Crowd("gray_nodes", settings, size_bytes)
+    crowd = Crowd("gray_nodes", settings, size_bytes)
     rng = Random(f"{settings.seed} gray nodes")
     nodes = crowd.cluster.node_list
     gray = set(rng.sample(range(len(nodes)), max(len(nodes) // GRAY_EVERY, 1)))
@@ -123,7 +126,7 @@ def gray_nodes(settings: ClusterSettings, size_bytes: int, watch: Watch | None =
 
 def churn(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
     """A flash crowd of which a tenth is killed in mid-swarm. The others count."""
-    crowd = _Crowd("churn", replace(settings, originals=True), size_bytes)
+    crowd = Crowd("churn", replace(settings, originals=True), size_bytes)
     rng = Random(f"{settings.seed} churn")
     cluster = crowd.cluster
     nodes = cluster.node_list
@@ -134,33 +137,57 @@ def churn(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None
     return crowd.run([node for node in nodes if node.index not in killed], watch)
 
 
-SCENARIOS: dict[str, Callable[[ClusterSettings, int, Watch | None], Result]] = {
-    "flash_crowd": flash_crowd,
-    "gray_nodes": gray_nodes,
-    "churn": churn,
-}
+class Crowd:
+    """A cluster of which every node will want the same file at the same instant.
 
+    With ``jobs`` other things are wanted at other times; a job that gets the original asks again.
+    """
 
-class _Crowd:
-    """A cluster of which every node will want the same file at the same instant."""
-
-    def __init__(self, scenario: str, settings: ClusterSettings, size_bytes: int) -> None:
+    def __init__(
+        self, scenario: str, settings: ClusterSettings, size_bytes: int, *, jobs: bool = False
+    ) -> None:
         self.scenario = scenario
         self.cluster = Cluster(settings)
         self.version = FileVersion(f"/export/{USER}/corpus.hdf".encode(), size_bytes, 0)
         self.bound_s = bound_s(size_bytes, settings)
+        self.clients = Clients(self.cluster) if jobs else None
+        self._waits_s: list[float] = []
+        self._to_come = 0
+        # What comes after a job that has its file.
+        self.then: Callable[[Client], None] | None = None
+        if self.clients is not None:
+            self.cluster.file_server.current[self.version.path] = self.version
+            self.clients.on_content = self._content
+
+    def want_at(self, at_s: float, node: Node, path: bytes, *, keeps_asking: bool = True) -> None:
+        """A job begins on a node, so long after the crowd comes."""
+        assert self.clients is not None, "a crowd without jobs of its own"
+        client = Client(node, path, keeps_asking=keeps_asking)
+        self.clients.want_at(CROWD_AT_S + at_s, client)
+        self._to_come += 1
+
+    def _content(self, client: Client) -> None:
+        assert self.clients is not None and client.content_s is not None
+        self._waits_s.append(client.content_s - client.since_s)
+        if self.then is not None:
+            self.then(client)
+        self._to_come -= 1
+        if not self._to_come:
+            self.cluster.engine.stop()
 
     def run(self, counted: Sequence[Node], watch: Watch | None) -> Result:
         """Let them come, check everything, measure those nodes that count."""
         cluster = self.cluster
         cluster.connect_all()
-        cluster.engine.at(CROWD_AT_S, self._come, None)
+        if self.clients is None:
+            cluster.engine.at(CROWD_AT_S, self._come, None)
         if watch is not None:
             cluster.engine.watch = lambda: watch(cluster)
         cluster.run(CROWD_AT_S + 60 + PATIENCE_FACTOR * self.bound_s)
         cluster.check()
-        for node in counted:
-            cluster.check_replica(node, self.version)
+        if self.clients is None:
+            for node in counted:
+                cluster.check_replica(node, self.version)
         return self._measure(counted)
 
     def _come(self, _: object) -> None:
@@ -168,7 +195,9 @@ class _Crowd:
             self.cluster.want_file(index, self.version, request=1)
 
     def _observe(self, counted: Sequence[Node]) -> Observed:
-        answered_s = [each - CROWD_AT_S for node in counted for each in node.answered_s.values()]
+        answered_s = self._waits_s or [
+            each - CROWD_AT_S for node in counted for each in node.answered_s.values()
+        ]
         server = self.cluster.file_server
         return Observed(
             tuple(sorted(answered_s)),
@@ -204,5 +233,6 @@ class _Crowd:
             machine_events=cluster.machine_events,
             engine_events=cluster.engine.events,
             trace_digest=cluster.trace.digest,
+            originals=cluster.originals,
             observed=observed,
         )

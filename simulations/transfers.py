@@ -201,7 +201,7 @@ class Transfers:
             self._end_fetch(fetch, late)
             return
         digest = fetch.digest
-        if source.traps and source.trap("chunk corrupted"):
+        if source.corrupts or (source.traps and source.trap("chunk corrupted")):
             digest = corrupted(digest)
         if digest != effect.digest:
             self._end_fetch(fetch, ChunkCorrupt(version_id, chunk, source.name))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from simulations.__main__ import main
+from simulations.catalogue import SCENARIOS
 from simulations.comparisons import METHODS, PREDECESSOR_SERVER_SLOTS, Comparison, run_method
-from simulations.scenarios import SCENARIOS, bound_s, churn, flash_crowd, gray_nodes
+from simulations.scenarios import bound_s, churn, flash_crowd, gray_nodes
 from simulations.settings import ClusterSettings
 
 MIB = 1 << 20
