@@ -20,16 +20,12 @@ from simulations.seed_run import run_seed
 
 @dataclass(frozen=True, slots=True)
 class PlantedBug:
-    """``function`` (module:Class.function) with ``before`` replaced by ``after``.
-
-    ``seed``: one that finds it.
-    """
+    """``function`` (module:Class.function) with ``before`` replaced by ``after``."""
 
     name: str
     function: str
     before: str
     after: str
-    seed: int
 
 
 @contextmanager
@@ -97,77 +93,66 @@ BUGS = (
         "download:Download.chunk_corrupt",
         "self._land(chunk, node, now_s)\n    self.distrust(node)",
         "self.chunk_arrived(chunk, node, now_s)",
-        0,
     ),
     PlantedBug(
         "a peer that has lied is asked again",
         "download:Download.distrust",
         "peer.source = False",
         "peer.failures = 0",
-        0,
     ),
     PlantedBug(
         "a chunk whose request failed is forgotten",
         "download:Download._land",
         "self._missing |= 1 << chunk",
         "pass",
-        0,
     ),
     PlantedBug(
         "a request that has ended still counts",
         "download:Download._land",
         "self._flight_count -= 1",
         "pass",
-        0,
     ),
     PlantedBug(
         "rare chunks are not announced",
         "download:Download._hold",
         "self._fresh |= bit",
         "pass",
-        0,
     ),
     PlantedBug(
         "a busy peer is not asked again",
         "download:Download.peer_busy",
         "now_s + BUSY_BACKOFF_S",
         "now_s + 1e6",
-        0,
     ),
     PlantedBug(
         "slow chunks are asked for again without a limit",
         "download:Download._next_hedge",
         "self.hedges >= self._hedges_max",
         "False",
-        0,
     ),
     PlantedBug(
         "what was lost of a lease is not missing again",
         "download:Download.read_ends",
         "self._missing |= mask",
         "pass",
-        0,
     ),
     PlantedBug(
         "the last chunk is not waited for",
         "download:Download.complete",
         "self.held == self._full",
         "(self._full & ~self.held).bit_count() <= 1",
-        0,
     ),
     PlantedBug(
         "chunks of a peer that is gone still count",
         "download:Download.remove_peer",
         "self._forget_chunks(peer, peer.mask)",
         "pass",
-        0,
     ),
     PlantedBug(
         "what is held is not told to a new neighbour",
         "download:Download.add_peer",
         "self._haves(self.held & ~self._fresh)",
         "self._haves(0)",
-        0,
     ),
     # --- peer_state ----
     PlantedBug(
@@ -175,112 +160,96 @@ BUGS = (
         "peer_state:PeerState._handle_published",
         "for request in fetching.requests:",
         "for request in list(fetching.requests)[:1]:",
-        0,
     ),
     PlantedBug(
         "replicas are not announced to a new tracker",
         "peer_state:PeerState._handle_tracker_connection",
         "effects.append(AnnounceReplicas())",
         "pass",
-        0,
     ),
     PlantedBug(
         "downloads do not join again after a new connection",
         "peer_state:PeerState._handle_tracker_connection",
         "if fetching.on_disk and fetching.version.size_bytes:",
         "if False:",
-        0,
     ),
     PlantedBug(
         "leases are not told to a new tracker",
         "peer_state:PeerState._handle_tracker_connection",
         "leases[:LOADS_MAX]",
         "[]",
-        0,
     ),
     PlantedBug(
         "a holder reads on when its lease is over",
         "peer_state:PeerState.may_read",
         "now_s < self.lease_until_s",
         "now_s < self.lease_until_s + 60",
-        0,
     ),
     PlantedBug(
         "what is under way is dropped",
         "peer_state:PeerState._drop",
         "if version_id in self._busy:",
         "if False:",
-        0,
     ),
     PlantedBug(
         "who waits in vain gets no answer",
         "peer_state:PeerState._answer_stalled",
         "if now_s >= max(fetching.progress_at_s, since_s) + patience_s:",
         "if now_s >= max(fetching.progress_at_s, since_s) + 1000 * patience_s:",
-        0,
     ),
     PlantedBug(
         "the end of a lease is not told",
         "peer_state:PeerState._handle_reader_end",
         "self._tell(done, effects)",
         "pass",
-        0,
     ),
     PlantedBug(
         "a lease that was cancelled is not given back",
         "peer_state:PeerState._handle_reader_end",
         'self._tell(RangeFailed(lease_id, version_id, b"", lease.cancelled), effects)',
         "pass",
-        0,
     ),
     PlantedBug(
         "connections without a use are kept",
         "peer_state:PeerState._look_after_neighbour",
         "effects.append(HangUp(node))",
         "pass",
-        0,
     ),
     PlantedBug(
         "an old replica is not offered",
         "peer_state:PeerState._greet",
         "effects.append(LoadManifest(version_id))",
         "pass",
-        0,
     ),
     PlantedBug(
         "the tracker is not told that a replica is gone",
         "peer_state:PeerState._handle_dropped",
         "self._tell(Leave(version_id), effects)",
         "pass",
-        0,
     ),
     PlantedBug(
         "a broken connection is not made again",
         "peer_state:PeerState._look_after_neighbour",
         "elif not neighbour.up and self.address.node < node:",
         "elif False:",
-        0,
     ),
     PlantedBug(
         "after a failure of the disk nobody begins again",
         "peer_state:PeerState._begin_again",
         "self._reserve(fetching, effects)",
         "pass",
-        0,
     ),
     PlantedBug(
         "replicas that are cut differently are offered",
         "peer_state:PeerState._offer",
         "wanted_bytes in (0, seed.chunk_size_bytes)",
         "True",
-        0,
     ),
     PlantedBug(
         "who is complete does not say so",
         "peer_state:PeerState._handle_published",
         'effects.append(TellPeer(node, Have(version_id, [], b"", complete=True)))',
         "pass",
-        0,
     ),
     # --- tracker_state ----
     PlantedBug(
@@ -288,7 +257,6 @@ BUGS = (
         "tracker_state:TrackerState._until_s",
         "node.clock_s + (now_s - node.clock_at_s)",
         "now_s",
-        0,
     ),
     PlantedBug(
         "a lost node's slots are free at once",
@@ -296,84 +264,72 @@ BUGS = (
         "leased = self._ranges[lease_id]",
         "leased = self._ranges[lease_id]\n"
         "            self._servers[leased.file_server].ledger.leases[lease_id].until_s = now_s",
-        0,
     ),
     PlantedBug(
         "a restarted tracker knows nothing of leases",
         "tracker_state:TrackerState.__init__",
         "dict(earlier_leases or {})",
         "{}",
-        0,
     ),
     PlantedBug(
         "a restarted tracker does not wait for long enough",
         "tracker_state:TrackerState.__init__",
         "now_s + LEASE_S if self._earlier else now_s",
         "now_s",
-        0,
     ),
     PlantedBug(
         "the neighbours of a lost guardian are not asked",
         "tracker_state:TrackerState._take_over",
         "not neighbours or not chunks",
         "True",
-        0,
     ),
     PlantedBug(
         "a search that nobody answers never ends",
         "tracker_state:TrackerState._search",
         'self._timers.set(f"query {query_id}", now_s + QUERY_S)',
         "pass",
-        0,
     ),
     PlantedBug(
         "only one of two neighbours is told",
         "tracker_state:TrackerState._link",
         "swarm.members[other].neighbours.add(name)",
         "pass",
-        0,
     ),
     PlantedBug(
         "chunks of a lease that ran out are lost",
         "tracker_state:TrackerState._expire",
         "self._take_over(swarm, leased.mask, neighbours, now_s, effects)",
         "pass",
-        0,
     ),
     PlantedBug(
         "a lost node is not taken off its searches",
         "tracker_state:TrackerState._lose_node",
         "if name in search.waiting:",
         "if False:",
-        0,
     ),
     PlantedBug(
         "a lost node is still a holder",
         "tracker_state:TrackerState._lose_node",
         "self._drop_holder(version_id, name)",
         "pass",
-        0,
     ),
     PlantedBug(
         "a lost node is looked for among the readers of its other swarms",
         "tracker_state:TrackerState._remove_member",
         "self._reclaim(swarm)\n",
         "self._reclaim(swarm)\n    self._grant(swarm.file_server, now_s, effects)\n",
-        97,
     ),
     PlantedBug(
         "who failed to read is never asked again",
         "tracker_state:TrackerState._choose_reader",
         "member.failed_s + READ_AGAIN_S <= now_s",
         "False",
-        17,
     ),
     PlantedBug(
         "heartbeats renew nothing",
         "tracker_state:TrackerState._heartbeat",
         "self._renew(node, now_s)",
         "pass",
-        0,
     ),
     # --- slots, timers, eviction ----
     PlantedBug(
@@ -381,55 +337,47 @@ BUGS = (
         "slot_ledger:SlotLedger.free",
         "self.slots_max - len(self.leases)",
         "self.slots_max + 1 - len(self.leases)",
-        0,
     ),
     PlantedBug(
         "slots are free before their leases have run out",
         "slot_ledger:SlotLedger.expired",
         "lease.until_s <= now_s",
         "lease.until_s - 1.5 <= now_s",
-        0,
     ),
     PlantedBug(
         "an upload slot is never free again",
         "upload_slots:UploadSlots.leave",
         "del self._uploads[upload]",
         "pass",
-        0,
     ),
     PlantedBug(
         "everybody is served at once",
         "upload_slots:UploadSlots.admit",
         "taken < self._uploads_max or (",
         "True or (",
-        0,
     ),
     PlantedBug(
         "only moves of deadlines to later count",
         "timers:Timers.set_by",
         "at_s < former_s",
         "at_s > former_s",
-        0,
     ),
     PlantedBug(
         "more is evicted than must be",
         "eviction:choose_victims",
         "return _without_needless(victims, freed_bytes - wanted_bytes)",
         "return victims",
-        0,
     ),
     PlantedBug(
         "less is evicted than must be",
         "eviction:choose_victims",
         "if freed_bytes >= wanted_bytes:",
         "if victims:",
-        0,
     ),
     PlantedBug(
         "a chunk that is held is still looked for",
         "chunk_picker:ChunkPicker.forget",
         "self._counts[chunk] = 0",
         "pass",
-        0,
     ),
 )
