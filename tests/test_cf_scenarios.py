@@ -155,7 +155,7 @@ def a_time_confusion(it: CfCluster, name: str) -> None:
     first, second, third = it.file(name, 24 * MIB), *it.files(name, 2)
     it.forget_all(it.a)
     served, other = it.get(it.a, first), it.get(it.a, second)
-    with it.slow(it.a):
+    with it.slow(it.b):
         begun = it.cf(it.b, first)
         it.wait_for_bytes(it.b)
         with it.room(it.a):

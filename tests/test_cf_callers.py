@@ -1,0 +1,133 @@
+"""What known callers of ``cf`` do, step by step, with a real daemon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmcache.cf_install import install
+from tests.local_daemons import LocalDaemons
+
+pytestmark = pytest.mark.slow
+
+
+class Caller:
+    """Has ``cf`` installed and a daemon; files lie in ``directory``."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        self.directory = directory
+        self.program = directory / "local/cache-manager/cf"
+        self.environment = environment
+
+    def file(self, name: str, text: str = "1") -> Path:
+        path = self.directory / "nfs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def check_output(self, *words: str | Path, directory: Path | None = None) -> bytes:
+        """As Python programs call it: an exit code other than 0 ends the job."""
+        return subprocess.run(
+            ["cf", *words],
+            executable=self.program,
+            env=self.environment,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=60,
+        ).stdout
+
+
+@pytest.fixture
+def caller(tmp_path: Path) -> Iterator[Caller]:
+    install(tmp_path / "local")
+    with LocalDaemons(tmp_path) as local:
+        local.start_tracker()
+        node = local.start_daemon()
+        # As Sisyphus leaves it to its workers, and what tells the test's daemon from others.
+        kept = {"HOME": str(tmp_path), "PWD": "/", "USER": "ann", "LANG": "en_US.UTF-8"}
+        yield Caller(tmp_path, {**kept, "SWARMCACHE_SOCKET": str(node.socket)})
+
+
+def test_rasr_writes_to_the_path_of_d_and_copies_it_back(caller: Caller) -> None:
+    """Several times, as a job does that is run again, and relative to its directory."""
+    directory = caller.file("out/other").parent
+    for content in ("first", "second, longer"):
+        printed = caller.check_output("-d", "lattice.cache.1", directory=directory)
+        path = os.fsdecode(printed).removesuffix("\n")
+        Path(path).write_text(content)
+
+        caller.check_output("-cp", path, "lattice.cache.1", directory=directory)
+
+        target = directory / "lattice.cache.1"
+        copy = Path(os.fsdecode(caller.check_output(target)).strip())
+        assert Path(path).name == copy.name == "lattice.cache.1"
+        assert len({path, str(copy), str(target)}) == 3
+        assert target.read_text() == copy.read_text() == Path(path).read_text() == content
+
+
+def test_fairseq_pairs_the_lines_of_a_list_with_those_of_a_manifest(caller: Caller) -> None:
+    """The list is named relatively, its last line has no end, one file occurs twice."""
+    files = [caller.file(f"audio/{name}.wav", name) for name in ("a", "b")]
+    lines = [files[1], files[0], files[1], caller.directory / "nfs/missing.wav"]
+    bundle = caller.file("audio/train.tsv.bundle", "\n".join(map(str, lines)))
+
+    printed = caller.check_output(bundle.name, directory=bundle.parent)
+
+    cached = Path(os.fsdecode(printed).strip()).read_text().splitlines()
+    assert [Path(path).name for path in cached] == ["b.wav", "a.wav", "b.wav", "missing.wav"]
+    assert cached[0] == cached[2] != str(files[1])
+    assert cached[3] == str(lines[3])
+
+
+def test_the_common_path_of_copies_is_that_of_their_sources(caller: Caller) -> None:
+    names = ["a/1", "a/2", "a/deep/3"]
+    files = [caller.file(f"tree/{name}") for name in names]
+
+    copies = [os.fsdecode(caller.check_output(file)).strip() for file in files]
+
+    common = os.path.commonpath(copies)
+    assert common.endswith(f"{caller.directory}/nfs/tree/a")
+    assert [os.path.relpath(copy, common) for copy in copies] == ["1", "2", "deep/3"]
+
+
+def test_a_shell_expands_it_in_an_argument_and_in_a_loop(caller: Caller) -> None:
+    files = [caller.file(f"{number}.txt", f"content {number}\n") for number in range(3)]
+    script = (
+        "set -ueo pipefail\n"
+        "cat `cf $1`\n"
+        'x=$(cf "$2"); cat "$x"\n'
+        'printf "%s\\n" "$@" | while read -r f; do cf "$f"; done\n'
+    )
+    environment = {"PATH": f"{caller.program.parent}:/usr/bin:/bin"}
+
+    done = subprocess.run(
+        ["/bin/bash", "-c", script, "bash", *files],
+        env={**caller.environment, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    *contents, first, second, third = done.stdout.splitlines()
+    assert contents == ["content 0", "content 1"]
+    assert [Path(path).name for path in (first, second, third)] == ["0.txt", "1.txt", "2.txt"]
+
+
+def test_what_a_caller_puts_beside_a_copy_does_no_harm(caller: Caller) -> None:
+    """One unpacks its archive beside the copy."""
+    archive = caller.file("data.zip")
+    copy = Path(os.fsdecode(caller.check_output(archive)).strip())
+    (copy.parent / "audio").mkdir()
+    (copy.parent / "audio/1.ogg").write_text("unpacked")
+
+    again = caller.check_output(archive)
+    other = Path(os.fsdecode(caller.check_output(caller.file("audio/1.ogg", "another"))).strip())
+
+    assert os.fsdecode(again).strip() == str(copy)
+    assert other.read_text() == "another"
+    assert (copy.parent / "audio/1.ogg").read_text() == "unpacked"
