@@ -38,7 +38,9 @@ class Client(client.Client):
         from swarmcache.cp import copy_files
 
         sources = [os.fsencode(source)]
-        (outcome,) = copy_files(self, sources, os.fsencode(destination), register=register)
+        (outcome,) = copy_files(
+            self, sources, os.fsencode(destination), bundle=False, register=register
+        )
         if outcome.error:
             raise CopyFailed(f"{os.fsdecode(source)!r} was not copied: {outcome.error}")
         return os.fsdecode(outcome.destination)

@@ -34,7 +34,7 @@ from blake3 import blake3
 
 from swarmcache.bundles import read_if_bundle
 from swarmcache.client import Client, Source, open_source
-from swarmcache.disk_calls import write_all
+from swarmcache.disk_calls import unlink_if_there, write_all
 from swarmcache.errors import (
     BadMessage,
     CopyFailed,
@@ -249,7 +249,7 @@ class _Copy:
                     name, place.name, src_dir_fd=place.directory_fd, dst_dir_fd=place.directory_fd
                 )
         except BaseException:
-            os.unlink(name, dir_fd=place.directory_fd)
+            self._remove(name, place)
             raise
         try:
             os.fsync(place.directory_fd)
@@ -257,6 +257,12 @@ class _Copy:
             if error.errno not in _NO_SYNC:  # not all file systems can, or need to
                 self.outcome.notes.append(f"the directory could not be synced: {error.strerror}")
         return fd
+
+    def _remove(self, name: str, place: _Place) -> None:
+        try:
+            unlink_if_there(name, place.directory_fd)
+        except OSError as error:
+            self.outcome.notes.append(f"{name} is left there: {error.strerror}")
 
     def _copy_bytes(self, slot: WriteSlot, source: Source, fd: int) -> None:
         """Copy and digest, a piece at a time. Raises CopyFailed."""

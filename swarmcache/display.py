@@ -231,14 +231,16 @@ def _nodes_table(nodes: Iterable[Mapping[str, Any]]) -> Table:
 
 def _file_servers_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
-        "File servers", "name", "slots:right", "waiting:right", "read:right", "leases held by"
+        "File servers",
+        *("name", "slots:right", "of them for cp:right", "waiting:right", "read:right"),
+        "leases held by",
     )
     for each in file_servers:
         holders = ", ".join(str(lease.get("node")) for lease in each.get("leases", []))
         table.add_row(
             *_cells(each, "name"),
             f"{each.get('slots_used', 0)}/{each.get('slots_max', 0)}",
-            *_cells(each, "waiting"),
+            *_cells(each, "writes", "waiting"),
             *_sizes(each, "read_bytes"),
             escape(holders),
         )

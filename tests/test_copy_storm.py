@@ -89,6 +89,7 @@ def test_a_storm_of_copies_and_gets_keeps_to_the_slots_and_loses_nothing(
         others = {each.code for each in ended if each.number not in DIES}
         assert others == {0}, [each for each in ended if each.code > 0]
         assert not any("without a slot" in each.said for each in ended)
+        assert not any("not cached" in each.said for each in ended)
         assert 2 <= box.file_server.transfers_peak() <= SLOTS_MAX
 
         for each in ended:
@@ -114,6 +115,12 @@ def test_a_storm_of_copies_and_gets_keeps_to_the_slots_and_loses_nothing(
                 mend = swarm.cluster.command(node, "cp", node.disk / "last", target)
             assert mend.wait(60) == 0
         assert storm.left_over() == []
+        first, second = box.nodes[:2]
+        written = storm.written / f"{first.name}-{FILES // NODES - 1}"
+        (copy,) = swarm.cluster.paths(swarm.cluster.get(second, written), 60)
+        assert (copy == written, digest_of(copy)) == (False, storm.digests[written.name])
+        assert second.name not in {read.host for read in box.file_server.reads(written)}
+
         with capsys.disabled():
             last_s = max(each.ended_s - each.began_s for each in ended)
             killed = sum(each.code == -9 for each in ended)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +19,7 @@ from swarmcache.client import Client
 from swarmcache.cp import CopyOutcome, CopyProgress, copy_files
 from swarmcache.errors import UsageError
 from swarmcache.write_beside import PREFIX
-from tests.box import wait_until
-from tests.local_daemons import COMMAND, PATIENCE_S, LocalDaemons
+from tests.local_daemons import COMMAND, PACKAGE_PARENT, PATIENCE_S, LocalDaemons
 
 pytestmark = pytest.mark.slow
 
@@ -264,6 +265,22 @@ def test_a_source_that_changes_meanwhile_is_not_copied(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"source", "target"}
 
 
+def test_a_directory_that_goes_away_meanwhile_is_an_error_like_others(tmp_path: Path) -> None:
+    source, directory = make(tmp_path / "source", 2 * MIB), tmp_path / "directory"
+    directory.mkdir()
+
+    def remove(_: CopyProgress) -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+
+    outcomes = copy_files(
+        nobody(tmp_path), [os.fsencode(source)], os.fsencode(directory), on_progress=remove
+    )
+
+    assert [outcome.error for outcome in outcomes] == [
+        "cannot put the copy in place: No such file or directory"
+    ]
+
+
 def test_a_full_file_server_leaves_the_destination_as_it_was(
     nodes: Nodes, server: Path, tmp_path: Path
 ) -> None:
@@ -323,74 +340,72 @@ def test_other_bytes_under_the_same_size_and_time_get_another_time(
 
 # --- what a kill leaves --------------------------------------------------------------------------
 
+# ``cp`` that stops itself, once, when a part is written.
+STOPPING = [
+    sys.executable,
+    "-c",
+    f"""
+import os, signal, sys
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache import cp_command
+from swarmcache.commands import run
+parts = []
+def show(bar, progress):
+    if progress.done_bytes and not parts:
+        parts.append(progress.done_bytes)
+        os.kill(os.getpid(), signal.SIGSTOP)
+cp_command._Bar.show = show
+sys.exit(run(sys.argv[1:]))
+""",
+]
+StartCopy = Callable[[Path, Path], subprocess.Popen[bytes]]
+
 
 @pytest.fixture
-def start_cp(nodes: Nodes) -> Iterator[Callable[[Path, Path], subprocess.Popen[bytes]]]:
-    """Starts a ``cp`` and stops it in the middle, when a part is written."""
+def start_cp(nodes: Nodes) -> Iterator[StartCopy]:
+    """Starts a ``cp``, and returns when it has stopped in the middle."""
     with ExitStack() as stack:
 
         def start(source: Path, target: Path) -> subprocess.Popen[bytes]:
-            before = names_in(target.parent)
             process = subprocess.Popen(
-                [*COMMAND, "cp", f"--socket={nodes.first.socket}", source, target],
+                [*STOPPING, "cp", f"--socket={nodes.first.socket}", source, target],
                 env={},
                 stderr=subprocess.DEVNULL,
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
-
-            def is_writing() -> bool:
-                return any(
-                    (target.parent / name).stat().st_size
-                    for name in names_in(target.parent) - before
-                    if name.startswith(PREFIX)
-                )
-
-            wait_until(is_writing, PATIENCE_S, "a part of the copy")
-            process.send_signal(signal.SIGSTOP)
+            ended = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert ended is not None and ended.si_code == os.CLD_STOPPED
             return process
 
         yield start
 
 
-@pytest.fixture
-def endless(tmp_path: Path) -> Path:
-    """A source that takes longer to copy than a test does; it takes no room."""
-    path = tmp_path / "endless"
-    path.touch()
-    os.truncate(path, 1 << 40)
-    return path
-
-
 def test_what_a_killed_copy_leaves_is_removed_by_the_next_one_but_nothing_that_is_alive(
-    nodes: Nodes,
-    server: Path,
-    endless: Path,
-    start_cp: Callable[[Path, Path], subprocess.Popen[bytes]],
+    nodes: Nodes, server: Path, tmp_path: Path, start_cp: StartCopy
 ) -> None:
-    alive = start_cp(endless, server / "target")
+    alive = start_cp(make(tmp_path / "large", 2 * MIB), server / "target")
     (temporary,) = names_in(server)
-    source = make(server.parent / "small")
+    assert temporary.startswith(PREFIX)
+    small = make(tmp_path / "small")
 
-    nodes.first.run("cp", source, server)
+    nodes.first.run("cp", small, server)
     assert names_in(server) == {temporary, "small"}
 
     alive.kill()
     alive.wait()
-    done = nodes.first.run("cp", source, server)
-    assert names_in(server) == {temporary, "small"}, "nothing was to be written"
-    done = nodes.first.run("cp", make(source), server / "other")
+    done = nodes.first.run("cp", small, server / "other")
 
     assert names_in(server) == {"small", "other"}
     assert f"removed {temporary}" in done.stderr.decode()
-    assert not (server / "target").exists()
 
 
 def test_a_copy_that_is_ended_by_its_job_system_leaves_nothing(
-    server: Path, endless: Path, start_cp: Callable[[Path, Path], subprocess.Popen[bytes]]
+    server: Path, tmp_path: Path, start_cp: StartCopy
 ) -> None:
+    source = make(tmp_path / "source", 2 * MIB)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        process = start_cp(endless, server / "target")
+        process = start_cp(source, server / "target")
 
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
