@@ -319,7 +319,7 @@ class Exchanges:
         self._look_ups: dict[int, LookUp] = {}  # likewise
         self._answers: dict[int, Answer] = {}
         self._next_index = 0
-        self._arrivals = select.epoll()
+        self._arrivals: select.epoll | None = None  # made when something is in flight
         self._fault = ""
 
     def close(self) -> None:
@@ -332,10 +332,12 @@ class Exchanges:
             exchange.source.close()
         while self._missed:
             self._missed.pop().source.close()
-        self._arrivals.close()
+        if self._arrivals is not None:
+            self._arrivals.close()
 
     def fileno(self) -> int:
-        """Readable when the daemon has said something."""
+        """Readable when the daemon has said something. There must be something in flight."""
+        assert self._arrivals is not None
         return self._arrivals.fileno()
 
     @property
@@ -374,7 +376,7 @@ class Exchanges:
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Act on what arrives, or on the time that is up."""
-        for fd, _ in self._arrivals.poll(wait_s):
+        for fd, _ in self._arrivals.poll(wait_s) if self._arrivals is not None else ():
             if fd in self._in_flight:
                 self._receive(self._in_flight[fd])
             else:
@@ -414,13 +416,25 @@ class Exchanges:
             return self._put_off.pop()
         return next(self._waiting, None)
 
+    def _send(self, line: bytes, *fds: int) -> tuple[Connection, bool]:
+        """Send a request, and expect the answer. Raises DaemonUnavailable."""
+        connection, reused = self._connections.send(line, *fds)
+        try:
+            if self._arrivals is None:
+                self._arrivals = select.epoll()
+            self._arrivals.register(connection.fileno(), select.EPOLLIN)
+        except OSError as error:  # no descriptor left
+            connection.close()
+            raise DaemonUnavailable(reason_of(error)) from error
+        return connection, reused
+
     # --- looking up -----------------------------------------------------------------------------
 
     def _look_up(self, look_up: LookUp) -> None:
         line = look_up_line(len(look_up.files))
         fds = [exchange.source.fd for exchange in look_up.files]
         try:
-            look_up.connection, _ = self._connections.send(line, *fds)
+            look_up.connection, _ = self._send(line, *fds)
         except DaemonUnavailable as error:
             self._fault = str(error)
             for exchange in look_up.files:
@@ -428,7 +442,6 @@ class Exchanges:
             return
         look_up.silent_at_s = time.monotonic() + SILENCE_S_MAX
         self._look_ups[look_up.connection.fileno()] = look_up
-        self._arrivals.register(look_up.connection.fileno(), select.EPOLLIN)
 
     def _receive_found(self, look_up: LookUp) -> None:
         """Settle what is cached. All else is asked for singly, which also tells what is wrong."""
@@ -463,14 +476,13 @@ class Exchanges:
         tree = self._trees.get(exchange.asked)
         line = get_line(exchange.source.real_path, wait_s, tree)
         try:
-            exchange.connection, exchange.reused = self._connections.send(line, exchange.source.fd)
+            exchange.connection, exchange.reused = self._send(line, exchange.source.fd)
         except DaemonUnavailable as error:
             self._fault = str(error)
             self._settle_original(exchange, self._fault)
             return
         exchange.silent_at_s = now_s + SILENCE_S_MAX
         self._in_flight[exchange.connection.fileno()] = exchange
-        self._arrivals.register(exchange.connection.fileno(), select.EPOLLIN)
 
     def _give_up(self, late: Exchange | LookUp, fault: str) -> None:
         self._fault = fault
@@ -556,6 +568,7 @@ class Exchanges:
         """Take the connection, which nothing is expected from any more."""
         connection = each.connection
         assert connection is not None
+        assert self._arrivals is not None
         self._arrivals.unregister(connection.fileno())
         in_flight = self._in_flight if isinstance(each, Exchange) else self._look_ups
         del in_flight[connection.fileno()]

@@ -67,7 +67,10 @@ class Connection:
     def __init__(self, path: bytes) -> None:
         """Connect. Raises DaemonUnavailable, also for a daemon that is not to be trusted."""
         self._received = b""
-        self._socket = socket(AF_UNIX, SOCK_STREAM)
+        try:
+            self._socket = socket(AF_UNIX, SOCK_STREAM)
+        except OSError as error:  # no descriptor left
+            raise DaemonUnavailable(f"{os.fsdecode(path)}: {reason_of(error)}") from error
         try:
             self._connect(path)
         except BaseException:

@@ -225,6 +225,28 @@ def test_as_many_files_are_open_as_may_be(
     assert [Path(answer).read_text() for answer in answers] == [file.name for file in files]
 
 
+@pytest.mark.parametrize("spare", range(1, 5))
+def test_a_process_without_descriptors_gets_the_original_path(
+    node: LocalNode, tmp_path: Path, spare: int
+) -> None:
+    """As many are left as are needed for the source, for the connection, ..."""
+    (file,) = small_files(tmp_path, 1)
+    program = (
+        "import json, os, resource, swarmcache\n"
+        f"client = swarmcache.Client({str(node.socket)!r})\n"
+        "lowest = os.dup(0)\n"
+        "os.close(lowest)\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + {spare}, 4096))\n"
+        f"print(client.get({str(file)!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE_PARENT, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    path = Path(os.fsdecode(done.stdout.removesuffix(b"\n")))
+    assert path == file or path.is_relative_to(node.cache_dir)
+
+
 def test_threads_share_a_client(client: swarmcache.Client, tmp_path: Path) -> None:
     files = small_files(tmp_path, 40)
 
