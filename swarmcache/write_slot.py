@@ -109,9 +109,6 @@ class WriteSlot:
                     self._go_without(str(error))
             except (BadMessage, KeyError, TypeError, ValueError) as error:
                 self._go_without(f"the daemon's answer makes no sense: {error}")
-            except BaseException as error:  # whoever waits for this thread would wait for ever
-                self._go_without(f"internal error: {error}")
-                raise
             finally:
                 if connection is not None:
                     connection.close()
