@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +133,40 @@ def test_what_a_caller_puts_beside_a_copy_does_no_harm(caller: Caller) -> None:
     assert os.fsdecode(again).strip() == str(copy)
     assert other.read_text() == "another"
     assert (copy.parent / "audio/1.ogg").read_text() == "unpacked"
+
+
+PROGRAM = """
+import importlib, json, sys
+sys.path += [sys.argv[1] + "/", sys.argv[1] + "/cache-manager/"]
+cm = importlib.import_module("cache-manager")
+local, target, other, missing = sys.argv[2:]
+client = cm.CmClient(cm.ClientConfiguration())
+places = []
+print(json.dumps([
+    cm.copyFile(local, target),
+    client.copy(local, other, register=False),
+    cm.copyFile(missing, target),
+    client.getLocations([target, other], places),
+    [place[1:] for place in places],
+    client.getLocations([missing], []),
+    cm.cacheFile(target),
+]))
+"""
+
+
+def test_a_python_program_copies_finds_and_caches(caller: Caller) -> None:
+    """In a Python without any package, as a RETURNN configuration may run in."""
+    local, target = caller.file("local"), caller.directory / "nfs/target"
+    names = [local, target, caller.directory / "nfs/other", caller.directory / "missing"]
+
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", PROGRAM, caller.program.parent.parent, *names],
+        env=caller.environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+
+    *results, copy = json.loads(done.stdout)
+    assert copy != str(target)
+    assert Path(copy).read_bytes() == target.read_bytes() == local.read_bytes()
+    assert results == [True, True, False, True, [[copy, 1]], False]

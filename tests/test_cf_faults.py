@@ -66,6 +66,8 @@ FAULTS = {
         "test_the_package_needs_nothing_that_python_3_8_does_not_have",
         "test_a_client_tells_whether_the_path_is_a_cached_one",
         "test_the_line_for_the_log_names_every_figure",
+        "test_every_file_is_listed_once_with_its_nodes_and_with_its_path_where_that_is_known",
+        "test_a_dataset_goes_from_all_nodes_and_its_neighbours_stay",
     ],
     "the size of the whole cache is measured anew for each file, or taken for nothing": [
         "test_publishing_and_dropping_keep_the_account_right",
