@@ -44,12 +44,12 @@ TRAPS = {
     "chunk stalled": (0.0, 0.0),
     "dial refused": (0.0, 0.0),
     "dial unanswered": (0.0, 0.0),
-    "disk slow": (0.01, 1.0),
+    "disk slow": (0.001, 1.0),
     "manifest unreadable": (0.0, 0.0),
-    "message from tracker late": (0.01, 3.0),
-    "message to tracker late": (0.01, 3.0),
+    "message from tracker late": (0.001, 3.0),
+    "message to tracker late": (0.001, 3.0),
     "peer connection reset in a message": (0.0, 0.0),
-    "peer message late": (0.01, 2.0),
+    "peer message late": (0.001, 2.0),
     "publication failed": (0.0, 0.0),
     "read failed": (0.0, 0.0),
     "read slow": (0.01, 0.3),
@@ -229,6 +229,10 @@ class Faults:
         set_rate(usual * (0.1 + 0.4 * fault.amount))
         self._until(fault, lambda: set_rate(usual))
 
+    def _peer_lies(self, node: Node, fault: Fault) -> None:
+        node.corrupts = True
+        self._until(fault, lambda: setattr(node, "corrupts", False))
+
     def _slow_file_server(self, node: Node, fault: Fault) -> None:
         self._cluster.file_server.slow_down(1 + 20 * fault.amount)
         self._until(fault, lambda: self._cluster.file_server.slow_down(1))
@@ -300,6 +304,7 @@ EVENTS: dict[str, Callable[[Faults, Node, Fault], bool | None]] = {
     "node slow": Faults._slow_node,
     "partition": Faults._partition,
     "peer connection reset": Faults._link_reset,
+    "peer lies": Faults._peer_lies,
     "power cut": Faults._power_cut,
     "replica removed": Faults._replica_removed,
     "replica rotten": Faults._replica_rotten,

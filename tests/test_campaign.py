@@ -14,8 +14,10 @@ import pytest
 from simulations import campaign
 from simulations.faults import Fault
 from simulations.plans import THEMES, draw
+from simulations.planted_bugs import BUGS, find, planted
 from simulations.seed_run import run_seed
 from simulations.shrink import smallest
+from swarmcache.download import Download
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -86,3 +88,33 @@ def test_the_smallest_list_of_faults_has_those_that_are_needed_and_no_other() ->
     assert set(smallest(faults, fails)) == needed
     assert tried < 100
     assert smallest(faults, lambda _: True) == []
+
+
+def test_every_planted_bug_applies_and_is_taken_out_again() -> None:
+    """One that does not is no bug that could be found: its function has changed."""
+    former = Download.chunk_corrupt
+
+    for bug in BUGS:
+        with planted(bug):
+            pass
+
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 20
+    assert Download.chunk_corrupt is former
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a chunk whose request failed is forgotten",
+        "a request that has ended still counts",
+        "an old replica is not offered",
+        "deadlines are named on the wrong clock",
+        "the last chunk is not waited for",
+    ],
+)
+def test_a_planted_bug_is_found_within_a_few_seeds(name: str) -> None:
+    """All of them, with up to 1,000 seeds each, takes ``python -m simulations planted_bugs``."""
+    (bug,) = [bug for bug in BUGS if bug.name == name]
+
+    assert find(bug, range(20)) is not None
