@@ -96,6 +96,11 @@ LEASE_MARGIN_S = 0.5
 # the tracker more often.
 RANGE_S = 0.5
 RANGE_FIRST_BYTES = 4 << 20
+# Who needed up to this many times as long for its range as the one before it is asked to read on.
+# The others of a crowd need what it has read at once: with one node in twenty at a tenth of the
+# rate, 40 simulated nodes took 4.07 s for 256 MiB when everybody read in turn, 2.33 s with this
+# (and 2.32 s without slow nodes).
+SWIFT_FACTOR = 1.5
 QUERY_S = 1.0
 NODE_SILENT_S = 30.0
 # Who has failed to read so often in a row is left alone for a while: it may be the node, but it may
@@ -888,7 +893,10 @@ class TrackerState:
                 return
 
     def _choose_reader(self, swarm: Swarm, now_s: float) -> str | None:
-        """The member that may read and has waited longest; it goes to the end of the line."""
+        """The first in line that may read; it goes to the end, until it has shown that it is swift.
+
+        So swift readers read on, then come those that have waited longest.
+        """
         for position, name in enumerate(swarm.order):
             member = swarm.members[name]
             able = member.can_read and not member.complete and not member.reading
@@ -999,12 +1007,17 @@ class TrackerState:
             return
         server = self._servers[leased.file_server]
         server.statistics.read(message.read_bytes)
-        if message.elapsed_s > 0:
-            node.read_bytes_per_s = message.read_bytes / message.elapsed_s
-            server.read_bytes_per_s = node.read_bytes_per_s
+        rate = message.read_bytes / message.elapsed_s if message.elapsed_s > 0 else 0.0
+        swift = rate * SWIFT_FACTOR >= server.read_bytes_per_s
+        if rate:
+            node.read_bytes_per_s = server.read_bytes_per_s = rate
         swarm = self._swarms.get(leased.version_id)
-        if swarm is not None and node.address.node in swarm.members:
-            swarm.members[node.address.node].failures = 0
+        name = node.address.node
+        if swarm is not None and name in swarm.members:
+            swarm.members[name].failures = 0
+            if swift:
+                swarm.order.remove(name)
+                swarm.order.insert(0, name)
         self._grant(leased.file_server, now_s, effects)
 
     def _range_failed(

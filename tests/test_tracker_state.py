@@ -251,6 +251,20 @@ def test_absurd_rates_break_nothing(elapsed_s: float) -> None:
     assert len(bench.out()) == 2
 
 
+def test_a_swift_reader_reads_on_and_a_slow_one_goes_to_the_end_of_the_line() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", "c")
+    bench.join("a", "b", "c", chunks=64)
+    readers = []
+    for rate in (10e6, 9e6, 2e6, 10e6, 10e6):
+        (lease,) = bench.out()
+        readers.append(bench.holder(lease))
+        bench.finish(lease, rate=rate)
+
+    # "a" is slow the third time.
+    assert readers == ["a", "a", "a", "b", "b"]
+
+
 def test_the_slots_of_a_server_hold_over_many_swarms_and_users_take_turns() -> None:
     bench = Bench(slots_max=3)
     names = [f"n{number}" for number in range(8)]
