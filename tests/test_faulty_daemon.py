@@ -31,7 +31,7 @@ MOMENTS = int(os.environ.get("FAULTY_DAEMONS", "2"))
 # A daemon that opens its cache and gets two files makes somewhat more calls than this.
 CALLS = 1000
 SEED = 4
-NOT_DURABLE = "dropped a copy that could not be made durable"
+NOT_DURABLE = "dropped what could not be made durable"
 FAULTS = [
     Fault(code, lasting=lasting)
     for code in (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE)
