@@ -22,9 +22,13 @@ EXIT_NOT_CACHED = 3
 
 
 def say(text: str) -> None:
-    """One line on stderr, whatever stderr is."""
-    if sys.stderr is not None:
+    """One line on stderr, whatever stderr is: who does not read it still gets the paths."""
+    if sys.stderr is None:
+        return
+    try:
         print(f"swarmcache: {text}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it any more, or its disk is full
+        sys.stderr = None
 
 
 def run_get(

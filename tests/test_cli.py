@@ -245,6 +245,22 @@ def test_get_survives_closed_standard_streams(daemon: ScriptedDaemon, source: Pa
     assert b"cannot write the paths: stdout is closed" in without_stdout.stderr
 
 
+def test_a_reason_that_nobody_can_be_told_does_not_cost_the_path(
+    tmp_path: Path, source: Path
+) -> None:
+    environment = {"SWARMCACHE_SOCKET": str(tmp_path / "no daemon")}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "get", source],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            env=environment,
+            check=False,
+        )
+
+    assert (done.stdout, done.returncode) == (bytes(source) + b"\n", 0)
+
+
 def test_get_says_when_its_output_cannot_be_written(daemon: ScriptedDaemon, source: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
