@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import select
 from collections.abc import Iterator, Sequence
 
+from swarmcache import answer_stream
 from swarmcache.client import Client
-from swarmcache.errors import DaemonRefused, DaemonUnavailable
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
     AboutCache,
     AboutFile,
-    End,
-    Failed,
-    Working,
     decode_cache_answer,
     encode_request,
 )
-from swarmcache.local_socket import SILENCE_S_MAX, Connection
 
 # Of paths in one request: base64 makes a third more of them, and quotes and the rest need room.
 BATCH_BYTES_MAX = LINE_MAX_BYTES // 2
@@ -34,13 +29,10 @@ def ask(client: Client, request: AboutCache) -> Iterator[AboutFile]:
     """
     for paths in _batches(request.paths):
         request.paths = paths
-        connection, _ = client.send(encode_request(request))
-        try:
-            yield from _answers(connection)
-        except BaseException:  # GeneratorExit as well: the rest of the answer would be in the way
-            connection.close()
-            raise
-        client.give_back(connection)
+        answers: Iterator[AboutFile] = answer_stream.ask(
+            client, encode_request(request), decode_cache_answer, LISTED_BYTES_MAX
+        )
+        yield from answers
 
 
 def _batches(paths: Sequence[bytes]) -> Iterator[list[bytes]]:
@@ -53,21 +45,3 @@ def _batches(paths: Sequence[bytes]) -> Iterator[list[bytes]]:
             batch, size_bytes = [], len(path) + PATH_EXTRA_BYTES
         batch.append(path)
     yield batch
-
-
-def _answers(connection: Connection) -> Iterator[AboutFile]:
-    arrival = select.poll()
-    arrival.register(connection.fileno(), select.POLLIN)
-    while True:
-        if not arrival.poll(SILENCE_S_MAX * 1000):
-            raise DaemonUnavailable(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
-        for line in connection.receive(LISTED_BYTES_MAX):
-            match decode_cache_answer(line):
-                case End():
-                    return
-                case Failed() as failed:
-                    raise DaemonRefused(failed.reason)
-                case Working():
-                    pass
-                case answer:
-                    yield answer

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from swarmcache import answer_stream
 from swarmcache.client import Client
 from swarmcache.display import size_text
-from swarmcache.errors import DaemonRefused, DaemonUnavailable
 from swarmcache.get import say
 from swarmcache.listing import JsonArray, duration_text, path_fields, printing, shown_path
 from swarmcache.local_protocol import (
     NODES_MAX,
     AboutNodes,
-    End,
-    Failed,
     ForgetOn,
     NodeForgot,
     NodeReplicas,
     NodeSilent,
     ReplicasOn,
-    Working,
     decode_node_answer,
     encode_request,
 )
-from swarmcache.local_socket import SILENCE_S_MAX, Connection
 
 EXIT_NOT_ALL = 1
 # Of one answer: a page of 256 replicas with the longest possible paths.
@@ -84,17 +79,14 @@ class Nodes:
         asked = list(self.names) if nodes is None else list(nodes)
         for start in range(0, len(asked), NODES_MAX):
             request.nodes = asked[start : start + NODES_MAX]
-            connection, _ = self._client.send(encode_request(request))
-            try:
-                for answer in _answers(connection):
-                    if isinstance(answer, NodeSilent):
-                        self.complain(f"{self.names[answer.node]} cannot be asked: {answer.reason}")
-                    else:
-                        yield answer
-            except BaseException:  # GeneratorExit as well: the rest would be in the way
-                connection.close()
-                raise
-            self._client.give_back(connection)
+            answers: Iterator[NodeAnswer] = answer_stream.ask(
+                self._client, encode_request(request), decode_node_answer, ANSWER_BYTES_MAX
+            )
+            for answer in answers:
+                if isinstance(answer, NodeSilent):
+                    self.complain(f"{self.names[answer.node]} cannot be asked: {answer.reason}")
+                else:
+                    yield answer
 
 
 def show_replicas(client: Client, paths: list[bytes], *, as_json: bool) -> int:
@@ -166,21 +158,3 @@ def forget_replicas(
                 size = size_text(node.dropped_bytes)
                 print(f"{name}: {node.dropped} files dropped, {size}; {node.kept} stay")
     return nodes.exit_code
-
-
-def _answers(connection: Connection) -> Iterator[NodeAnswer]:
-    arrival = select.poll()
-    arrival.register(connection.fileno(), select.POLLIN)
-    while True:
-        if not arrival.poll(SILENCE_S_MAX * 1000):
-            raise DaemonUnavailable(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
-        for line in connection.receive(ANSWER_BYTES_MAX):
-            match decode_node_answer(line):
-                case End():
-                    return
-                case Failed() as failed:
-                    raise DaemonRefused(failed.reason)
-                case Working():
-                    pass
-                case answer:
-                    yield answer

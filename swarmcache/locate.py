@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import select
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from swarmcache import answer_stream
 from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client, Source, open_source, real_path_of
 from swarmcache.directories import list_directory
@@ -40,7 +40,7 @@ from swarmcache.local_protocol import (
     decode_place_answer,
     encode_request,
 )
-from swarmcache.local_socket import SILENCE_S_MAX, Connection
+from swarmcache.local_socket import Connection
 from swarmcache.locations import default_cache_dir
 
 # Of one answer: the places of one file on as many nodes as the tracker names at once.
@@ -312,10 +312,8 @@ def _ask(client: Client, request: AboutPlaces, fds: Sequence[int]) -> list[OfPla
 
 def _receive(connection: Connection) -> list[OfPlaces]:
     answers: list[OfPlaces] = []
-    arrival = select.poll()
-    arrival.register(connection.fileno(), select.POLLIN)
-    while not answers or not isinstance(answers[-1], End | Failed | CopyPath | Room):
-        if not arrival.poll(SILENCE_S_MAX * 1000):
-            raise DaemonUnavailable(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
-        answers += map(decode_place_answer, connection.receive(ANSWER_BYTES_MAX))
+    for line in answer_stream.lines(connection, ANSWER_BYTES_MAX):
+        answers.append(decode_place_answer(line))
+        if isinstance(answers[-1], End | Failed | CopyPath | Room):
+            break
     return answers

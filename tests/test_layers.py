@@ -28,6 +28,7 @@ LAYERS = {
         "bundles",
         "cache_dir",
         "cache_actions",
+        "answer_stream",
         "cache_client",
         "cache_commands",
         "cache_index",
