@@ -27,7 +27,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from benchmarks.report import Figure, Options, Spread
-from swarmcache.auth import ClusterKey
+from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.chunks import ChunkLayout
 from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 
@@ -39,7 +39,7 @@ PAIRS = 5
 RATIO_MIN = 0.80
 THREADS = 2
 BARE = "the bare loop"
-KEY = ClusterKey.from_secret(None)
+KEY = Keyring([ClusterKey.from_secret(None)])
 GIB = 1 << 30
 
 

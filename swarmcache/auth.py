@@ -3,7 +3,7 @@
 Pure logic: no socket, no clock, no random source; nonces are arguments. Three frames of fixed size,
 ``HELLO_BYTES``, ``CHALLENGE_BYTES`` and ``PROOF_BYTES`` long, so a stream needs no other framing::
 
-    initiator -> acceptor   HELLO      purpose, identity, nonce
+    initiator -> acceptor   HELLO      purpose, identity, nonce, which key
     acceptor  -> initiator  CHALLENGE  identity, nonce, proof of the acceptor
     initiator -> acceptor   PROOF      proof of the initiator
 
@@ -11,6 +11,9 @@ A proof is keyed BLAKE3 over a label of the prover's role and everything that bo
 proof fits another role, purpose, identity or connection: what is recorded, reflected or passed on
 to a server of another kind is refused. HELLO is padded: whoever has not proven anything gets no
 more bytes than they sent.
+
+While the secret is being changed, a process accepts several keys; HELLO says which is meant. Who
+does not accept that answers with another, so that both sides see what is wrong.
 
 The secret itself is not stretched: it must be random (32 bytes), not a pass phrase, since whoever
 sees a CHALLENGE can try secrets offline. Nothing here hides contents; it only proves who speaks.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import hmac
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +40,13 @@ KEY_BYTES = 32
 NONCE_BYTES = 32
 IDENTITY_MAX_BYTES = 255
 MAC_BYTES = 16  # [bytes] 128 bits: a forger has one try per connection
+KEY_ID_BYTES = 8
 _PROOF_SIZE_BYTES = 32
 
-_MAGIC = b"swarmc01"
+_MAGIC = b"swarmc02"
 _KIND_HELLO, _KIND_CHALLENGE, _KIND_PROOF = 1, 2, 3
-# magic, kind, purpose, identity length, identity, nonce; then zeros up to the size of a CHALLENGE
-_HELLO = struct.Struct("!8sB8sB255s32s24x")
+# magic, kind, purpose, identity length, identity, nonce, id of the key; zeros up to a CHALLENGE
+_HELLO = struct.Struct("!8sB8sB255s32s8s16x")
 _CHALLENGE = struct.Struct("!8sBB255s32s32s")
 _PROOF = struct.Struct("!8sB32s")
 HELLO_BYTES = _HELLO.size
@@ -57,24 +62,58 @@ _LABEL_TO_INITIATOR = b"to the initiator"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ClusterKey:
-    """What the secret is turned into: one key for proofs, one to derive the keys of sessions."""
+    """What a secret is turned into: one key for proofs, one to derive the keys of sessions, one for
+    datagrams. ``key_id`` tells keys apart and is no secret."""
 
+    key_id: bytes
     proof_key: bytes
     session_key: bytes
+    datagram_key: bytes
 
     @classmethod
-    def from_secret(cls, secret: bytes | None) -> ClusterKey:
-        """Derive the keys. ``None`` is the well-known empty key, fit for loopback only."""
-        material = b"" if secret is None else secret
+    def from_secret(cls, secret: bytes | None, label: str = "") -> ClusterKey:
+        """Derive the keys. ``None`` is the well-known empty key, fit for loopback only.
+
+        ``label`` is the cluster's: with another one, all keys are others.
+        """
+        material = blake3(label.encode()).digest() + (secret or b"")
+
+        def derived(use: str, size_bytes: int = KEY_BYTES) -> bytes:
+            context = f"swarmcache 2026 cluster secret: {use}"
+            return blake3(material, derive_key_context=context).digest(length=size_bytes)
+
         return cls(
-            blake3(material, derive_key_context="swarmcache 2025 cluster secret: proofs").digest(),
-            blake3(
-                material, derive_key_context="swarmcache 2025 cluster secret: sessions"
-            ).digest(),
+            derived("key id", KEY_ID_BYTES),
+            derived("proofs"),
+            derived("sessions"),
+            derived("datagrams"),
         )
 
     def __repr__(self) -> str:
-        return "<ClusterKey>"
+        return f"<ClusterKey {self.key_id.hex()}>"
+
+
+class Keyring:
+    """The keys that a process uses just now. May be read in any thread.
+
+    It speaks with the first one and accepts all, so that a secret can be changed node by node.
+    """
+
+    def __init__(self, keys: Sequence[ClusterKey]) -> None:
+        self.replace(keys)
+
+    @property
+    def speaking(self) -> ClusterKey:
+        """The key to begin with."""
+        return self.accepted[0]
+
+    def replace(self, keys: Sequence[ClusterKey]) -> None:
+        """From now on these."""
+        assert keys, "who has no key cannot speak"
+        self.accepted = tuple(keys)
+
+    def __repr__(self) -> str:
+        return f"<Keyring {', '.join(key.key_id.hex() for key in self.accepted)}>"
 
 
 class SessionKeys:
@@ -117,11 +156,12 @@ class _Side:
     """
 
     def __init__(
-        self, key: ClusterKey, purpose: Purpose, nonce: bytes, identity: bytes = b""
+        self, keys: Keyring, purpose: Purpose, nonce: bytes, identity: bytes = b""
     ) -> None:
         assert len(nonce) == NONCE_BYTES, "a nonce has 32 bytes"
         assert len(identity) <= IDENTITY_MAX_BYTES, "an identity has at most 255 bytes"
-        self._key = key
+        self._accepted = keys.accepted
+        self._key = keys.speaking
         self._purpose = purpose
         self._nonce = nonce
         self._identity = identity
@@ -139,6 +179,12 @@ class _Side:
         """Who the other side is: at most 255 bytes. Only to be asked when ``done``."""
         assert self.done, "nothing is proven yet"
         return self._peer_identity
+
+    @property
+    def key(self) -> ClusterKey:
+        """The key that the other side has proven to know. Only to be asked when ``done``."""
+        assert self.done, "nothing is proven yet"
+        return self._key
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._purpose}, {self._state}>"
@@ -170,6 +216,7 @@ class Initiator(_Side):
             len(self._identity),
             self._identity,
             self._nonce,
+            self._key.key_id,
         )
         return self._transcript
 
@@ -185,7 +232,7 @@ class Initiator(_Side):
         self._peer_identity = _unpadded(identity, identity_bytes, "accepting")
         self._transcript += frame[:-_PROOF_SIZE_BYTES]
         if not hmac.compare_digest(self._proof(_LABEL_ACCEPTOR), proof):
-            raise AuthenticationFailed("the accepting side does not know the cluster's secret")
+            raise _not_proven("accepting")
         self._state = "done"
         return _PROOF.pack(_MAGIC, _KIND_PROOF, self._proof(_LABEL_INITIATOR))
 
@@ -228,11 +275,12 @@ class Acceptor(_Side):
     def _handle_hello(self, frame: bytes) -> bytes:
         self._handled_as("new")
         _check_frame(frame, _KIND_HELLO, HELLO_BYTES, "connecting")
-        _, _, purpose, identity_bytes, identity, _ = _HELLO.unpack(frame)
+        _, _, purpose, identity_bytes, identity, _, key_id = _HELLO.unpack(frame)
         if purpose.rstrip(b"\0") != self._purpose.encode():
             raise AuthenticationFailed(
                 f"the connecting side wants {purpose!r}, but {self._purpose!r} is served here"
             )
+        self._key = next((key for key in self._accepted if key.key_id == key_id), self._key)
         self._peer_identity = _unpadded(identity, identity_bytes, "connecting")
         body = _CHALLENGE.pack(
             _MAGIC,
@@ -251,8 +299,14 @@ class Acceptor(_Side):
         _check_frame(frame, _KIND_PROOF, PROOF_BYTES, "connecting")
         _, _, proof = _PROOF.unpack(frame)
         if not hmac.compare_digest(self._proof(_LABEL_INITIATOR), proof):
-            raise AuthenticationFailed("the connecting side does not know the cluster's secret")
+            raise _not_proven("connecting")
         self._state = "done"
+
+
+def _not_proven(sender: str) -> AuthenticationFailed:
+    return AuthenticationFailed(
+        f"the {sender} side does not know the cluster's secret, or has another cluster.label"
+    )
 
 
 def _mac(key: bytes, count: int, payload: bytes) -> bytes:

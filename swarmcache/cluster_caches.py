@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from swarmcache.auth import ClusterKey
+from swarmcache.auth import Keyring
 from swarmcache.cache_requests import keep_alive, sees_all
 from swarmcache.disk import Cache, Forgotten, Surveyed
 from swarmcache.errors import BadMessage, LocalError, PeerUnavailable, SwarmcacheError
@@ -74,7 +74,7 @@ class ClusterCaches:
         cache: Cache,
         threads: ThreadPoolExecutor,
         session: aiohttp.ClientSession,
-        key: ClusterKey,
+        keyring: Keyring,
         address: NodeAddress,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
@@ -83,7 +83,7 @@ class ClusterCaches:
         self._cache = cache
         self._threads = threads
         self._session = session
-        self._key = key
+        self._keyring = keyring
         self._address = address
         self._identity = msgspec.msgpack.encode(address)
         self._spawn = spawn
@@ -162,7 +162,7 @@ class ClusterCaches:
             address = HostPort.parse(node)
         except ValueError as error:
             raise BadMessage(f"not an address: {node!r}") from error
-        link = await connect(self._session, address, self._key, "admin", self._identity)
+        link = await connect(self._session, address, self._keyring, "admin", self._identity)
         inbox: asyncio.Queue[ToAdmin] = asyncio.Queue()
 
         async def receive() -> None:
@@ -192,7 +192,7 @@ class ClusterCaches:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Answer another node."""
-        return await serve(request, self._key, "admin", self._identity, self._talk)
+        return await serve(request, self._keyring, "admin", self._identity, self._talk)
 
     async def _talk(self, link: Link) -> None:
         inbox: asyncio.Queue[FromAdmin] = asyncio.Queue()

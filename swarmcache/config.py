@@ -63,12 +63,14 @@ __all__ = [
     "TrackerSettings",
     "TransferSettings",
     "load",
-    "load_secret",
+    "load_secrets",
 ]
 
 ENVIRONMENT_PREFIX = "SWARMCACHE_"
 SECRET_MIN_BYTES = 16
-SECRET_MAX_BYTES = 4096
+SECRETS_MAX_BYTES = 4096  # of the whole file
+SECRETS_MAX = 4  # the one in use, its successor, and what was forgotten in there
+LABEL_MAX_BYTES = 255
 CONFIG_FILE_MAX_BYTES = 1 << 20
 CURRENT_DIR = Path()  # looked up only where a relative path needs it: a job may have lost its own
 SOCKET_PATH_MAX_BYTES = 107  # sun_path has 108 bytes, one of them for the NUL: unix(7)
@@ -100,6 +102,13 @@ def parse_max_age(value: object) -> float | None:
         return None if value == "none" else parse_duration(value) or None
     except ValueError as error:
         raise ValueError(f'{error}, or "none"') from error
+
+
+def parse_label(value: object) -> str:
+    """A name of a cluster. Raises ValueError."""
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= LABEL_MAX_BYTES:
+        raise ValueError(f"a name of at most {LABEL_MAX_BYTES} bytes")
+    return value
 
 
 def parse_path(value: object) -> Path:
@@ -143,8 +152,9 @@ class Settings(Struct, frozen=True):
 
 
 class ClusterSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all nodes must agree on."""
+    """What all nodes must agree on. Clusters with different labels never mix."""
 
+    label: Annotated[str, parse_label] = "default"
     tracker: Annotated[HostPort, HostPort.parse] = HostPort("127.0.0.1", 7380)
     secret_file: Annotated[Path | None, _or_none(parse_path, "none")] = None
 
@@ -321,8 +331,9 @@ def load(
     return config
 
 
-def load_secret(path: Path, uid: int | None = None) -> bytes:
-    """The cluster's secret, without the white space around it; at least 16 bytes.
+def load_secrets(path: Path, uid: int | None = None) -> list[bytes]:
+    """The cluster's secrets, one a line, without the white space around them; at least 16 bytes
+    each. The first one is spoken with, the others are accepted as well.
 
     The file must belong to ``uid`` (by default the user of this process) or root, and be readable
     by nobody else. Raises ConfigError, whose text says what to run.
@@ -331,20 +342,23 @@ def load_secret(path: Path, uid: int | None = None) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             _check_secret_file(path, os.fstat(descriptor), os.getuid() if uid is None else uid)
-            content = os.read(descriptor, SECRET_MAX_BYTES + 1)
+            content = os.read(descriptor, SECRETS_MAX_BYTES + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the secret: {error.strerror}") from error
-    if len(content) > SECRET_MAX_BYTES:
-        raise ConfigError(f"{path}: the secret is longer than {SECRET_MAX_BYTES} bytes")
-    secret = content.strip()
-    if len(secret) < SECRET_MIN_BYTES:
+    if len(content) > SECRETS_MAX_BYTES:
+        raise ConfigError(f"{path}: longer than {SECRETS_MAX_BYTES} bytes")
+    secrets = [line.strip() for line in content.split(b"\n") if line.strip()]
+    if len(secrets) > SECRETS_MAX:
+        raise ConfigError(f"{path}: more than {SECRETS_MAX} secrets, each in a line of its own")
+    shortest_bytes = min(map(len, secrets), default=0)
+    if shortest_bytes < SECRET_MIN_BYTES:
         raise ConfigError(
-            f"{path}: the secret has {len(secret)} bytes, expected {SECRET_MIN_BYTES} or more; "
+            f"{path}: a secret of {shortest_bytes} bytes, expected {SECRET_MIN_BYTES} or more; "
             f"run: (umask 077; head -c 32 /dev/urandom | base64 > {shlex.quote(str(path))})"
         )
-    return secret
+    return secrets
 
 
 def _check_secret_file(path: Path, status: os.stat_result, uid: int) -> None:

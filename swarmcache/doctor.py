@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from swarmcache.cache_index import Trust
 from swarmcache.client import Client
-from swarmcache.config import Config, load, load_secret
+from swarmcache.config import Config, load, load_secrets
 from swarmcache.disk import check_places
 from swarmcache.disk_calls import reserve
 from swarmcache.display import size_text
@@ -152,7 +152,7 @@ def _secret(config: Config) -> Found:
         yield Note("only its owner can look at the secret; run this as root", str(file))
         return
     try:
-        load_secret(file, owner_uid)
+        load_secrets(file, owner_uid)
     except ConfigError as error:
         what, _, mend = str(error).partition("; run: ")
         yield Finding(what, str(file), f"run: {mend}" if mend else "write it anew")

@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from swarmcache.auth import NONCE_BYTES, Acceptor, ClusterKey, Initiator, Purpose, SessionKeys
+from swarmcache.auth import NONCE_BYTES, Acceptor, Initiator, Keyring, Purpose
 from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable, SwarmcacheError
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
@@ -42,10 +42,12 @@ Socket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 class Link:
     """An open connection. ``identity`` is what the other side proved to be."""
 
-    def __init__(self, socket: Socket, keys: SessionKeys, identity: bytes) -> None:
-        self.identity = identity
+    def __init__(self, socket: Socket, keyring: Keyring, side: Initiator | Acceptor) -> None:
+        self.identity = side.peer_identity
         self._socket = socket
-        self._keys = keys
+        self._keyring = keyring
+        self._key = side.key
+        self._keys = side.session_keys()
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._wanted = asyncio.Event()
@@ -81,6 +83,8 @@ class Link:
             async for frame in self._socket:
                 if frame.type is not aiohttp.WSMsgType.BINARY:
                     raise BadMessage("expected a binary frame")
+                if self._key not in self._keyring.accepted:
+                    raise AuthenticationFailed("the secret of this connection was withdrawn")
                 for message in _decode_batch(self._keys.open(frame.data)):
                     handle(message)
         except aiohttp.ClientError as error:
@@ -130,7 +134,7 @@ class Link:
 async def connect(
     session: aiohttp.ClientSession,
     address: HostPort,
-    key: ClusterKey,
+    keyring: Keyring,
     purpose: Purpose,
     identity: bytes,
 ) -> Link:
@@ -144,7 +148,7 @@ async def connect(
             socket = await session.ws_connect(
                 f"http://{address}/v1/{purpose}", max_msg_size=FRAME_MAX_BYTES, heartbeat=PING_S
             )
-            return await _closing_on_error(socket, _initiate(socket, key, purpose, identity))
+            return await _closing_on_error(socket, _initiate(socket, keyring, purpose, identity))
     except TimeoutError as error:
         raise PeerUnavailable(f"{address} does not answer") from error
     except (aiohttp.ClientError, OSError) as error:
@@ -153,7 +157,7 @@ async def connect(
 
 async def serve(
     request: web.Request,
-    key: ClusterKey,
+    keyring: Keyring,
     purpose: Purpose,
     identity: bytes,
     talk: Callable[[Link], Awaitable[None]],
@@ -167,7 +171,7 @@ async def serve(
     )
     try:
         await socket.prepare(request)
-        await talk(await _accept_in_time(socket, key, purpose, identity))
+        await talk(await _accept_in_time(socket, keyring, purpose, identity))
     except SwarmcacheError as error:
         log.warning("%s: %s", request.remote, error)
     except (ConnectionError, aiohttp.ClientError) as error:
@@ -178,11 +182,11 @@ async def serve(
 
 
 async def _accept_in_time(
-    socket: web.WebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+    socket: web.WebSocketResponse, keyring: Keyring, purpose: Purpose, identity: bytes
 ) -> Link:
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            return await _closing_on_error(socket, _accept(socket, key, purpose, identity))
+            return await _closing_on_error(socket, _accept(socket, keyring, purpose, identity))
     except TimeoutError as error:
         raise PeerUnavailable("the connecting side did not prove who it is in time") from error
 
@@ -196,25 +200,25 @@ async def _closing_on_error(socket: Socket, handshake: Awaitable[Link]) -> Link:
 
 
 async def _initiate(
-    socket: aiohttp.ClientWebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+    socket: aiohttp.ClientWebSocketResponse, keyring: Keyring, purpose: Purpose, identity: bytes
 ) -> Link:
-    side = Initiator(key, purpose, os.urandom(NONCE_BYTES), identity)
+    side = Initiator(keyring, purpose, os.urandom(NONCE_BYTES), identity)
     await socket.send_bytes(side.first())
     proof = side.handle(await _receive_frame(socket))
     assert proof is not None, "the initiator always has the last word"
     await socket.send_bytes(proof)
-    return Link(socket, side.session_keys(), side.peer_identity)
+    return Link(socket, keyring, side)
 
 
 async def _accept(
-    socket: web.WebSocketResponse, key: ClusterKey, purpose: Purpose, identity: bytes
+    socket: web.WebSocketResponse, keyring: Keyring, purpose: Purpose, identity: bytes
 ) -> Link:
-    side = Acceptor(key, purpose, os.urandom(NONCE_BYTES), identity)
+    side = Acceptor(keyring, purpose, os.urandom(NONCE_BYTES), identity)
     while not side.done:
         answer = side.handle(await _receive_frame(socket))
         if answer is not None:
             await socket.send_bytes(answer)
-    return Link(socket, side.session_keys(), side.peer_identity)
+    return Link(socket, keyring, side)
 
 
 async def _receive_frame(socket: Socket) -> bytes:

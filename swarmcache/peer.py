@@ -26,7 +26,7 @@ import msgspec
 from aiohttp import web
 
 from swarmcache import errors
-from swarmcache.auth import IDENTITY_MAX_BYTES, ClusterKey
+from swarmcache.auth import IDENTITY_MAX_BYTES, Keyring
 from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
 from swarmcache.cluster_caches import ClusterCaches
@@ -104,7 +104,8 @@ from swarmcache.replica_questions import ReplicaQuestions
 from swarmcache.serving import (
     allow_many_descriptors,
     bind,
-    cluster_key,
+    cluster_keys,
+    reread_on_hangup,
     say_ready,
     told_to_end,
 )
@@ -134,9 +135,9 @@ SOURCE_ERRORS = errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
 class Daemon:
     """One node daemon. ``start`` it, and ``stop`` it in the end."""
 
-    def __init__(self, config: Config, key: ClusterKey) -> None:
+    def __init__(self, config: Config, keyring: Keyring) -> None:
         self._config = config
-        self._key = key
+        self._keyring = keyring
         self._loop = asyncio.get_running_loop()
         self._received_bytes: Counter[str] = Counter()
         self._read_bytes = 0
@@ -192,7 +193,7 @@ class Daemon:
         stack.callback(self._listener.close)
         port = int(self._listener.getsockname()[1])
         self._chunk_server = ChunkServer(
-            self._key,
+            self._keyring,
             self._cache.open_source,
             uploads_max=transfer.uploads_max,
             upload_rate_max_bytes_per_s=transfer.upload_rate_max_bytes_per_s,
@@ -210,7 +211,7 @@ class Daemon:
 
     def _start_machine(self, stack: AsyncExitStack) -> None:
         self._fetcher = ChunkFetcher(
-            self._key,
+            self._keyring,
             self.address.node.encode(),
             threads=FLIGHTS_MAX,
             buffers_bytes_max=BUFFERS_BYTES_MAX,
@@ -279,10 +280,10 @@ class Daemon:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
         await stack.enter_async_context(self._session)
         self._replica_questions = ReplicaQuestions(
-            self._cache, self._look_threads, self._session, self._key, self.address, self._spawn
+            self._cache, self._look_threads, self._session, self._keyring, self.address, self._spawn
         )
         self._cluster_caches = ClusterCaches(
-            *(self._cache, self._disk_threads, self._session, self._key, self.address),
+            *(self._cache, self._disk_threads, self._session, self._keyring, self.address),
             self._spawn,
         )
         self._locator = Locator(
@@ -393,7 +394,9 @@ class Daemon:
         former = ""
         while True:
             try:
-                link = await connect(self._session, address, self._key, "tracker", self._identity)
+                link = await connect(
+                    self._session, address, self._keyring, "tracker", self._identity
+                )
             except SwarmcacheError as error:
                 reason = f"no connection to the tracker: {error}"
                 if reason != former:
@@ -436,12 +439,12 @@ class Daemon:
         return application
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
-        return await serve(request, self._key, "peer", self._identity, self._talk)
+        return await serve(request, self._keyring, "peer", self._identity, self._talk)
 
     async def _dial(self, address: NodeAddress) -> None:
         try:
             host_port = HostPort.parse(address.node)
-            link = await connect(self._session, host_port, self._key, "peer", self._identity)
+            link = await connect(self._session, host_port, self._keyring, "peer", self._identity)
         except (SwarmcacheError, ValueError) as error:
             log.info("cannot reach %s: %s", address.node, error)
             self._shell.handle(PeerLost(address.node, str(error)))
@@ -622,7 +625,9 @@ async def run_daemon(config: Config) -> None:
     gc.freeze()
     allow_many_descriptors()
     told = told_to_end()
-    daemon = Daemon(config, cluster_key(config))
+    keyring = Keyring(cluster_keys(config))
+    reread_on_hangup(config, keyring)
+    daemon = Daemon(config, keyring)
     say_ready("daemon", await daemon.start())
     try:
         await told.wait()

@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from swarmcache.auth import ClusterKey
+from swarmcache.auth import Keyring
 from swarmcache.disk import Cache
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.link import Link, connect, serve
@@ -48,7 +48,7 @@ class ReplicaQuestions:
         cache: Cache,
         threads: ThreadPoolExecutor,
         session: aiohttp.ClientSession,
-        key: ClusterKey,
+        keyring: Keyring,
         address: NodeAddress,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
@@ -57,7 +57,7 @@ class ReplicaQuestions:
         self._cache = cache
         self._threads = threads
         self._session = session
-        self._key = key
+        self._keyring = keyring
         self._identity = msgspec.msgpack.encode(address)
         self._spawn = spawn
 
@@ -67,7 +67,7 @@ class ReplicaQuestions:
             host_port = HostPort.parse(address.node)
         except ValueError as error:
             raise BadMessage(f"not an address: {address.node!r}") from error
-        link = await connect(self._session, host_port, self._key, "holder", self._identity)
+        link = await connect(self._session, host_port, self._keyring, "holder", self._identity)
         answers: list[Places] = []
 
         def take(data: bytes) -> None:
@@ -88,7 +88,7 @@ class ReplicaQuestions:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Answer another node."""
-        return await serve(request, self._key, "holder", self._identity, self._answer)
+        return await serve(request, self._keyring, "holder", self._identity, self._answer)
 
     async def _answer(self, link: Link) -> None:
         asked: list[FindReplicas] = []

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import signal
 import socket
 import sys
 
-from swarmcache.auth import ClusterKey
-from swarmcache.config import Config, load_secret
+from swarmcache.auth import ClusterKey, Keyring
+from swarmcache.config import Config, load_secrets
+from swarmcache.errors import ConfigError
 from swarmcache.quantities import HostPort
 
+log = logging.getLogger(__name__)
 
-def cluster_key(config: Config) -> ClusterKey:
-    """The key of the configured secret. Raises ConfigError."""
+
+def cluster_keys(config: Config) -> list[ClusterKey]:
+    """The keys of the configured secrets, in their order. Raises ConfigError."""
     file = config.cluster.secret_file
-    return ClusterKey.from_secret(None if file is None else load_secret(file))
+    secrets = [None] if file is None else load_secrets(file)
+    return [ClusterKey.from_secret(secret, config.cluster.label) for secret in secrets]
+
+
+def reread_on_hangup(config: Config, keyring: Keyring) -> None:
+    """From now on SIGHUP makes this process read its secret file again; if it has none, SIGHUP ends
+    it, as ever. A file that is no good changes nothing."""
+    file = config.cluster.secret_file
+    if file is None:
+        return
+
+    def reread() -> None:
+        try:
+            keyring.replace(cluster_keys(config))
+        except ConfigError as error:
+            log.error("the former secrets stay in use: %s", error)
+        else:
+            log.warning("read %s again: %r", file, keyring)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
 
 
 def allow_many_descriptors() -> None:

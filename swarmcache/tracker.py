@@ -8,7 +8,7 @@ from random import Random
 
 from aiohttp import web
 
-from swarmcache.auth import ClusterKey
+from swarmcache.auth import Keyring
 from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.lease_journal import LeaseJournal
@@ -19,7 +19,8 @@ from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
     bind,
-    cluster_key,
+    cluster_keys,
+    reread_on_hangup,
     say_ready,
     told_to_end,
 )
@@ -45,8 +46,8 @@ log = logging.getLogger(__name__)
 class Tracker:
     """One tracker, serving until its runner is cleaned up."""
 
-    def __init__(self, config: Config, key: ClusterKey) -> None:
-        self._key = key
+    def __init__(self, config: Config, keyring: Keyring) -> None:
+        self._keyring = keyring
         self._journal = LeaseJournal(config.tracker.state_dir)
         state = TrackerState(
             Random(os.urandom(16)),
@@ -76,7 +77,7 @@ class Tracker:
             await self._talk(link)
             log.info("%s is gone", request.remote)
 
-        return await serve(request, self._key, "tracker", b"tracker", talk)
+        return await serve(request, self._keyring, "tracker", b"tracker", talk)
 
     async def _talk(self, link: Link) -> None:
         """Receive from a node until the connection ends."""
@@ -122,7 +123,9 @@ async def run_tracker(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Says ``ready`` on stderr when nodes can connect."""
     allow_many_descriptors()
     told = told_to_end()
-    tracker = Tracker(config, cluster_key(config))
+    keyring = Keyring(cluster_keys(config))
+    reread_on_hangup(config, keyring)
+    tracker = Tracker(config, keyring)
     runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
     with bind(config.tracker.listen) as listener:
         try:

@@ -45,10 +45,12 @@ from swarmcache.auth import (
     Acceptor,
     ClusterKey,
     Initiator,
+    Keyring,
     SessionKeys,
 )
 from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, ChunkLayout
 from swarmcache.errors import (
+    AuthenticationFailed,
     ChunkAbsent,
     ChunkCorrupt,
     PeerBusy,
@@ -211,7 +213,7 @@ class BufferPool:
 class _Inbound:
     """A connection that somebody opened to us. One owner at a time: the loop or one thread."""
 
-    def __init__(self, sock: socket.socket, acceptor: Acceptor) -> None:
+    def __init__(self, sock: socket.socket, keyring: Keyring, acceptor: Acceptor) -> None:
         # Only a thread that serves lets the socket block, because a blocking sendfile is the
         # fastest; the loop and the reads use MSG_DONTWAIT.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -220,6 +222,7 @@ class _Inbound:
         _set_timeout(sock, socket.SO_SNDTIMEO, SEND_STALL_S)
         self.sock = sock
         self.acceptor = acceptor
+        self._keyring = keyring
         self.keys: SessionKeys | None = None
         self.timer: asyncio.TimerHandle | None = None
         self._received = b""
@@ -247,6 +250,8 @@ class _Inbound:
         if frame is None:
             return None
         assert self.keys is not None, "requests come after the handshake"
+        if self.acceptor.key not in self._keyring.accepted:
+            raise AuthenticationFailed("the secret of this connection was withdrawn")
         kind, version_id, chunk, held_chunks = _REQUEST.unpack(self.keys.open(frame))
         if kind != _KIND_CHUNK:
             raise RemoteError(f"unknown kind of request: {kind}")
@@ -294,7 +299,7 @@ class ChunkServer:
 
     def __init__(
         self,
-        key: ClusterKey,
+        keyring: Keyring,
         open_source: Callable[[bytes], ChunkSource | None],
         *,
         uploads_max: int,
@@ -303,7 +308,7 @@ class ChunkServer:
         identity: bytes = b"",
     ) -> None:
         assert uploads_max > 0, "a server needs a thread"
-        self._key = key
+        self._keyring = keyring
         self._identity = identity
         self._open_source = open_source
         self._on_uploaded = on_uploaded
@@ -368,8 +373,8 @@ class ChunkServer:
     def _welcome(self, sock: socket.socket) -> None:
         if len(self._strangers) >= STRANGERS_MAX:
             self._close(next(iter(self._strangers)))
-        acceptor = Acceptor(self._key, "data", os.urandom(NONCE_BYTES), self._identity)
-        connection = _Inbound(sock, acceptor)
+        acceptor = Acceptor(self._keyring, "data", os.urandom(NONCE_BYTES), self._identity)
+        connection = _Inbound(sock, self._keyring, acceptor)
         self._strangers[connection] = None
         connection.timer = self._loop.call_later(HANDSHAKE_S, self._close, connection)
         self._loop.add_reader(sock.fileno(), self._shake_hands, connection)
@@ -530,6 +535,7 @@ class _Outbound:
         self.sock = sock
         self.bucket = bucket
         self.idle_since_s = 0.0
+        self.key: ClusterKey | None = None
         self._keys: SessionKeys | None = None
         self._tick_s = 0.0
 
@@ -540,14 +546,15 @@ class _Outbound:
             _set_timeout(self.sock, socket.SO_RCVTIMEO, self._tick_s)
             _set_timeout(self.sock, socket.SO_SNDTIMEO, self._tick_s)
 
-    def shake_hands(self, key: ClusterKey, identity: bytes, patience: _Patience) -> None:
-        initiator = Initiator(key, "data", os.urandom(NONCE_BYTES), identity)
+    def shake_hands(self, keyring: Keyring, identity: bytes, patience: _Patience) -> None:
+        initiator = Initiator(keyring, "data", os.urandom(NONCE_BYTES), identity)
         self._send(initiator.first())
         challenge = bytearray(CHALLENGE_BYTES)
         self._fill(memoryview(challenge), patience)
         proof = initiator.handle(bytes(challenge))
         assert proof is not None, "an initiator answers a challenge"
         self._send(proof)
+        self.key = initiator.key
         self._keys = initiator.session_keys()
 
     def ask(self, request: ChunkRequest, patience: _Patience) -> tuple[int, int]:
@@ -733,7 +740,7 @@ class ChunkFetcher:
 
     def __init__(
         self,
-        key: ClusterKey,
+        keyring: Keyring,
         identity: bytes,
         *,
         threads: int,
@@ -741,7 +748,7 @@ class ChunkFetcher:
         download_rate_max_bytes_per_s: float | None = None,
     ) -> None:
         assert len(identity) <= IDENTITY_MAX_BYTES, "an identity has at most 255 bytes"
-        self._key = key
+        self._keyring = keyring
         self._identity = identity
         self._buffers = BufferPool(buffers_bytes_max)
         self._rate = RateLimit(download_rate_max_bytes_per_s)
@@ -847,6 +854,9 @@ class ChunkFetcher:
         """Ask on an idle connection, or on a new one if the peer has closed those."""
         while True:
             connection = self._connections.take_idle(peer)
+            if connection is not None and connection.key not in self._keyring.accepted:
+                self._connections.drop(connection)
+                continue
             fresh = connection is None
             if connection is None:
                 connection = self._connect(peer, patience)
@@ -868,7 +878,7 @@ class ChunkFetcher:
         connection = self._connections.add(peer, sock)
         try:
             connection.be_patient(patience)
-            connection.shake_hands(self._key, self._identity, patience)
+            connection.shake_hands(self._keyring, self._identity, patience)
         except BaseException:
             self._connections.drop(connection)
             raise

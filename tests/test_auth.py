@@ -16,12 +16,13 @@ from swarmcache.auth import (
     Acceptor,
     ClusterKey,
     Initiator,
+    Keyring,
     SessionKeys,
 )
 from swarmcache.errors import AuthenticationFailed, BadMessage, RemoteError
 
-KEY = ClusterKey.from_secret(b"the secret of this cluster")
-OTHER_KEY = ClusterKey.from_secret(b"the secret of that cluster")
+KEY = Keyring([ClusterKey.from_secret(b"the secret of this cluster")])
+OTHER_KEY = Keyring([ClusterKey.from_secret(b"the secret of that cluster")])
 NONCE_1, NONCE_2, NONCE_3 = b"1" * 32, b"2" * 32, b"3" * 32
 
 
@@ -56,13 +57,13 @@ def test_both_sides_learn_who_the_other_is() -> None:
 
 
 def test_without_a_secret_the_well_known_key_serves() -> None:
-    initiator = Initiator(ClusterKey.from_secret(None), "peer", NONCE_1)
-    acceptor = Acceptor(ClusterKey.from_secret(None), "peer", NONCE_2)
+    initiator = Initiator(Keyring([ClusterKey.from_secret(None)]), "peer", NONCE_1)
+    acceptor = Acceptor(Keyring([ClusterKey.from_secret(None)]), "peer", NONCE_2)
 
     shake_hands(initiator, acceptor)
 
     assert acceptor.done
-    assert ClusterKey.from_secret(None) != KEY
+    assert Keyring([ClusterKey.from_secret(None)]) != KEY
 
 
 def test_an_initiator_refuses_an_acceptor_with_another_secret() -> None:
@@ -91,6 +92,52 @@ def test_an_acceptor_refuses_an_initiator_with_another_secret() -> None:
         acceptor.handle(proof)
 
     assert not acceptor.done
+
+
+OLD, NEW = (ClusterKey.from_secret(b"%s secret, random" % age) for age in (b"old", b"new"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "spoken"),
+    [
+        ([OLD], [OLD, NEW], OLD),
+        ([OLD, NEW], [OLD], OLD),
+        ([OLD, NEW], [NEW, OLD], OLD),
+        ([NEW, OLD], [OLD, NEW], NEW),
+        ([NEW], [NEW, OLD], NEW),
+        ([NEW, OLD], [NEW], NEW),
+    ],
+)
+def test_while_the_secret_is_changed_both_sides_agree_on_one_key(
+    ours: list[ClusterKey], theirs: list[ClusterKey], spoken: ClusterKey
+) -> None:
+    initiator = Initiator(Keyring(ours), "data", NONCE_1)
+    acceptor = Acceptor(Keyring(theirs), "data", NONCE_2)
+
+    shake_hands(initiator, acceptor)
+
+    assert initiator.key == acceptor.key == spoken
+    sealed = initiator.session_keys().seal(b"something")
+    assert acceptor.session_keys().open(sealed) == b"something"
+
+
+def test_a_secret_that_is_not_accepted_yet_or_any_more_opens_nothing() -> None:
+    initiator = Initiator(Keyring([NEW, OLD]), "data", NONCE_1)
+    challenge = Acceptor(Keyring([OLD]), "data", NONCE_2).handle(initiator.first())
+    assert challenge is not None
+
+    with pytest.raises(AuthenticationFailed, match="accepting side"):
+        initiator.handle(challenge)
+
+
+def test_clusters_of_another_label_do_not_mix_although_they_have_the_same_secret() -> None:
+    here, there = (Keyring([ClusterKey.from_secret(b"s" * 32, label)]) for label in ("a", "b"))
+    initiator = Initiator(here, "data", NONCE_1)
+    challenge = Acceptor(there, "data", NONCE_2).handle(initiator.first())
+    assert challenge is not None
+
+    with pytest.raises(AuthenticationFailed, match="label"):
+        initiator.handle(challenge)
 
 
 def test_an_acceptor_serves_one_purpose_only() -> None:
@@ -189,7 +236,11 @@ def test_a_finished_handshake_takes_no_more_frames() -> None:
 
 
 def test_the_key_is_not_shown() -> None:
-    assert repr(KEY) == "<ClusterKey>"
+    key = KEY.speaking
+
+    for shown in (repr(KEY), repr(key)):
+        assert key.key_id.hex() in shown
+        assert not any(each.hex() in shown for each in (key.proof_key, key.session_key))
 
 
 def test_messages_open_in_order_in_both_directions() -> None:
@@ -286,7 +337,7 @@ def test_no_bytes_bring_an_acceptor_out_of_its_errors(first: bytes, second: byte
     assert not acceptor.done
 
 
-@given(frames_of(CHALLENGE_BYTES, b"swarmc01\x02"))
+@given(frames_of(CHALLENGE_BYTES, b"swarmc02\x02"))
 def test_no_bytes_bring_an_initiator_out_of_its_errors(frame: bytes) -> None:
     initiator = Initiator(KEY, "data", NONCE_1)
     initiator.first()

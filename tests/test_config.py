@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcache import config as config_module
-from swarmcache.config import SECTIONS, Config, DiskLimit, HostPort, load, load_secret
+from swarmcache.config import SECTIONS, Config, DiskLimit, HostPort, load, load_secrets
 from swarmcache.errors import ConfigError
 from swarmcache.locations import (
     SYSTEM_SOCKET,
@@ -289,6 +289,7 @@ def test_every_field_names_the_function_that_reads_it() -> None:
 
 EVERY_SETTING = """
 [cluster]
+label = "experiments"
 tracker = "head:7000"
 secret_file = "secret"
 [tracker]
@@ -328,7 +329,7 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
     config = load({}, {}, write(tmp_path / "config.toml", EVERY_SETTING))
 
     assert config.cluster == config_module.ClusterSettings(
-        tracker=HostPort("head", 7000), secret_file=tmp_path / "secret"
+        label="experiments", tracker=HostPort("head", 7000), secret_file=tmp_path / "secret"
     )
     assert config.tracker == config_module.TrackerSettings(
         listen=HostPort("0.0.0.0", 7000),
@@ -617,7 +618,13 @@ def test_without_a_secret_every_address_must_be_loopback(key: str, secret: Path)
 
 
 def test_the_secret_comes_without_the_white_space_around_it(secret: Path) -> None:
-    assert load_secret(secret) == b"sixteen bytes ok"
+    assert load_secrets(secret) == [b"sixteen bytes ok"]
+
+
+def test_several_secrets_are_lines_in_their_order(secret: Path) -> None:
+    secret.write_bytes(b"the new secret, 1\r\n\n  the old secret, 1")
+
+    assert load_secrets(secret) == [b"the new secret, 1", b"the old secret, 1"]
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o601])
@@ -625,33 +632,41 @@ def test_a_secret_that_others_may_open_is_refused(secret: Path, mode: int) -> No
     secret.chmod(mode)
 
     with pytest.raises(ConfigError, match=f"mode {mode:o}.*run: chmod 600 {secret}"):
-        load_secret(secret)
+        load_secrets(secret)
 
 
 def test_a_secret_of_another_user_is_refused_and_one_of_roots_is_not(secret: Path) -> None:
     other = os.getuid() + 1
     if os.getuid() == 0:
-        assert load_secret(secret, uid=other) == b"sixteen bytes ok"
+        assert load_secrets(secret, uid=other) == [b"sixteen bytes ok"]
         os.chown(secret, 12345, -1)
 
     with pytest.raises(ConfigError, match=f"run: chown {other} {secret}"):
-        load_secret(secret, uid=other)
+        load_secrets(secret, uid=other)
 
 
-@pytest.mark.parametrize("content", [b"", b"fifteen bytes..", b" " * 64, b"x" * 4097])
-def test_a_secret_that_is_too_short_or_too_long_is_refused(secret: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"fifteen bytes..", b" " * 64, b"x" * 4097),
+        *(b"sixteen bytes ok\nfifteen bytes..", b"sixteen bytes ok\n" * 5),
+    ],
+)
+def test_secrets_that_are_too_short_too_long_or_too_many_are_refused(
+    secret: Path, content: bytes
+) -> None:
     secret.write_bytes(content)
 
     with pytest.raises(ConfigError, match=str(secret)):
-        load_secret(secret)
+        load_secrets(secret)
 
 
 def test_a_secret_must_be_a_regular_file_that_is_there(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo", 0o600)
 
     with pytest.raises(ConfigError, match="a regular file"):
-        load_secret(tmp_path / "fifo")  # must not wait for a writer
+        load_secrets(tmp_path / "fifo")  # must not wait for a writer
     with pytest.raises(ConfigError, match="a regular file"):
-        load_secret(tmp_path)
+        load_secrets(tmp_path)
     with pytest.raises(ConfigError, match="No such file"):
-        load_secret(tmp_path / "missing")
+        load_secrets(tmp_path / "missing")

@@ -92,7 +92,7 @@ def test_wrong_settings_are_named(settings: Path) -> None:
     ("spoil", "what", "mend"),
     [
         (lambda secret: secret.chmod(0o644), "open to others (mode 644)", "chmod 600"),
-        (lambda secret: secret.write_text("short"), "the secret has 5 bytes", "head -c 32"),
+        (lambda secret: secret.write_text("short"), "a secret of 5 bytes", "head -c 32"),
         (lambda secret: secret.unlink(), "cannot be found", "correct cluster.secret_file"),
     ],
 )

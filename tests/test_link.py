@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from swarmcache import link as link_module
-from swarmcache.auth import ClusterKey, Purpose
+from swarmcache.auth import ClusterKey, Keyring, Purpose
 from swarmcache.errors import (
     AuthenticationFailed,
     BadMessage,
@@ -24,8 +24,8 @@ from swarmcache.link import Link, connect, serve
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
 
-KEY = ClusterKey.from_secret(b"the secret of this cluster")
-OTHER_KEY = ClusterKey.from_secret(b"the secret of that cluster")
+KEY = Keyring([ClusterKey.from_secret(b"the secret of this cluster")])
+OTHER_KEY = Keyring([ClusterKey.from_secret(b"the secret of that cluster")])
 DEADLINE_S = 10.0
 
 
@@ -82,7 +82,7 @@ class Server:
             await link.wait_closed()
         self.ends.append(end)
 
-    async def serve(self, request: web.Request, key: ClusterKey) -> web.StreamResponse:
+    async def serve(self, request: web.Request, key: Keyring) -> web.StreamResponse:
         """One connection, accepted or not."""
         response = await serve(request, key, "peer", b"server", self.talk)
         self.finished += 1
@@ -91,7 +91,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(key: ClusterKey = KEY) -> AsyncIterator[Server]:
+async def serving(key: Keyring = KEY) -> AsyncIterator[Server]:
     server = Server()
     application = web.Application()
 
@@ -121,7 +121,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 async def dial(
     session: aiohttp.ClientSession,
     address: HostPort,
-    key: ClusterKey = KEY,
+    key: Keyring = KEY,
     purpose: Purpose = "peer",
 ) -> Link:
     async with asyncio.timeout(DEADLINE_S):
@@ -435,3 +435,25 @@ async def test_who_is_gone_before_the_connection_is_taken_costs_one_line_in_the_
             await reader.read()
         writer.close()
     assert [record.name for record in caplog.records] == ["swarmcache.link"]
+
+
+async def test_a_connection_ends_when_its_secret_is_withdrawn_and_not_before(
+    session: aiohttp.ClientSession,
+) -> None:
+    old, new = ClusterKey.from_secret(b"the old secret"), ClusterKey.from_secret(b"the new secret")
+    keyring = Keyring([old, new])
+    async with serving(keyring) as server:
+        link = await dial(session, server.address, Keyring([old]))
+        link.send(b"before")
+        await server.until_received(1)
+        keyring.replace([new, old])
+        link.send(b"meanwhile")
+        await server.until_received(2)
+
+        keyring.replace([new])
+        link.send(b"afterwards")
+        await server.until(lambda: server.finished == 1)
+        await link.wait_closed()
+
+    assert isinstance(server.ends[0], AuthenticationFailed)
+    assert server.received == [b"before", b"meanwhile"]

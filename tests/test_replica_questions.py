@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from swarmcache.auth import ClusterKey
+from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.cache_dir import CacheDir
 from swarmcache.disk import Cache
 from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable
@@ -36,7 +36,7 @@ from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import ReplicaQuestions
 from tests.disk_helpers import ME, a_file, publish
 
-KEY = ClusterKey.from_secret(b"the secret of this cluster")
+KEY = Keyring([ClusterKey.from_secret(b"the secret of this cluster")])
 DEADLINE_S = 20.0
 HERE = NodeAddress("127.0.0.1:1", 2, "asker")
 FILE = bytes(32)
@@ -92,7 +92,7 @@ async def node(
 
 
 def answering(
-    *answers: Message | bytes, key: ClusterKey = KEY
+    *answers: Message | bytes, key: Keyring = KEY
 ) -> Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]:
     """Sends these when it is asked, and hangs up after them."""
 
@@ -156,7 +156,7 @@ async def test_who_cannot_be_asked_is_told_from_who_answers_nonsense(
             await asker.ask(NodeAddress("127.0.0.1:1", 2), "ann", [FILE])
         with pytest.raises(BadMessage, match="not an address"):
             await asker.ask(NodeAddress("nonsense", 2), "ann", [FILE])
-        stranger = ClusterKey.from_secret(b"the secret of that cluster")
+        stranger = Keyring([ClusterKey.from_secret(b"the secret of that cluster")])
         async with node(answering(key=stranger)) as address:
             with pytest.raises(AuthenticationFailed):
                 await asker.ask(address, "ann", [FILE])

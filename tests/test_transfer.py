@@ -17,7 +17,15 @@ import pytest
 from blake3 import blake3
 
 from swarmcache import transfer
-from swarmcache.auth import CHALLENGE_BYTES, Acceptor, ClusterKey, Initiator, Purpose, SessionKeys
+from swarmcache.auth import (
+    CHALLENGE_BYTES,
+    Acceptor,
+    ClusterKey,
+    Initiator,
+    Keyring,
+    Purpose,
+    SessionKeys,
+)
 from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, ChunkLayout
 from swarmcache.errors import (
     ChunkAbsent,
@@ -29,7 +37,7 @@ from swarmcache.errors import (
 )
 from swarmcache.transfer import BufferPool, ChunkFetcher, ChunkRequest, ChunkServer, RateLimit
 
-KEY = ClusterKey.from_secret(b"a secret")
+KEY = Keyring([ClusterKey.from_secret(b"a secret")])
 VERSION = b"v" * 32
 CHUNK_BYTES = 256 * 1024
 SIZE_BYTES = 5 * CHUNK_BYTES + 1234
@@ -71,12 +79,13 @@ def path(tmp_path: Path) -> Path:
 async def serving(
     open_source: Callable[[bytes], Source | None],
     *,
+    keyring: Keyring = KEY,
     uploads_max: int = 4,
     rate: float | None = None,
     uploaded: list[tuple[bytes, int, bytes]] | None = None,
 ) -> AsyncIterator[tuple[str, int]]:
     server = ChunkServer(
-        KEY,
+        keyring,
         open_source,
         uploads_max=uploads_max,
         upload_rate_max_bytes_per_s=rate,
@@ -92,7 +101,7 @@ async def serving(
 
 @contextmanager
 def fetching(
-    key: ClusterKey = KEY, *, threads: int = 4, rate: float | None = None
+    key: Keyring = KEY, *, threads: int = 4, rate: float | None = None
 ) -> Iterator[ChunkFetcher]:
     fetcher = ChunkFetcher(
         key,
@@ -231,7 +240,7 @@ async def test_a_rate_limit_holds_for_all_transfers_together(path: Path, limited
 
 
 def talk(
-    peer: tuple[str, int], key: ClusterKey = KEY, purpose: Purpose = "data"
+    peer: tuple[str, int], key: Keyring = KEY, purpose: Purpose = "data"
 ) -> tuple[socket.socket, SessionKeys]:
     """Connect and shake hands as a client of our own."""
     sock = socket.create_connection(peer, timeout=5)
@@ -272,11 +281,32 @@ def is_closed(sock: socket.socket) -> bool:
 async def test_peers_with_different_secrets_get_nothing_from_one_another(path: Path) -> None:
     uploaded: list[tuple[bytes, int, bytes]] = []
     async with serving(lambda _: Source(path, LAYOUT), uploaded=uploaded) as peer:
-        another = ClusterKey.from_secret(b"another")
+        another = Keyring([ClusterKey.from_secret(b"another")])
         with fetching(another) as fetcher, pytest.raises(PeerUnavailable, match="secret"):
             await asyncio.wrap_future(fetch(fetcher, peer))
 
     assert uploaded == []
+
+
+async def test_a_changed_secret_costs_no_chunk_and_a_withdrawn_one_gets_none(path: Path) -> None:
+    old, new = ClusterKey.from_secret(b"old"), ClusterKey.from_secret(b"new")
+    serves, fetches = Keyring([old]), Keyring([old])
+    async with serving(lambda _: Source(path, LAYOUT), keyring=serves) as peer:
+        with fetching(fetches) as fetcher, fetching(Keyring([old])) as thief:
+            for keyring, keys in (
+                *((serves, [old]), (serves, [old, new]), (fetches, [old, new])),
+                *((serves, [new, old]), (fetches, [new, old]), (serves, [new]), (fetches, [new])),
+            ):
+                await asyncio.wrap_future(fetch(thief, peer))
+                keyring.replace(keys)
+                await asyncio.wrap_future(fetch(fetcher, peer))
+                if keyring.accepted == (new,):
+                    break
+            with pytest.raises(PeerUnavailable, match="secret"):
+                await asyncio.wrap_future(fetch(thief, peer))
+            await asyncio.wrap_future(fetch(fetcher, peer))
+            fetches.replace([new])
+            await asyncio.wrap_future(fetch(fetcher, peer))
 
 
 async def test_the_server_refuses_a_client_that_cannot_prove_itself(path: Path) -> None:
@@ -285,7 +315,7 @@ async def test_the_server_refuses_a_client_that_cannot_prove_itself(path: Path) 
             hello = Initiator(KEY, "data", os.urandom(32)).first()
             sock.sendall(hello)
             read_exactly(sock, CHALLENGE_BYTES)
-            sock.sendall(b"swarmc01\x03" + bytes(32))
+            sock.sendall(b"swarmc02\x03" + bytes(32))
             return is_closed(sock)
 
     async with serving(lambda _: Source(path, LAYOUT)) as peer:
@@ -445,7 +475,7 @@ Answer = Callable[[socket.socket, SessionKeys, int], None]
 
 
 @contextmanager
-def lying_server(*answers: Answer, key: ClusterKey = KEY) -> Iterator[tuple[str, int]]:
+def lying_server(*answers: Answer, key: Keyring = KEY) -> Iterator[tuple[str, int]]:
     """A server that speaks the protocol; each connection gets its answers, then is closed."""
     listener = socket.create_server(("127.0.0.1", 0))
     done = threading.Event()
