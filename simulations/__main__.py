@@ -18,6 +18,7 @@ from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
 from simulations.options import add_cluster_options, cluster_settings, quantity
 from simulations.scenarios import Result, Watch
+from simulations.settings import POLICIES
 from swarmcache.quantities import format_size, parse_count
 
 COMMANDS = {
@@ -41,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"which scenario? {', '.join(SCENARIOS)}; --list says what they are")
     if asked.plot is not None and (problem := plots.problem_with(asked.plot)):
         parser.error(f"--plot {asked.plot}: {problem}")
-    settings = cluster_settings(asked, asked.nodes, check_every=asked.check_every)
+    settings = cluster_settings(
+        asked, asked.nodes, check_every=asked.check_every, policy=asked.policy
+    )
     began_s = time.perf_counter()
     try:
         with _progress(f"{asked.scenario}, {asked.nodes} nodes") as watch:
@@ -95,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--list", action="store_true", help="say what scenarios there are")
     option("--nodes", type=quantity(parse_count), default=100, help="how many want the file")
     add_cluster_options(parser)
+    option("--policy", choices=list(POLICIES), default="cluster", help="what is evicted first")
     option(
         "--check-every",
         type=quantity(parse_count),
@@ -123,6 +127,7 @@ def _describe(result: Result) -> str:
         ("efficiency", f"{result.efficiency:.3f} (last node, of the fluid bound)"),
         ("amplification", f"{result.amplification:.4f}"),
         ("readers, peak", f"{result.readers_peak} of {result.slots_max} slots"),
+        ("hits", f"{result.hits} of {result.requests} requests, {result.originals} originals"),
         ("bound", f"{result.bound_s:.3f} s"),
         ("first node", f"{result.first_node_s:.3f} s"),
         ("median node", f"{result.median_node_s:.3f} s"),

@@ -104,6 +104,8 @@ class Cluster:
         self.file_server = FileServer(FILE_SERVER, self.network, server)
         self.machine_events = 0
         self.unanswered = 0
+        self.requests = 0
+        self.hits = 0
         self.originals = 0
         self.wanted_bytes = 0
         self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
@@ -141,10 +143,12 @@ class Cluster:
         self.versions[version.version_id] = version
         self.file_server.current.setdefault(version.path, version)
         self.unanswered += 1
+        self.requests += 1
         self.wanted_bytes += version.size_bytes
         node.waiting[request] = version
         replica = node.disk.replicas.get(version.version_id)
         if replica is not None and replica.published and replica.settled:
+            self.hits += 1
             self._hand_out(node, request, version)
             return
         size_bytes = chunk_size_bytes or choose_chunk_size(version.size_bytes)
@@ -371,8 +375,9 @@ class Cluster:
             case CheckCopy():
                 self.disks.check_copy(node, effect)
             case AnswerHolders():
-                assert self.on_holders is not None, "nobody has asked for holders"
-                self.on_holders(node, effect)
+                if not self.disks.told_holders(effect):
+                    assert self.on_holders is not None, "nobody has asked for holders"
+                    self.on_holders(node, effect)
             case DistrustPeer():
                 node.distrusted.add(effect.node)
             case TellPeer() | AnswerStatus():

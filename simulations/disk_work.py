@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 from simulations.disks import NoRoom, Replica, content_digests
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
-from simulations.settings import FILE_SERVER, USER, ClusterSettings
+from simulations.settings import FILE_SERVER, POLICIES, USER, ClusterSettings
 from swarmcache.chunks import ChunkLayout
-from swarmcache.messages import Replicas
+from swarmcache.eviction import replicas_elsewhere_first
+from swarmcache.messages import LOCATE_MAX, Replicas
 from swarmcache.peer_events import (
+    AnswerHolders,
     CheckCopy,
     ChunksRecovered,
     CopyWanted,
     DropPartial,
     FilePublished,
+    HoldersWanted,
     LoadManifest,
     ManifestLoaded,
     PublishFailed,
     ReplicaDropped,
     ReplicasLost,
+    RequestGone,
     ReserveSpace,
     SpaceRefused,
     SpaceReserved,
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
 
 # A copy is durable so long after it was put in place.
 FSYNC_S = 0.3
+# An eviction waits so long for the tracker, as in ``replicas_elsewhere.py``.
+ANSWER_S_MAX = 0.25
+# Numbers of its questions, above those of all requests of clients.
+QUESTIONS_FROM = 1 << 40
 
 
 class DiskWork:
@@ -44,6 +52,10 @@ class DiskWork:
         self._cluster = cluster
         self._engine = cluster.engine
         self._settings = settings
+        self._looks_elsewhere = POLICIES[settings.policy] is replicas_elsewhere_first
+        self._questions = 0
+        # What waits for an answer, with the file versions that it is about.
+        self._asked: dict[int, tuple[tuple[Node, int, ReserveSpace], list[bytes]]] = {}
 
     def reserve(self, node: Node, effect: ReserveSpace) -> None:
         """Carry out ``ReserveSpace``."""
@@ -71,22 +83,74 @@ class DiskWork:
         version_id = effect.version.version_id
         if node.life != life:
             return
-        disk = node.disk
-        former = disk.replicas.get(version_id)
+        if node.trap("reservation refused"):
+            refused = SpaceRefused(version_id, "the disk fails")
+            self._cluster.soon(node, refused, version_id=version_id)
+        elif self._looks_elsewhere and node.disk.lacks(self._needed_bytes(node, effect)):
+            self._ask_elsewhere(reserving)
+        else:
+            self._make_room(reserving, {})
+
+    @staticmethod
+    def _needed_bytes(node: Node, effect: ReserveSpace) -> int:
+        """What is to be set aside, beyond what an earlier attempt has."""
+        former = node.disk.replicas.get(effect.version.version_id)
         taken = former.layout.size_bytes if former is not None else 0
-        refused = "the disk fails" if node.trap("reservation refused") else ""
-        if not refused and effect.version.size_bytes > taken:
-            now_s = self._engine.now_s
-            try:
-                victims = disk.victims(effect.version.size_bytes - taken, now_s)
-            except NoRoom as error:
-                refused, victims = str(error), []
-            for victim in victims:
-                self._cluster.hand(node, ReplicaDropped(victim))
-                disk.evict(victim)
-        if refused:
-            self._cluster.soon(node, SpaceRefused(version_id, refused), version_id=version_id)
+        return max(effect.version.size_bytes - taken, 0)
+
+    def _ask_elsewhere(self, reserving: tuple[Node, int, ReserveSpace]) -> None:
+        """Ask how many other nodes have what could be evicted; go on without that if it takes too
+        long. What ``replicas_elsewhere.py`` does, except that nothing is remembered."""
+        node = reserving[0]
+        self._questions += 1
+        number = QUESTIONS_FROM + self._questions
+        version_ids = node.disk.published()[:LOCATE_MAX]
+        self._asked[number] = (reserving, version_ids)
+        self._engine.at(self._engine.now_s + ANSWER_S_MAX, self._no_answer, number)
+        self._cluster.hand(node, HoldersWanted(number, version_ids))
+
+    def told_holders(self, effect: AnswerHolders) -> bool:
+        """Carry out ``AnswerHolders``, if it is an answer to a question of an eviction."""
+        if effect.request < QUESTIONS_FROM:
+            return False
+        if effect.request not in self._asked:
+            return True  # too late
+        reserving, version_ids = self._asked.pop(effect.request)
+        counts = [each.count for each in effect.holders or []]
+        known = dict(zip(version_ids, counts, strict=False))
+        self._engine.at(self._engine.now_s, self._go_on, (reserving, known))
+        return True
+
+    def _no_answer(self, number: int) -> None:
+        if number in self._asked:
+            reserving, _ = self._asked.pop(number)
+            self._cluster.hand(reserving[0], RequestGone(number))
+            self._go_on((reserving, {}))
+
+    def _go_on(self, told: tuple[tuple[Node, int, ReserveSpace], dict[bytes, int]]) -> None:
+        (node, life, _), _ = told
+        if node.life == life and node.stopped:
+            node.inbox.append((self._go_on, told))
+        elif node.life == life:
+            self._make_room(*told)
+
+    def _make_room(
+        self, reserving: tuple[Node, int, ReserveSpace], elsewhere: dict[bytes, int]
+    ) -> None:
+        node, _, effect = reserving
+        version_id = effect.version.version_id
+        needed_bytes = self._needed_bytes(node, effect)
+        victims: list[bytes] = []
+        try:
+            if needed_bytes:
+                victims = node.disk.victims(needed_bytes, self._engine.now_s, elsewhere)
+        except NoRoom as error:
+            refused = SpaceRefused(version_id, str(error))
+            self._cluster.soon(node, refused, version_id=version_id)
             return
+        for victim in victims:
+            self._cluster.hand(node, ReplicaDropped(victim))
+            node.disk.evict(victim)
         fault = node.trap("disk slow")
         self._reserved(node, effect, fault.duration_s if fault is not None else 0.0)
 

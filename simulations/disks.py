@@ -17,12 +17,12 @@ the disk since), and nobody evicts a replica that must stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from swarmcache.chunks import ChunkLayout
-from swarmcache.eviction import Candidate, Policy, choose_victims, least_recently_used
+from swarmcache.eviction import Candidate, Policy, choose_victims, replicas_elsewhere_first
 
 
 class NoRoom(Exception):
@@ -65,7 +65,7 @@ class Disk:
         self,
         room_bytes: float = math.inf,
         min_age_s: float = 0.0,
-        policy: Policy = least_recently_used,
+        policy: Policy = replicas_elsewhere_first,
     ) -> None:
         self.room_bytes = room_bytes
         self.min_age_s = min_age_s
@@ -74,8 +74,11 @@ class Disk:
         self.used_bytes = 0
         self.evicted = 0
 
-    def victims(self, size_bytes: int, now_s: float) -> list[bytes]:
-        """The replicas that must go so that a file of this size fits. Raises NoRoom."""
+    def victims(self, size_bytes: int, now_s: float, elsewhere: Mapping[bytes, int]) -> list[bytes]:
+        """The replicas that must go so that a file of this size fits. Raises NoRoom.
+
+        ``elsewhere``: how many other nodes have some of them.
+        """
         for version_id, replica in list(self.replicas.items()):
             if self.used_bytes + size_bytes <= self.room_bytes:
                 return []
@@ -85,7 +88,10 @@ class Disk:
         if missing_bytes <= 0:
             return []
         candidates = [
-            Candidate(version_id, replica.layout.size_bytes, replica.last_used_s)
+            Candidate(
+                *(version_id, replica.layout.size_bytes, replica.last_used_s),
+                elsewhere.get(version_id),
+            )
             for version_id, replica in self.replicas.items()
             if self.may_go(replica, now_s)
         ]
@@ -99,6 +105,10 @@ class Disk:
             spare = freed_bytes - victim.freed_bytes >= missing_bytes
             assert not spare, "a victim that could have been spared"
         return [victim.version_id for victim in victims]
+
+    def lacks(self, size_bytes: int) -> bool:
+        """Whether something must go so that a file of this size fits."""
+        return self.used_bytes + size_bytes > self.room_bytes
 
     def may_go(self, replica: Replica, now_s: float) -> bool:
         """Whether this replica may be evicted."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from simulations.clocks import Clock
 from simulations.disks import Disk
 from simulations.network import Link
-from simulations.settings import ClusterSettings
+from simulations.settings import POLICIES, ClusterSettings
 from swarmcache.chunks import FileVersion
 from swarmcache.messages import NodeAddress
 from swarmcache.peer_state import PeerState
@@ -43,7 +43,7 @@ class Node:
             rng = Random(f"{settings.seed} {self.name} clock")
             spread_s, drift = settings.clock_spread_s, settings.clock_drift
             self.clock = Clock(rng.uniform(0, 2 * spread_s), 1 + rng.uniform(-drift, drift))
-        self.disk = Disk(settings.disk_bytes, settings.min_age_s)
+        self.disk = Disk(settings.disk_bytes, settings.min_age_s, POLICIES[settings.policy])
         self.waiting: dict[int, FileVersion] = {}
         self.gone: set[int] = set()  # requests of clients who did not wait for the answer
         self.answered_s: dict[int, float] = {}

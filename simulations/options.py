@@ -50,7 +50,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster_settings(
-    asked: argparse.Namespace, nodes: int, *, check_every: int = 10_000
+    asked: argparse.Namespace, nodes: int, *, check_every: int = 10_000, policy: str = "cluster"
 ) -> ClusterSettings:
     """The settings that these options stand for."""
     return ClusterSettings(
@@ -61,5 +61,6 @@ def cluster_settings(
         slots_max=asked.slots,
         latency_s=asked.latency,
         reader_cost=asked.reader_cost,
+        policy=policy,
         check_every=check_every,
     )

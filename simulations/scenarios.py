@@ -52,8 +52,9 @@ class Result:
     counts: all but those that were slowed down or killed on purpose.
 
     ``amplification``: bytes read from the file server / size of the file. ``repeats``: chunks that
-    came to a node that had them. ``originals``: answers that were not a cached copy. Times count
-    from the instant at which the file was asked for.
+    came to a node that had them. ``originals``: answers that were not a cached copy. ``hits``:
+    requests that met a copy on their own node. Times count from the instant at which the file was
+    asked for.
     """
 
     scenario: str
@@ -79,6 +80,8 @@ class Result:
     engine_events: int
     trace_digest: str
     originals: int
+    requests: int
+    hits: int
     observed: Observed
 
     def as_json(self) -> dict[str, object]:
@@ -234,5 +237,7 @@ class Crowd:
             engine_events=cluster.engine.events,
             trace_digest=cluster.trace.digest,
             originals=cluster.originals,
+            requests=cluster.requests,
+            hits=cluster.hits,
             observed=observed,
         )

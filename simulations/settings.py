@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 
 from swarmcache.config import TransferSettings
+from swarmcache.eviction import Policy, least_recently_used, replicas_elsewhere_first
 
 FILE_SERVER = "nfs01:/export"
 USER = "user"
+# What is evicted: with an eye to other nodes, as daemons do it, or by its age alone.
+POLICIES: dict[str, Policy] = {"cluster": replicas_elsewhere_first, "lru": least_recently_used}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class ClusterSettings:
     path. ``piece_bytes``: what a reader asks of the file server at once; None for whole chunks.
     ``disk_bytes``: the most that the cache of a node may take. ``clock_spread_s``: clocks of nodes
     differ by up to twice this; ``clock_drift``: and run faster or slower by up to this part.
+    ``policy``: which of ``POLICIES`` says what is evicted.
     """
 
     nodes: int
@@ -39,3 +43,4 @@ class ClusterSettings:
     min_age_s: float = 0.0
     clock_spread_s: float = 0.0
     clock_drift: float = 0.0
+    policy: str = "cluster"

@@ -25,7 +25,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -1025,6 +1025,10 @@ class CacheDir:
     def tell_before_evicting(self, tell: Callable[[Sequence[bytes]], Future[None]]) -> None:
         """See ``Cache.tell_before_evicting``."""
         self._evictor.tell = tell
+
+    def ask_before_evicting(self, ask: Callable[[Sequence[bytes]], Mapping[bytes, int]]) -> None:
+        """See ``Cache.ask_before_evicting``."""
+        self._evictor.ask_elsewhere = ask
 
     def look_at_clock(self, wall_s: float, up_s: float) -> None:
         """See ``Retention``."""

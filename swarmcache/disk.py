@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -392,6 +392,14 @@ class Cache:
         """
         for directory in self._all:
             directory.tell_before_evicting(tell)
+
+    def ask_before_evicting(self, ask: Callable[[Sequence[bytes]], Mapping[bytes, int]]) -> None:
+        """``ask`` is called in a worker thread with the replicas among which some will be evicted.
+
+        It returns how many other nodes hold them, of those of which that is known, and soon.
+        """
+        for directory in self._all:
+            directory.ask_before_evicting(ask)
 
     def look_after(self) -> None:
         """Write down when copies were last used, and find out whether all disks still work.

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
 from swarmcache.cache_index import CacheIndex, Replica
 from swarmcache.errors import NoSpace
-from swarmcache.eviction import Candidate, Policy, choose_victims, least_recently_used
+from swarmcache.eviction import Candidate, Policy, choose_victims, replicas_elsewhere_first
 from swarmcache.in_use import FILES_MAX
 from swarmcache.uses import Uses
 
@@ -82,7 +82,7 @@ class Evictor:
         uses: Uses,
         store: Store,
         min_age_s: float,
-        policy: Policy = least_recently_used,
+        policy: Policy = replicas_elsewhere_first,
     ) -> None:
         """``min_age_s``: what was used within this time stays."""
         self._index = index
@@ -91,6 +91,8 @@ class Evictor:
         self._min_age_s = min_age_s
         # Told which replicas are to go. The future is done when that can go on.
         self.tell: Callable[[Sequence[bytes]], Future[None]] = _tell_nobody
+        # Asked how many other nodes have these replicas, as far as that can be known soon.
+        self.ask_elsewhere: Callable[[Sequence[bytes]], Mapping[bytes, int]] = _ask_nobody
         self._policy = policy
         self._alone = threading.Lock()
 
@@ -176,7 +178,12 @@ class Evictor:
                 missing_bytes -= freed_bytes
                 if missing_bytes <= 0 and len(candidates) >= CHOICE_MIN:
                     break
-            victims = choose_victims(candidates.values(), wanted_bytes, time.time(), self._policy)
+            elsewhere = self.ask_elsewhere(list(candidates))
+            known = [
+                replace(each, replicas_elsewhere=elsewhere.get(version_id))
+                for version_id, each in candidates.items()
+            ]
+            victims = choose_victims(known, wanted_bytes, time.time(), self._policy)
             if not victims:
                 raise NoSpace(kept.why(self._min_age_s))
             asked = [each.version_id for each in victims if each.version_id not in unused]
@@ -260,6 +267,10 @@ def _tell_nobody(version_ids: Sequence[bytes]) -> Future[None]:
     told: Future[None] = Future()
     told.set_result(None)
     return told
+
+
+def _ask_nobody(version_ids: Sequence[bytes]) -> Mapping[bytes, int]:
+    return {}
 
 
 def _in_slices(version_ids: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -101,6 +101,7 @@ from swarmcache.peer_events import (
 from swarmcache.peer_state import FLIGHTS_MAX, PeerState
 from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import ReplicaQuestions
+from swarmcache.replicas_elsewhere import ReplicasElsewhere
 from swarmcache.serving import (
     allow_many_descriptors,
     bind,
@@ -242,6 +243,9 @@ class Daemon:
             handle=self._shell.handle,
             node_status=self._node_status,
         )
+        self._holder_questions = HolderQuestions(numbers, self._shell.handle)
+        elsewhere = ReplicasElsewhere(self._holder_questions, self._spawn)
+        self._cache.ask_before_evicting(elsewhere.counts)
         self._disk = DiskWorker(
             self._cache,
             self._disk_threads,
@@ -252,7 +256,6 @@ class Daemon:
             self._config.cache.scrub_rate_bytes_per_s,
             self._config.cache.max_age_s,
         )
-        self._holder_questions = HolderQuestions(numbers, self._shell.handle)
         self._writing = WriteRequests(
             self._cache,
             self._examiner,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcache.eviction import Candidate, choose_victims, least_recently_used
+from swarmcache.eviction import (
+    AGE_MIN_S,
+    WANTED_S,
+    Candidate,
+    Policy,
+    Worth,
+    choose_victims,
+    least_recently_used,
+    replicas_elsewhere_first,
+)
+
+NOW_S = 100_000.0
 
 candidates = st.lists(
     st.builds(
@@ -15,17 +26,19 @@ candidates = st.lists(
         st.binary(min_size=2, max_size=2),
         st.integers(1, 100),
         st.integers(0, 20).map(float),
+        st.none() | st.integers(0, 2),
     ),
     max_size=12,
     unique_by=lambda candidate: candidate.version_id,
 )
 
 
-def biggest_first(candidate: Candidate, now_s: float) -> float:
-    return -candidate.freed_bytes
+def biggest_first(candidate: Candidate, now_s: float) -> Worth:
+    return (-candidate.freed_bytes,)
 
 
-policies = st.sampled_from([least_recently_used, biggest_first])
+policies = st.sampled_from([least_recently_used, replicas_elsewhere_first, biggest_first])
+ages_s = st.floats(0, 90_000)
 
 
 def freed(victims: list[Candidate]) -> int:
@@ -34,7 +47,7 @@ def freed(victims: list[Candidate]) -> int:
 
 @given(candidates, st.integers(1, 400), policies)
 def test_what_is_chosen_is_enough_and_none_of_it_could_be_spared(
-    candidates: list[Candidate], wanted_bytes: int, policy: Callable[[Candidate, float], float]
+    candidates: list[Candidate], wanted_bytes: int, policy: Policy
 ) -> None:
     victims = choose_victims(candidates, wanted_bytes, 100.0, policy)
 
@@ -49,7 +62,7 @@ def test_what_is_chosen_is_enough_and_none_of_it_could_be_spared(
 
 @given(candidates, st.integers(1, 400), policies)
 def test_who_is_spared_is_worth_more_or_not_needed(
-    candidates: list[Candidate], wanted_bytes: int, policy: Callable[[Candidate, float], float]
+    candidates: list[Candidate], wanted_bytes: int, policy: Policy
 ) -> None:
     victims = choose_victims(candidates, wanted_bytes, 100.0, policy)
     worth = {each: (policy(each, 100.0), each.version_id) for each in candidates}
@@ -81,3 +94,55 @@ def test_small_ones_are_spared_where_a_bigger_one_has_to_go_anyway() -> None:
     old, middle, new = (Candidate(bytes([i]), size, float(i)) for i, size in sizes)
 
     assert choose_victims([old, middle, new], 9, 9.0) == [old, new]
+
+
+# --- replicas_elsewhere_first ---------------------------------------------------------------------
+
+
+def aged(age_s: float, replicas_elsewhere: int | None, name: bytes = b"") -> Candidate:
+    return Candidate(name, 1, NOW_S - age_s, replicas_elsewhere)
+
+
+def goes_before(first: Candidate, second: Candidate) -> bool:
+    return replicas_elsewhere_first(first, NOW_S) < replicas_elsewhere_first(second, NOW_S)
+
+
+@given(candidates, st.integers(1, 400))
+def test_where_nothing_is_known_of_other_nodes_the_least_recently_used_go(
+    candidates: list[Candidate], wanted_bytes: int
+) -> None:
+    unknown = [replace(each, replicas_elsewhere=None) for each in candidates]
+    expected = choose_victims(unknown, wanted_bytes, NOW_S, least_recently_used)
+
+    assert choose_victims(unknown, wanted_bytes, NOW_S, replicas_elsewhere_first) == expected
+
+
+@given(ages_s, ages_s, st.integers(1, 9), st.sampled_from([None, 0]))
+def test_of_equally_old_ones_those_that_other_nodes_have_go_first(
+    exponent_s: float, other_s: float, count: int, unknown_or_none: int | None
+) -> None:
+    lower_s = 2.0 ** (int(exponent_s) % 17)
+    equally_old = [lower_s * (1 + each / 90_001) for each in (exponent_s, other_s)]
+
+    assert goes_before(aged(equally_old[0], count), aged(equally_old[1], unknown_or_none))
+
+
+@given(ages_s, ages_s, st.none() | st.integers(1, 9), st.none() | st.integers(1, 9))
+def test_what_is_twice_as_old_goes_first_whoever_has_it(
+    age_s: float, more_s: float, older_count: int | None, younger_count: int | None
+) -> None:
+    younger_s = max(age_s, AGE_MIN_S)
+
+    assert goes_before(aged(2 * younger_s + more_s, older_count), aged(younger_s, younger_count))
+
+
+@given(st.floats(0, WANTED_S - 1), ages_s, st.none() | st.integers(1, 9))
+def test_the_last_replica_of_a_file_wanted_within_the_hour_goes_last(
+    age_s: float, other_s: float, other_count: int | None
+) -> None:
+    assert goes_before(aged(other_s, other_count), aged(age_s, 0))
+
+
+def test_the_last_replica_of_a_file_that_nobody_wanted_for_long_is_nothing_special() -> None:
+    assert goes_before(aged(70_000, 0), aged(20_000, 3))
+    assert goes_before(aged(70_000, 0), aged(20_000, 0))

@@ -86,6 +86,25 @@ def test_the_least_recently_used_file_makes_room_and_leaves_nothing(
     assert cache.status().used_bytes == 3 * (SIZE_BYTES + 4096)
 
 
+def test_what_other_nodes_have_as_well_goes_before_what_is_as_old(
+    three: tuple[CacheDir, list[FileVersion]],
+) -> None:
+    cache, versions = three
+    asked: list[set[bytes]] = []
+
+    def ask(version_ids: Sequence[bytes]) -> dict[bytes, int]:
+        asked.append(set(version_ids))
+        return {versions[0].version_id: 0, versions[2].version_id: 5}
+
+    cache.ask_before_evicting(ask)
+
+    begin(cache)
+    assert here(cache, versions) == [True, True, False]
+    begin(cache, 2)
+    assert here(cache, versions) == [False, True, False]
+    assert asked == [{each.version_id for each in some} for some in (versions, versions[:2])]
+
+
 def test_what_users_put_beside_a_copy_stays_when_it_is_evicted(
     three: tuple[CacheDir, list[FileVersion]],
 ) -> None:

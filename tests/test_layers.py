@@ -88,6 +88,7 @@ LAYERS = {
         "quiet_read",
         "replica_copy",
         "replica_questions",
+        "replicas_elsewhere",
         "retention",
         "scheduler",
         "scrub",
