@@ -43,6 +43,10 @@ class Timers(Generic[Key]):
         if former_s is None or at_s < former_s:
             self.set(key, at_s)
 
+    def at_s(self, key: Key) -> float | None:
+        """The deadline of ``key``, or None."""
+        return self._deadline_s.get(key)
+
     def next_at_s(self) -> float | None:
         """The earliest deadline of all, or None."""
         while self._heap:

@@ -1,0 +1,1143 @@
+"""What a node knows of all others, and what it does to know it.
+
+Pure logic: no socket, clock or chance of its own. The daemon and the simulator hand it datagrams
+that are authentic, and send those that it returns.
+
+* ``gossip_spread.py`` carries what one node says to all others; ``gossip_probes.py`` asks whether
+  somebody is there; ``gossip_view.py`` is the table of members. What is decided with these, is
+  here.
+* A node publishes its status when it has changed, and every ``period_s`` in any case: the longer,
+  the more nodes there are, so that the bytes that a node sends stay the same.
+* Who does not answer is *suspected*, everybody is told, the suspect too. It clears itself with a
+  new epoch. Who accused it declares it dead after a while (the sooner, the more have accused it),
+  but only after asking once more.
+* *Repair*: now and then a node sends sums over what it knows to somebody else, and both tell each
+  other what differs. A status that is overdue is asked for.
+
+Invariants:
+
+* Only the subject says that it is alive: others pass on what it said, with the age that it has.
+* Of two records of one subject the one with the higher (epoch, seq) counts, so a restart always
+  wins.
+* Who was declared dead comes back with a higher epoch, or with a later record that it has made
+  since. Death is remembered for longer than any record counts, so nobody comes back by an old
+  record.
+* Who is suspected is in the view; who is gone is not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+from swarmcache.errors import BadMessage
+from swarmcache.gossip_events import (
+    ConnectTried,
+    DatagramReceived,
+    GossipEffect,
+    GossipEvent,
+    Leaving,
+    MembersChanged,
+    SeedsKnown,
+    SendDatagram,
+    StatusMeasured,
+    TimePassed,
+    TryConnect,
+)
+from swarmcache.gossip_probes import HELPERS, PROBE_S, Probe, Probes, Verdict
+from swarmcache.gossip_records import (
+    AGE_UNIT_S,
+    BODY_BYTES,
+    BUCKETS,
+    EPOCH_MAX,
+    ID_BYTES,
+    LASTING,
+    PAYLOAD_BYTES_MAX,
+    PROFILES_MAX,
+    RING,
+    SEQ_MAX,
+    STATUSES_MAX,
+    Ack,
+    Digests,
+    MemberState,
+    Nack,
+    NodeProfile,
+    NodeStatus,
+    Numbered,
+    Ping,
+    PingFor,
+    Profiles,
+    ProfilesWanted,
+    Received,
+    RumourKind,
+    Rumours,
+    Section,
+    Statuses,
+    StatusesWanted,
+    StatusRecord,
+    body_tag,
+    decode_payload,
+    encode_ack,
+    encode_digests,
+    encode_nack,
+    encode_ping,
+    encode_ping_for,
+    encode_profiles,
+    encode_profiles_wanted,
+    encode_received,
+    encode_rumours,
+    encode_statuses,
+    encode_statuses_wanted,
+    pack_profile,
+    pack_status,
+    profile_tag,
+    read_body,
+    ring_id,
+    status_body,
+)
+from swarmcache.gossip_spread import Budget, Claim, Spread, age_units
+from swarmcache.gossip_view import MEMBERS_MAX, View
+from swarmcache.timers import Timers
+
+# Bytes that a node sends at most, on average over some seconds, and what part of that is meant for
+# status. With 1,000 nodes and a status every 10 s they take half of it.
+BUDGET_BYTES_PER_S = 12_000.0
+STATUS_BYTES_PER_S = 6_000.0
+# What one status costs each node: 32 bytes, and its part of a datagram that may be lost and
+# repeated.
+STATUS_COST_BYTES = 38
+PERIOD_S = 10.0
+PERIOD_MAX_S = 120.0
+# A change is told at most so often, as a part of the period; what everybody should know at once (a
+# disk that fails, a node that stands in for the tracker) no later than after a second.
+CHANGE_PART = 0.7
+URGENT_S = 1.0
+# A change of less than this part of the capacity can wait for the next period.
+CHANGED_PART = 0.02
+# A record that is older than this says nothing about whether its subject lives. Death is remembered
+# for longer than that.
+RECORD_AGE_MAX_S = 600.0
+REMEMBER_S = 900.0
+GONE_FACTOR = 4
+GONE_LEAST = 64
+# A death that is older is no news; who asks is told of it nevertheless.
+GOSSIP_DEATH_S = 60.0
+# memberlist's values for a local network; 12 s and 72 s with 1,000 nodes.
+SUSPICION_FACTOR = 4.0
+SUSPICION_MAX_FACTOR = 6.0
+CONFIRMATIONS = 2
+ACCUSE_EVERY_S = 1.0
+# A suspect's record clears it if it was made so long after the accusation: ages are rounded, and
+# leave out the ways through the network.
+MARGIN_S = 1.0
+# Somebody who has accepted a connection, and of whom nothing was heard for so many periods, may
+# hang.
+HUNG_PERIODS = 3
+REPAIR_S = 10.0
+REPAIR_SOON_S = 1.0
+REPAIR_DATAGRAMS = 3
+NEWS_WORTH_REPAIR = 5
+OVERDUE_S = 4.0
+PULL_PART = 0.2
+PULL_MAX = 60
+PROFILES_EVERY_S = 0.5
+PROFILES_ASKED = 18
+PROFILE_PEERS = 4
+CONTACT_GONE_S = 30.0
+INTRODUCE_FACTOR = 3
+# Claims also ride on pings and their answers, which have room: so many times, so many in each.
+RIDES = 4
+RIDERS = 4
+NOBODY = -1
+RIDES_MAX = 256
+# Addresses of nodes whose profile is still to come.
+HINTS_MAX = 256
+# What is left of the budget below this part is not for those who ask.
+ANSWER_SAVED = 0.4
+# Helpers answer before those who asked them lose patience, and remember them a little longer.
+HELPING_MAX = 256
+HELP_NACK_S = 0.4
+HELP_S = 2.0
+LEAVE_COPIES = 3
+SEEDS_MAX = 16
+# Woken this much too late, the node itself has slept.
+SLEPT_S = 1.0
+assert REMEMBER_S > RECORD_AGE_MAX_S > HUNG_PERIODS * PERIOD_MAX_S
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node as it is known here. ``profile`` and ``status`` are None until they are heard.
+
+    ``heard_at_s``: when, on this node's clock, its subject made the record that this is from.
+    """
+
+    profile: NodeProfile | None
+    status: NodeStatus | None
+    state: MemberState
+    heard_at_s: float
+
+    def age_s(self, now_s: float) -> float:
+        """How old this is."""
+        return max(now_s - self.heard_at_s, 0.0)
+
+
+@dataclass(slots=True)
+class Suspicion:
+    """Of a member: since when, and who has accused it. ``mine``: this node has, and will judge."""
+
+    claim: Claim
+    origins: list[int]
+    mine: bool
+
+
+@dataclass(slots=True)
+class Gone:
+    """A former member, dead or left, and who says so."""
+
+    claim: Claim
+    origins: list[int]
+    profile: NodeProfile | None
+    body: bytes | None
+    made_s: float
+
+
+class Gossip:
+    """One node. ``epoch``: a number that is higher with each life of the daemon, as milliseconds
+    since 1970 are. Feed it ``TimePassed`` first.
+
+    ``period_s``: how often the status is told at least, if there is budget for it.
+    """
+
+    def __init__(
+        self,
+        profile: NodeProfile,
+        epoch: int,
+        rng: Random,
+        *,
+        budget_bytes_per_s: float = BUDGET_BYTES_PER_S,
+        period_s: float = PERIOD_S,
+    ) -> None:
+        assert 0 <= epoch <= EPOCH_MAX, "no epoch"
+        self.own_id = ring_id(profile.address.node)
+        self.profile = profile
+        self.bad_datagrams = 0
+        self._rng = rng
+        self._address = profile.address.node
+        self._epoch = epoch
+        self._seq = 0
+        self._status = NodeStatus()
+        self._body = status_body(self._status, profile_tag(profile))
+        self._made_s = -math.inf
+        self._said = self._status
+        self._period_min_s = period_s
+        self._left = False
+        self._view = View(self.own_id, epoch)
+        self._budget = Budget(budget_bytes_per_s)
+        self._spread = Spread(self._view, self._budget, self._packed_status, self._profile_of)
+        self._probes = Probes(rng)
+        self._suspicions: dict[int, Suspicion] = {}
+        self._gone: dict[int, Gone] = {}
+        self._hints: dict[int, str] = {}
+        self._unprofiled: dict[int, int] = {}  # whose profile is missing: who told of them
+        self._rides: dict[Claim, int] = {}
+        self._accused_s = -math.inf
+        self._introduced = 0
+        self._news = 0
+        self._replies: list[bytes] = []
+        self._alive: dict[str, None] = {}
+        self._dead: dict[str, None] = {}
+        self._timers: Timers[tuple[str, int]] = Timers()
+        for kind in ("probe", "publish", "repair", "pull", "contact"):
+            self._timers.set((kind, 0), 0.0)
+        self._begun = False
+
+    # --- the three calls of every machine -------------------------------------------------------
+
+    def handle(self, event: GossipEvent, now_s: float) -> list[GossipEffect]:
+        """Apply one event; return what must now be done, in order."""
+        effects: list[GossipEffect] = []
+        if self._left:
+            return effects
+        if not self._begun:
+            self._begin(now_s)
+        due_s = self.wake_at_s()
+        if due_s is not None and now_s - due_s > SLEPT_S:
+            self._wake_late(now_s)
+        match event:
+            case DatagramReceived():
+                self._receive(event, now_s, effects)
+            case TimePassed():
+                self._work(now_s, effects)
+            case ConnectTried():
+                if event.ok and self._is_fresh(ring_id(event.node), now_s):
+                    for verdict in self._probes.connected(ring_id(event.node)):
+                        self._judge(verdict, now_s, effects)
+            case StatusMeasured():
+                self._measure(event.status, now_s)
+            case SeedsKnown():
+                self._meet(event.addresses, now_s, effects)
+            case Leaving():
+                self._leave(now_s, effects)
+        self._spread.work(now_s, effects)
+        self._ask_for_unconfirmed()
+        if self._alive or self._dead:
+            effects.append(MembersChanged(list(self._alive), list(self._dead)))
+            self._alive.clear()
+            self._dead.clear()
+        return effects
+
+    def wake_at_s(self) -> float | None:
+        """When ``TimePassed`` is next due. Ask again after every ``handle``."""
+        if self._left:
+            return None
+        times_s = (self._timers.next_at_s(), self._spread.wake_at_s(), self._probes.wake_at_s())
+        return min([each for each in times_s if each is not None], default=None)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        for part in (self._view, self._spread, self._probes, self._timers):
+            part.check()
+        view = self._view
+        for subject in self._suspicions:
+            index = view.find(subject)
+            assert index >= 0 and view.suspected[index], "a suspicion of somebody who is not here"
+            assert self._timers.at_s(("suspect", subject)) is not None, "suspected for ever"
+        assert sum(view.suspected) == len(self._suspicions), "suspected for no reason"
+        for subject in self._gone:
+            assert view.find(subject) < 0, "gone and here"
+            assert self._timers.at_s(("forget", subject)) is not None, "gone for ever"
+        assert self.own_id not in self._gone, "a node that thinks itself dead"
+
+    # --- asked by the shell ---------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        """All nodes that are known: this one, the live ones, and those that have gone lately."""
+        view = self._view
+        known = [self._member(index) for index in range(len(view))]
+        own = Member(self.profile, read_body(self._body), MemberState.ALIVE, self._made_s)
+        return [own, *known, *map(_former_member, self._gone.values())]
+
+    def live(self) -> list[Member]:
+        """All others that are alive, as far as is known, or suspected; their profiles are known."""
+        view = self._view
+        return [self._member(i) for i in range(len(view)) if view.profiles[i] is not None]
+
+    def member(self, node: str) -> Member | None:
+        """What is known of the node with this advertised address."""
+        subject = ring_id(node)
+        if subject == self.own_id:
+            return Member(self.profile, read_body(self._body), MemberState.ALIVE, self._made_s)
+        index = self._view.find(subject)
+        if index >= 0:
+            return self._member(index)
+        gone = self._gone.get(subject)
+        return None if gone is None else _former_member(gone)
+
+    def period_s(self) -> float:
+        """How often every node tells its status at least; a record is hardly ever older than this
+        and some seconds. Grows with the number of nodes."""
+        wanted_s = (len(self._view) + 1) * STATUS_COST_BYTES / STATUS_BYTES_PER_S
+        return min(max(wanted_s, self._period_min_s), max(PERIOD_MAX_S, self._period_min_s))
+
+    @property
+    def health(self) -> int:
+        """How much this node distrusts itself: 0 (well) to 8."""
+        return self._probes.health
+
+    def _member(self, index: int) -> Member:
+        view = self._view
+        state = MemberState.SUSPECT if view.suspected[index] else MemberState.ALIVE
+        status = read_body(view.body(index))
+        return Member(view.profiles[index], status, state, view.made_s[index])
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def _begin(self, now_s: float) -> None:
+        """The first event. From here on nodes that start together drift apart."""
+        self._begun = True
+        self._made_s = now_s
+        self._budget.saved(now_s)
+        for kind, span_s in (("probe", 1.0), ("publish", self._period_min_s), ("repair", 2.0),
+                             ("pull", 2.0), ("contact", CONTACT_GONE_S)):  # fmt: skip
+            self._timers.set((kind, 0), now_s + self._rng.random() * span_s)
+
+    def _wake_late(self, now_s: float) -> None:
+        """What should have happened meanwhile was not seen, so nobody is judged by it."""
+        self._probes.forgive()
+        self._spread.forgive(now_s)
+        for subject, suspicion in self._suspicions.items():
+            at_s = self._timers.at_s(("suspect", subject))
+            if suspicion.mine and at_s is not None:
+                self._timers.set(("suspect", subject), max(at_s, now_s + self._suspicion_s(2)))
+
+    def _work(self, now_s: float, effects: list[GossipEffect]) -> None:
+        for kind, number in self._timers.pop_due(now_s):
+            match kind:
+                case "probe":
+                    self._probe_next(now_s, effects)
+                case "publish":
+                    self._publish(now_s, urgent=False)
+                case "repair":
+                    self._repair(now_s, effects)
+                case "pull":
+                    self._pull(now_s, effects)
+                case "profiles":
+                    self._ask_for_profiles(now_s, effects)
+                case "contact":
+                    self._contact_gone(now_s, effects)
+                case "suspect":
+                    self._try_suspect(number, now_s, effects)
+                case "forget":
+                    self._gone.pop(number, None)
+                case "nack":
+                    self._nack_late(number, now_s, effects)
+                case _:
+                    self._probes.helping.pop(number, None)
+        for due in self._probes.due(now_s):
+            if isinstance(due, Verdict):
+                self._judge(due, now_s, effects)
+            else:
+                self._ask_others(due, now_s, effects)
+
+    def _again(self, kind: str, after_s: float, now_s: float) -> None:
+        """Next time, give or take a tenth."""
+        self._timers.set((kind, 0), now_s + after_s * (0.9 + 0.2 * self._rng.random()))
+
+    # --- this node's own status -----------------------------------------------------------------
+
+    def _measure(self, status: NodeStatus, now_s: float) -> None:
+        self._status = status
+        said, body = self._said, status_body(status, profile_tag(self.profile))
+        if body[LASTING] != self._body[LASTING]:
+            after_s = URGENT_S
+        elif self._has_changed(said, status):
+            after_s = CHANGE_PART * self.period_s()
+        else:
+            return
+        self._timers.set_by(("publish", 0), max(self._made_s + after_s, now_s))
+
+    def _has_changed(self, said: NodeStatus, status: NodeStatus) -> bool:
+        enough_bytes = CHANGED_PART * self.profile.capacity_bytes
+        return (
+            abs(said.free_bytes - status.free_bytes) > enough_bytes
+            or abs(said.used_bytes - status.used_bytes) > enough_bytes
+            or abs(said.pinned_bytes - status.pinned_bytes) > enough_bytes
+            or _load_changed(said.uploads, status.uploads)
+            or _load_changed(said.downloads, status.downloads)
+        )
+
+    def _publish(self, now_s: float, *, urgent: bool) -> None:
+        """A new record of this node, for everybody."""
+        body = status_body(self._status, profile_tag(self.profile))
+        urgent = urgent or body[LASTING] != self._body[LASTING]
+        self._body = body
+        self._said = self._status
+        self._made_s = now_s
+        self._seq += 1
+        if self._seq > SEQ_MAX:
+            self._set_epoch(self._epoch + 1)
+        legs = self._spread.legs(self.own_id)
+        self._spread.pass_statuses(legs, [self.own_id], now_s, urgent=urgent)
+        self._again("publish", self.period_s(), now_s)
+
+    def _introduce(self, now_s: float) -> None:
+        """Let everybody know of this node, as far as it knows everybody itself."""
+        self._introduced = len(self._view)
+        self._publish(now_s, urgent=True)
+        self._spread.pass_profiles(self._spread.legs(self.own_id), [self.own_id], now_s)
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._epoch = min(epoch, EPOCH_MAX)
+        self._seq = 0
+        self._view.set_own_epoch(self._epoch)
+
+    def _refute(self, epoch: int, now_s: float) -> None:
+        """Somebody believes of this life something that is not so: begin another one."""
+        if epoch >= self._epoch:
+            self._set_epoch(epoch + 1)
+            self._probes.feel(1)
+            self._publish(now_s, urgent=True)
+
+    def _leave(self, now_s: float, effects: list[GossipEffect]) -> None:
+        """Nobody will be here to repeat it, so it is sent more than once."""
+        claim = Claim(RumourKind.LEFT, self.own_id, self._epoch, self._seq, self.own_id, now_s)
+        for target, limit, _ in self._spread.legs(self.own_id):
+            payload = encode_rumours(limit, [claim.packed(now_s)])
+            for _ in range(LEAVE_COPIES):
+                self._send(target, payload, effects)
+        self._left = True
+
+    # --- datagrams ------------------------------------------------------------------------------
+
+    def _receive(self, event: DatagramReceived, now_s: float, effects: list[GossipEffect]) -> None:
+        sender = int.from_bytes(event.sender_id, "big")
+        try:
+            sections = decode_payload(event.payload)
+        except BadMessage:
+            self.bad_datagrams += 1
+            return
+        if sender == self.own_id or len(event.sender_id) != ID_BYTES:
+            return
+        self._probes.heard()
+        self._spread.heard(sender)
+        for section in sections:
+            self._take(section, sender, now_s, effects)
+        if self._replies:
+            self._send(sender, _fitting(self._replies), effects)
+            self._replies = []
+
+    def _take(
+        self, section: Section, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        match section:
+            case Statuses():
+                self._take_statuses(section, sender, now_s)
+            case Numbered():
+                self._replies.append(encode_received([section.number]))
+            case Received():
+                self._spread.confirmed(section.numbers)
+            case Rumours():
+                self._take_rumours(section, sender, now_s, effects)
+            case Profiles():
+                self._take_profiles(section, now_s)
+            case Ping() | PingFor():
+                self._answer_ping(section, sender, now_s, effects)
+            case Ack():
+                self._take_ack(section.number, now_s, effects)
+            case Nack():
+                self._probes.nacked(section.number)
+            case ProfilesWanted():
+                self._answer_profiles(section.subjects, sender, now_s, effects)
+            case StatusesWanted():
+                self._answer_statuses(section.subjects, sender, now_s, effects)
+            case Digests():
+                self._answer_digests(section, sender, now_s, effects)
+
+    def _send(self, subject: int, payload: bytes, effects: list[GossipEffect]) -> None:
+        """One whose address is not known cannot be answered."""
+        address = self._address_of(subject)
+        if address is not None:
+            self._send_to(address, payload, effects)
+
+    def _address_of(self, subject: int) -> str | None:
+        profile = self._profile_of(subject)
+        return self._hints.get(subject) if profile is None else profile.address.node
+
+    def _hint(self, address: str) -> None:
+        """Somebody has this address, whose profile may not be known yet."""
+        self._hints[ring_id(address)] = address
+        if len(self._hints) > HINTS_MAX:
+            del self._hints[next(iter(self._hints))]
+
+    def _send_to(self, address: str, payload: bytes, effects: list[GossipEffect]) -> None:
+        self._budget.spend(len(payload))
+        effects.append(SendDatagram(address, payload))
+
+    def _profile_of(self, subject: int) -> NodeProfile | None:
+        if subject == self.own_id:
+            return self.profile
+        index = self._view.find(subject)
+        if index >= 0:
+            return self._view.profiles[index]
+        gone = self._gone.get(subject)
+        return None if gone is None else gone.profile
+
+    def _packed_status(self, subject: int, now_s: float) -> bytes | None:
+        if subject == self.own_id:
+            age = age_units(now_s - self._made_s)
+            return pack_status(StatusRecord(subject, self._epoch, self._seq, age, self._body))
+        index = self._view.find(subject)
+        return None if index < 0 else self._packed_at(index, now_s)
+
+    def _packed_at(self, index: int, now_s: float) -> bytes:
+        view = self._view
+        age = age_units(now_s - view.made_s[index])
+        ids, epochs, seqs = view.ids[index], view.epochs[index], view.seqs[index]
+        return pack_status(StatusRecord(ids, epochs, seqs, age, view.body(index)))
+
+    # --- status records -------------------------------------------------------------------------
+
+    def _take_statuses(self, section: Statuses, sender: int, now_s: float) -> None:
+        """By far the most that is received: the usual case (a member's next record) is here."""
+        view = self._view
+        news: list[int] = []
+        urgent: list[int] = []
+        for row in section.rows:
+            subject = row[0] << 32 | row[1]
+            index = view.find(subject)
+            if index >= 0:
+                epoch = row[2] << 32 | row[3]
+                seq = row[4] << 16 | row[5]
+                known = view.epochs[index]
+                if epoch < known or (epoch == known and seq <= view.seqs[index]):
+                    continue
+                at = index * BODY_BYTES
+                body = row[7]
+                if (
+                    epoch == known
+                    and not view.suspected[index]
+                    and view.bodies.endswith(body[LASTING], at, at + BODY_BYTES)
+                ):
+                    view.seqs[index] = seq
+                    view.made_s[index] = now_s - row[6] * AGE_UNIT_S
+                    view.bodies[at : at + BODY_BYTES] = body
+                    news.append(subject)
+                    continue
+            record = StatusRecord(
+                subject, row[2] << 32 | row[3], row[4] << 16 | row[5], row[6], row[7]
+            )
+            if self._take_unusual(record, index, sender, now_s):
+                urgent.append(subject)
+        if news or urgent:
+            legs = self._spread.legs(section.limit)
+            if news and legs:
+                self._spread.pass_statuses(legs, news, now_s, urgent=False)
+            if urgent and legs:
+                self._spread.pass_statuses(legs, urgent, now_s, urgent=True)
+
+    def _take_unusual(self, record: StatusRecord, index: int, sender: int, now_s: float) -> bool:
+        """A record of somebody new, of a new life, of a suspect, of somebody who is gone, of this
+        node itself. Whether it is believed."""
+        made_s = now_s - record.age * AGE_UNIT_S
+        if record.subject == self.own_id:
+            if (record.epoch, record.seq) > (self._epoch, self._seq):
+                self._refute(record.epoch, now_s)  # of a former life whose clock was ahead
+            return False
+        if index < 0:
+            return self._take_new(record, made_s, sender, now_s)
+        view = self._view
+        if record.epoch > view.epochs[index]:
+            self._news += 1
+        view.replace(index, record, made_s)
+        suspicion = self._suspicions.get(record.subject)
+        if suspicion is not None and _clears(record.epoch, made_s, suspicion.claim):
+            self._clear(record.subject, index)
+        profile = view.profiles[index]
+        if profile is None or profile_tag(profile) != body_tag(record.body):
+            self._lack_profile(record.subject, sender, now_s)
+        return True
+
+    def _take_new(self, record: StatusRecord, made_s: float, sender: int, now_s: float) -> bool:
+        gone = self._gone.get(record.subject)
+        if gone is not None and not _returns(record, made_s, gone.claim):
+            self._replies.append(_for_one(sender, gone.claim, now_s))
+            return False
+        if now_s - made_s > RECORD_AGE_MAX_S or len(self._view) >= MEMBERS_MAX:
+            return False
+        profile = None
+        if gone is not None:
+            self._forget(record.subject)
+            if gone.profile and profile_tag(gone.profile) == body_tag(record.body):
+                profile = gone.profile
+        self._view.insert(record, made_s, profile)
+        self._news += 1
+        if profile is None:
+            self._lack_profile(record.subject, sender, now_s)
+        else:
+            self._report_alive(profile)
+        return True
+
+    def _report_alive(self, profile: NodeProfile) -> None:
+        node = profile.address.node
+        self._dead.pop(node, None)
+        self._alive[node] = None
+
+    def _report_dead(self, profile: NodeProfile | None) -> None:
+        if profile is not None:
+            node = profile.address.node
+            self._alive.pop(node, None)
+            self._dead[node] = None
+
+    # --- profiles -------------------------------------------------------------------------------
+
+    def _take_profiles(self, section: Profiles, now_s: float) -> None:
+        news = []
+        view = self._view
+        for profile in section.profiles:
+            subject = ring_id(profile.address.node)
+            index = view.find(subject)
+            if index < 0 or profile_tag(profile) != body_tag(view.body(index)):
+                continue
+            self._unprofiled.pop(subject, None)
+            known = view.profiles[index]
+            if known == profile:
+                continue
+            view.set_profile(index, profile)
+            news.append(subject)
+            if known is None:
+                self._report_alive(profile)
+        if news:
+            self._spread.pass_profiles(self._spread.legs(section.limit), news, now_s)
+        if self._introduced * INTRODUCE_FACTOR < len(view) and not self._unprofiled:
+            self._introduce(now_s)
+
+    def _lack_profile(self, subject: int, sender: int, now_s: float) -> None:
+        self._unprofiled[subject] = sender
+        self._timers.set_by(("profiles", 0), now_s + PROFILES_EVERY_S / 2)
+
+    def _ask_for_profiles(self, now_s: float, effects: list[GossipEffect]) -> None:
+        """Of those who told of them, and then of anybody."""
+        asked: dict[int, list[int]] = {}
+        for subject, sender in list(self._unprofiled.items()):
+            if self._view.find(subject) < 0:
+                del self._unprofiled[subject]
+                continue
+            peer = sender
+            if self._address_of(peer) is None:
+                others = self._some_members(1)
+                if not others:
+                    break
+                peer = others[0]
+            if len(asked) >= PROFILE_PEERS and peer not in asked:
+                peer = self._rng.choice(list(asked))
+            if len(subjects := asked.setdefault(peer, [])) < PROFILES_ASKED:
+                subjects.append(subject)
+                self._unprofiled[subject] = NOBODY  # next time somebody else is asked
+            elif len(asked) >= PROFILE_PEERS:
+                break
+        for peer, subjects in asked.items():
+            self._send(peer, encode_profiles_wanted(subjects), effects)
+        if self._unprofiled:
+            self._again("profiles", PROFILES_EVERY_S, now_s)
+
+    def _answer_profiles(
+        self, subjects: list[int], sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        known = [self._profile_of(subject) for subject in subjects[:PROFILES_ASKED]]
+        packed = [pack_profile(each) for each in known if each is not None]
+        for start in range(0, len(packed), PROFILES_MAX):
+            if self._budget.saved(now_s) < ANSWER_SAVED:
+                return
+            part = packed[start : start + PROFILES_MAX]
+            self._send(sender, encode_profiles(_stay(sender), part), effects)
+
+    # --- seeds, repair --------------------------------------------------------------------------
+
+    def _meet(self, addresses: list[str], now_s: float, effects: list[GossipEffect]) -> None:
+        """Introduce this node to those that it does not take for live members already."""
+        for address in addresses[:SEEDS_MAX]:
+            index = self._view.find(ring_id(address))
+            if address != self._address and (index < 0 or self._view.profiles[index] is None):
+                self._hint(address)
+                self._contact(address, now_s, effects)
+
+    def _contact(self, address: str, now_s: float, effects: list[GossipEffect]) -> None:
+        stay = _stay(ring_id(address))
+        own = self._packed_status(self.own_id, now_s)
+        assert own is not None
+        payload = b"".join(
+            (
+                encode_ping(self._probes.new_number(), self._address),
+                encode_statuses(stay, [own]),
+                encode_profiles(stay, [pack_profile(self.profile)]),
+                encode_digests(self._view.sums, answered=False),
+            )
+        )
+        self._send_to(address, payload, effects)
+
+    def _contact_gone(self, now_s: float, effects: list[GossipEffect]) -> None:
+        """One of those that are thought dead: they may be cut off, as we are from them."""
+        self._again("contact", CONTACT_GONE_S, now_s)
+        dead = [
+            gone.profile.address.node
+            for gone in self._gone.values()
+            if gone.profile is not None and gone.claim.kind is RumourKind.DEAD
+        ]
+        if dead:
+            self._contact(self._rng.choice(dead), now_s, effects)
+
+    def _repair(self, now_s: float, effects: list[GossipEffect]) -> None:
+        peers = self._some_members(1)
+        soon = self._news >= NEWS_WORTH_REPAIR or not peers
+        self._news = 0
+        self._again("repair", REPAIR_SOON_S if soon else REPAIR_S, now_s)
+        for peer in peers:
+            self._send(peer, encode_digests(self._view.sums, answered=False), effects)
+        if not peers and self._hints:  # nobody has answered yet
+            self._contact(self._rng.choice(list(self._hints.values())), now_s, effects)
+
+    def _answer_digests(
+        self, digests: Digests, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        view = self._view
+        pairs = enumerate(zip(digests.sums, view.sums, strict=True))
+        unequal = {bucket for bucket, (theirs, ours) in pairs if theirs != ours}
+        if not unequal or self._address_of(sender) is None:
+            return
+        if not digests.answered:
+            self._send(sender, encode_digests(view.sums, answered=True), effects)
+        found = [i for i, each in enumerate(view.ids) if each % BUCKETS in unequal]
+        if len(found) > REPAIR_DATAGRAMS * STATUSES_MAX:
+            found = self._rng.sample(found, REPAIR_DATAGRAMS * STATUSES_MAX)
+        records = [self._packed_at(index, now_s) for index in found]
+        own = self._packed_status(self.own_id, now_s)
+        if own is not None and self.own_id % BUCKETS in unequal:
+            records.insert(0, own)
+        self._send_records(sender, records[: REPAIR_DATAGRAMS * STATUSES_MAX], now_s, effects)
+
+    def _send_records(
+        self, peer: int, records: list[bytes], now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        """As far as there is budget: whoever misses the rest asks again, of somebody else."""
+        for start in range(0, len(records), STATUSES_MAX):
+            if self._budget.saved(now_s) < ANSWER_SAVED:
+                return
+            part = records[start : start + STATUSES_MAX]
+            self._send(peer, encode_statuses(_stay(peer), part), effects)
+
+    def _pull(self, now_s: float, effects: list[GossipEffect]) -> None:
+        """Ask for records that are overdue: something on their way was lost."""
+        tick_s = PULL_PART * self.period_s()
+        self._again("pull", tick_s, now_s)
+        latest_s = now_s - self._overdue_s()
+        earliest_s = latest_s - 3 * tick_s
+        view = self._view
+        overdue = [i for i, made_s in enumerate(view.made_s) if earliest_s < made_s < latest_s]
+        subjects = [view.ids[index] for index in overdue if not view.suspected[index]]
+        if len(subjects) > PULL_MAX:
+            subjects = self._rng.sample(subjects, PULL_MAX)
+        peers = self._some_members(1) if subjects else []
+        for peer in peers:
+            self._send(peer, encode_statuses_wanted(subjects), effects)
+
+    def _overdue_s(self) -> float:
+        return 1.1 * self.period_s() + OVERDUE_S
+
+    def _answer_statuses(
+        self, subjects: list[int], sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        view = self._view
+        latest_s = now_s - self._overdue_s()
+        found = [view.find(subject) for subject in subjects[:PULL_MAX]]
+        young = [index for index in found if index >= 0 and view.made_s[index] >= latest_s]
+        records = [self._packed_at(index, now_s) for index in young]
+        self._send_records(sender, records, now_s, effects)
+
+    def _some_members(self, count: int) -> list[int]:
+        """So many members that can be reached, if there are so many; by chance."""
+        view = self._view
+        found: list[int] = []
+        for _ in range(8 * count if len(view) else 0):
+            index = self._rng.randrange(len(view))
+            subject = view.ids[index]
+            if view.profiles[index] and not view.suspected[index] and subject not in found:
+                found.append(subject)
+                if len(found) == count:
+                    break
+        return found
+
+    # --- probes ---------------------------------------------------------------------------------
+
+    def _probe_next(self, now_s: float, effects: list[GossipEffect]) -> None:
+        self._again("probe", PROBE_S * self._probes.patience, now_s)
+        target = self._probes.next_target(self._view)
+        if target is not None:
+            self._begin_probe(target, now_s, effects, trial=False)
+
+    def _begin_probe(
+        self, target: int, now_s: float, effects: list[GossipEffect], *, trial: bool
+    ) -> Probe | None:
+        probe = self._probes.begin(target, now_s, trial=trial)
+        if probe is not None:
+            self._ping(target, probe.number, now_s, effects)
+        return probe
+
+    def _ping(self, target: int, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        """With the news that it is suspected, if it is."""
+        payload = encode_ping(number, self._address)
+        suspicion = self._suspicions.get(target)
+        if suspicion is not None:
+            payload += _for_one(target, suspicion.claim, now_s)
+        self._send(target, payload + self._riders(target, now_s), effects)
+
+    def _riders(self, target: int, now_s: float) -> bytes:
+        riders = list(self._rides)[:RIDERS]
+        if not riders:
+            return b""
+        for claim in riders:
+            rides = self._rides.pop(claim) - 1
+            if rides:
+                self._rides[claim] = rides
+        return encode_rumours(_stay(target), [claim.packed(now_s) for claim in riders])
+
+    def _ask_others(self, probe: Probe, now_s: float, effects: list[GossipEffect]) -> None:
+        """No direct answer yet: ask through others, and over TCP at once."""
+        helpers = [each for each in self._some_members(HELPERS + 1) if each != probe.target]
+        for helper in helpers[:HELPERS]:
+            self._send(helper, encode_ping_for(probe.number, probe.target), effects)
+        probe.helpers = len(helpers[:HELPERS])
+        profile = self._profile_of(probe.target)
+        if profile is not None:
+            effects.append(TryConnect(profile.address.node))
+
+    def _answer_ping(
+        self, ping: Ping | PingFor, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        if isinstance(ping, Ping):
+            payload = encode_ack(ping.number) + self._riders(sender, now_s)
+            if ring_id(ping.address) == sender:
+                self._send_to(ping.address, payload, effects)
+                if self._profile_of(sender) is None:
+                    self._hint(ping.address)
+                if self._view.find(sender) < 0:  # it should know that, and introduce itself
+                    self._contact(ping.address, now_s, effects)
+            return
+        if self._profile_of(ping.target) is None or len(self._probes.helping) >= HELPING_MAX:
+            self._replies.append(encode_nack(ping.number))
+            return
+        number = self._probes.new_number()
+        self._probes.helping[number] = (ping.number, sender)
+        self._timers.set(("nack", number), now_s + HELP_NACK_S)
+        self._timers.set(("help", number), now_s + HELP_S)
+        self._ping(ping.target, number, now_s, effects)
+
+    def _nack_late(self, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        helping = self._probes.helping.get(number)
+        if helping is not None:
+            theirs, asker = helping
+            self._send(asker, encode_nack(theirs), effects)
+
+    def _take_ack(self, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        helping = self._probes.helping.pop(number, None)
+        if helping is not None:
+            theirs, asker = helping
+            self._timers.set(("nack", number), None)
+            self._timers.set(("help", number), None)
+            self._send(asker, encode_ack(theirs), effects)
+            return
+        verdict = self._probes.acked(number)
+        if verdict is not None:
+            self._judge(verdict, now_s, effects)
+
+    def _ask_for_unconfirmed(self) -> None:
+        """Who does not confirm what it is sent is probed next."""
+        for subject in self._spread.unconfirmed:
+            self._probes.ask_next(subject)
+        self._spread.unconfirmed.clear()
+
+    def _is_fresh(self, subject: int, now_s: float) -> bool:
+        """It has said something not too long ago: that its kernel answers is worth something."""
+        index = self._view.find(subject)
+        if index < 0:
+            return False
+        return now_s - self._view.made_s[index] < HUNG_PERIODS * self.period_s()
+
+    # --- suspicion ------------------------------------------------------------------------------
+
+    def _judge(self, verdict: Verdict, now_s: float, effects: list[GossipEffect]) -> None:
+        subject = verdict.target
+        index = self._view.find(subject)
+        if index < 0:
+            return
+        if verdict.alive:
+            if subject in self._suspicions:
+                self._clear(subject, index)
+        elif not verdict.fair:
+            if verdict.trial:
+                self._timers.set(("suspect", subject), now_s + self._suspicion_s(CONFIRMATIONS))
+        elif verdict.trial:
+            self._convict(subject, index, now_s, effects)
+        elif now_s - self._accused_s >= ACCUSE_EVERY_S:
+            self._accused_s = now_s
+            self._accuse(subject, index, now_s, effects)
+
+    def _accuse(self, subject: int, index: int, now_s: float, effects: list[GossipEffect]) -> None:
+        view = self._view
+        suspicion = self._suspicions.get(subject)
+        if suspicion is not None:
+            if suspicion.mine or len(suspicion.origins) > CONFIRMATIONS:
+                return
+            epoch = suspicion.claim.epoch
+        else:
+            epoch = view.epochs[index]
+        claim = Claim(RumourKind.SUSPECT, subject, epoch, view.seqs[index], self.own_id, now_s)
+        self._suspect(claim, index, now_s)
+        self._send(subject, _for_one(subject, claim, now_s), effects)
+        self._say(claim, self.own_id, now_s)
+
+    def _say(self, claim: Claim, limit: int, now_s: float) -> None:
+        """Pass on a claim that is news here."""
+        self._spread.pass_claims(self._spread.legs(limit), [claim], now_s)
+        if len(self._rides) < RIDES_MAX:
+            self._rides[claim] = RIDES
+
+    def _suspect(self, claim: Claim, index: int, now_s: float) -> None:
+        """Take note of an accusation."""
+        subject = claim.subject
+        suspicion = self._suspicions.get(subject)
+        if suspicion is None:
+            suspicion = self._suspicions[subject] = Suspicion(claim, [claim.origin], mine=False)
+            self._view.suspected[index] = 1
+            self._spread.view_changed()
+        else:
+            suspicion.origins.append(claim.origin)
+        suspicion.mine = suspicion.mine or claim.origin == self.own_id
+        since_s = suspicion.claim.since_s
+        if suspicion.mine:
+            at_s = since_s + self._suspicion_s(len(suspicion.origins) - 1)
+        else:  # the others judge, unless they are gone themselves
+            at_s = since_s + self._suspicion_s(0) + self._rng.random() * self._suspicion_s(0)
+        self._timers.set(("suspect", subject), max(at_s, now_s))
+
+    def _suspicion_s(self, confirmations: int) -> float:
+        """How long a suspect has to clear itself (Lifeguard): the shorter the more accuse it."""
+        nodes = len(self._view) + 1
+        least_s = SUSPICION_FACTOR * max(math.log10(nodes), 1.0)
+        most_s = SUSPICION_MAX_FACTOR * least_s
+        part = math.log(confirmations + 1) / math.log(CONFIRMATIONS + 1)
+        return max(most_s - (most_s - least_s) * part, least_s)
+
+    def _clear(self, subject: int, index: int) -> None:
+        del self._suspicions[subject]
+        self._timers.set(("suspect", subject), None)
+        self._view.suspected[index] = 0
+        self._spread.view_changed()
+
+    def _try_suspect(self, subject: int, now_s: float, effects: list[GossipEffect]) -> None:
+        """Its time is over. Nobody is declared dead without being asked once more."""
+        probe = self._begin_probe(subject, now_s, effects, trial=True)
+        again_s = now_s + self._suspicion_s(CONFIRMATIONS)
+        self._timers.set(("suspect", subject), again_s)
+        if probe is not None:
+            self._probes.hurry(probe, now_s)
+            self._ask_others(probe, now_s, effects)
+
+    def _convict(self, subject: int, index: int, now_s: float, effects: list[GossipEffect]) -> None:
+        view = self._view
+        epoch, seq = view.epochs[index], view.seqs[index]
+        claim = Claim(RumourKind.DEAD, subject, epoch, seq, self.own_id, now_s)
+        self._send(subject, _for_one(subject, claim, now_s), effects)
+        self._bury(claim, index, now_s)
+        self._say(claim, self.own_id, now_s)
+
+    def _bury(self, claim: Claim, index: int, now_s: float) -> None:
+        view = self._view
+        subject = claim.subject
+        profile, body, made_s = view.profiles[index], view.body(index), view.made_s[index]
+        if subject in self._suspicions:
+            self._clear(subject, index)
+        view.remove(index)
+        self._unprofiled.pop(subject, None)
+        self._remember(claim, profile, body, made_s, now_s)
+        self._report_dead(profile)
+
+    def _remember(
+        self,
+        claim: Claim,
+        profile: NodeProfile | None,
+        body: bytes | None,
+        made_s: float,
+        now_s: float,
+    ) -> None:
+        self._gone[claim.subject] = Gone(claim, [claim.origin], profile, body, made_s)
+        self._timers.set(("forget", claim.subject), now_s + REMEMBER_S)
+        if len(self._gone) > GONE_FACTOR * max(len(self._view), GONE_LEAST):
+            self._forget(next(iter(self._gone)))
+
+    def _forget(self, subject: int) -> None:
+        del self._gone[subject]
+        self._timers.set(("forget", subject), None)
+
+    def _take_rumours(
+        self, section: Rumours, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        for rumour in section.rumours:
+            claim = Claim(*rumour[:5], now_s - rumour.age * AGE_UNIT_S)
+            if claim.subject == self.own_id:
+                self._refute(claim.epoch, now_s)
+            elif self._believe(claim, sender, now_s, effects):
+                self._say(claim, section.limit, now_s)
+
+    def _believe(
+        self, claim: Claim, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> bool:
+        """Whether this is news, and not outdated by what is known here."""
+        subject = claim.subject
+        index = self._view.find(subject)
+        if index < 0:
+            return self._believe_of_stranger(claim, now_s)
+        if self._is_outdated(claim, index):
+            status = self._packed_at(index, now_s)
+            self._replies.append(encode_statuses(_stay(sender), [status]))
+            if claim.kind is RumourKind.DEAD:  # it should know, and contradict
+                self._send(subject, _for_one(subject, claim, now_s), effects)
+            return False
+        if claim.kind is not RumourKind.SUSPECT:
+            self._bury(claim, index, now_s)
+            return True
+        suspicion = self._suspicions.get(subject)
+        if suspicion is not None:
+            known = suspicion.origins
+            if claim.origin in known or len(known) > CONFIRMATIONS:
+                return False
+        self._suspect(claim, index, now_s)
+        return True
+
+    def _is_outdated(self, claim: Claim, index: int) -> bool:
+        view = self._view
+        if claim.kind is RumourKind.LEFT:
+            return view.epochs[index] > claim.epoch
+        return _clears(view.epochs[index], view.made_s[index], claim)
+
+    def _believe_of_stranger(self, claim: Claim, now_s: float) -> bool:
+        if claim.kind is RumourKind.SUSPECT:
+            return False
+        gone = self._gone.get(claim.subject)
+        if gone is None:
+            if now_s - claim.since_s > GOSSIP_DEATH_S:
+                return False
+            self._remember(claim, None, None, claim.since_s, now_s)
+            return True
+        if claim.epoch < gone.claim.epoch or claim.origin in gone.origins:
+            return False
+        if claim.epoch > gone.claim.epoch:
+            gone.claim = claim
+        if len(gone.origins) > CONFIRMATIONS:
+            return False
+        gone.origins.append(claim.origin)
+        return True
+
+
+def _stay(target: int) -> int:
+    """A limit that says to ``target`` that it is to pass nothing on."""
+    return (target + 1) % RING
+
+
+def _for_one(target: int, claim: Claim, now_s: float) -> bytes:
+    return encode_rumours(_stay(target), [claim.packed(now_s)])
+
+
+def _fitting(replies: list[bytes]) -> bytes:
+    """As many of them as fit into one datagram, the first ones first."""
+    payload = b""
+    for each in replies:
+        if len(payload) + len(each) <= PAYLOAD_BYTES_MAX:
+            payload += each
+    return payload
+
+
+def _load_changed(said: int, load: int) -> bool:
+    """From none to some, from some to none, or by more than half and by more than one."""
+    return (said == 0) != (load == 0) or abs(said - load) > max(1, said / 2)
+
+
+def _clears(epoch: int, made_s: float, claim: Claim) -> bool:
+    """Whether a record refutes a suspicion, or a death: it is of a later life, or was made
+    since."""
+    return epoch > claim.epoch or (epoch == claim.epoch and made_s > claim.since_s + MARGIN_S)
+
+
+def _returns(record: StatusRecord, made_s: float, claim: Claim) -> bool:
+    """Whether the subject of a record is back, of which this was claimed."""
+    if record.epoch != claim.epoch:
+        return record.epoch > claim.epoch
+    lately = record.seq > claim.seq and made_s > claim.since_s + MARGIN_S
+    return lately and claim.kind is RumourKind.DEAD
+
+
+def _former_member(gone: Gone) -> Member:
+    state = MemberState.LEFT if gone.claim.kind is RumourKind.LEFT else MemberState.DEAD
+    status = None if gone.body is None else read_body(gone.body)
+    return Member(gone.profile, status, state, gone.made_s)

@@ -1,0 +1,424 @@
+"""How what one node says gets to all others, once: who passes it on to whom, and when.
+
+Pure logic: writes datagrams, and sends none.
+
+The ring of ids is the one thing that all nodes agree on without talking. Who has something to say
+sends it to its *fingers*, the members 1, 2, 4, 8, ... places on, and makes each of them responsible
+for the part of the ring up to the next finger; each of these does the same with its part (broadcast
+over a distributed hash table: El-Ansary, Alima, Brand, Haridi 2003). So a record reaches every node
+once, over log2(N) hops at most, and every node forwards as much as it receives. Epidemic push sends
+everything about five times for the same. Parts are stretches of the ring, not lists of nodes, so it
+does no harm that no two nodes know exactly the same members.
+
+Whoever is made responsible for a part confirms it. What is not confirmed is sent once more, and
+then given to the next member of that part. What gets lost nevertheless is found by repair
+(``gossip.py``).
+
+A *status* waits for others on the same way, longer where many come by; a *claim* (that a node is
+suspected, dead, gone, or there) goes at once. Both have room of their own: claims take a quarter of
+a datagram at most while statuses wait, and statuses never the last quarter of the budget.
+
+Invariants: no datagram exceeds ``PAYLOAD_BYTES_MAX``; what waits for a target has a deadline; at
+most ``FLIGHTS_MAX`` datagrams are unconfirmed and ``WAITING_MAX`` statuses wait for one target.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from swarmcache.gossip_events import GossipEffect, SendDatagram
+from swarmcache.gossip_records import (
+    AGE_UNIT_S,
+    AGE_UNITS_MAX,
+    NUMBER_BYTES,
+    PAYLOAD_BYTES_MAX,
+    PROFILE_BYTES,
+    RUMOUR_BYTES,
+    SPREAD_HEAD_BYTES,
+    STATUS_BYTES,
+    STATUSES_MAX,
+    NodeProfile,
+    Rumour,
+    RumourKind,
+    encode_numbered,
+    encode_profiles,
+    encode_rumours,
+    encode_statuses,
+    pack_profile,
+    pack_rumour,
+)
+from swarmcache.gossip_view import View
+from swarmcache.timers import Timers
+
+# Envelope, UDP and IPv4 headers.
+OVERHEAD_BYTES = 48 + 28
+# A confirmation takes two ways through the network and two event loops: milliseconds. Whoever takes
+# longer than this is busy with something else.
+CONFIRM_S = 0.4
+TRIES_MAX = 2
+# A member that has confirmed nothing is asked to pass nothing on for so long, or until it is heard.
+SILENT_S = 10.0
+# Statuses wait for each other so long at most on the way to the nearest finger, which gets half of
+# all, and so long on the way to the farthest ones, which get few.
+WAIT_NEAR_S = 0.8
+WAIT_FAR_S = 0.15
+NEAR_FINGERS = 5
+FLIGHTS_MAX = 1024
+WAITING_MAX = 4 * STATUSES_MAX
+CLAIMS_SHARE = 4
+BUDGET_S = 2.0
+LIST_MAX = 255
+
+
+def age_units(age_s: float) -> int:
+    """An age as records carry it."""
+    return min(max(int(age_s / AGE_UNIT_S), 0), AGE_UNITS_MAX)
+
+
+class Claim(NamedTuple):
+    """A rumour as it is remembered: with the time, on this node's clock, since when it holds."""
+
+    kind: RumourKind
+    subject: int
+    epoch: int
+    seq: int
+    origin: int
+    since_s: float
+
+    def packed(self, now_s: float) -> bytes:
+        """As it travels now."""
+        return pack_rumour(Rumour(*self[:5], age_units(now_s - self.since_s)))
+
+
+class Budget:
+    """How many bytes may be sent: ``rate`` a second, ``BUDGET_S`` of which may be saved up."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.saved_max = rate * BUDGET_S
+        self._saved = self.saved_max
+        self._at_s = 0.0
+
+    def saved(self, now_s: float) -> float:
+        """What part of what may be saved is there: at most 1, below 0 for debts."""
+        self._saved = min(self._saved + (now_s - self._at_s) * self.rate, self.saved_max)
+        self._at_s = now_s
+        return self._saved / self.saved_max
+
+    def spend(self, size_bytes: int) -> None:
+        """Sent, with ``OVERHEAD_BYTES``."""
+        self._saved -= size_bytes + OVERHEAD_BYTES
+
+    def wait_s(self, part: float) -> float:
+        """How long until so much is saved."""
+        return max(part * self.saved_max - self._saved, 0.0) / self.rate
+
+
+class Leg(NamedTuple):
+    """One way onwards: to ``target``, who is responsible up to ``limit``."""
+
+    target: int
+    limit: int
+    wait_s: float
+
+
+@dataclass(slots=True)
+class Cargo:
+    """What is to be sent to one target, by limit."""
+
+    claims: dict[int, dict[Claim, None]] = field(default_factory=dict)
+    statuses: dict[int, dict[int, None]] = field(default_factory=dict)
+    profiles: dict[int, dict[int, None]] = field(default_factory=dict)
+
+    def empty(self) -> bool:
+        return not (self.claims or self.statuses or self.profiles)
+
+    def status_count(self) -> int:
+        return sum(map(len, self.statuses.values()))
+
+
+@dataclass(slots=True)
+class Flight:
+    """A numbered datagram that is not confirmed yet."""
+
+    target: int
+    cargo: Cargo
+    tries: int
+
+
+class Spread:
+    """What waits to be sent on, and what is on its way.
+
+    ``status_of``: the packed record of a member as of now, or of this node itself; ``profile_of``:
+    its profile. Both None if unknown.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        budget: Budget,
+        status_of: Callable[[int, float], bytes | None],
+        profile_of: Callable[[int], NodeProfile | None],
+    ) -> None:
+        self._view = view
+        self._budget = budget
+        self._status_of = status_of
+        self._profile_of = profile_of
+        self._waiting: dict[int, Cargo] = {}
+        self._flights: dict[int, Flight] = {}
+        self._numbers = 0
+        self._silent: dict[int, float] = {}
+        self._timers: Timers[tuple[str, int]] = Timers()
+        self._fingers: list[int] = []
+        self._distances: list[int] = []
+        self._fingers_of = (-1, -1)
+        self._silent_version = 0
+        self.unconfirmed: list[int] = []
+
+    # --- who passes on to whom --------------------------------------------------------------------
+
+    def fingers(self) -> list[int]:
+        """The members that this node sends to, nearest first."""
+        version = (self._view.version, self._silent_version)
+        if version != self._fingers_of:
+            self._fingers_of = version
+            self._fingers = self._view.fingers(self._usable)
+            self._distances = [self._view.distance(each) for each in self._fingers]
+        return self._fingers
+
+    def legs(self, limit: int) -> list[Leg]:
+        """How everybody between here and ``limit`` is reached. This node's own id: everybody."""
+        fingers = self.fingers()
+        reach = bisect_left(self._distances, self._view.distance(limit))
+        legs = []
+        for number in range(reach):
+            last = number + 1 == reach
+            wait_s = WAIT_NEAR_S if number < NEAR_FINGERS else WAIT_FAR_S
+            legs.append(Leg(fingers[number], limit if last else fingers[number + 1], wait_s))
+        return legs
+
+    def _usable(self, index: int) -> bool:
+        view = self._view
+        return (
+            view.profiles[index] is not None
+            and not view.suspected[index]
+            and view.ids[index] not in self._silent
+        )
+
+    def heard(self, subject: int) -> None:
+        """This member has said something."""
+        if self._silent.pop(subject, None) is not None:
+            self._silent_version += 1
+
+    def view_changed(self) -> None:
+        """A member has come under suspicion, or is free of it."""
+        self._silent_version += 1
+
+    # --- what is to be sent -----------------------------------------------------------------------
+
+    def pass_statuses(
+        self, legs: Iterable[Leg], subjects: Iterable[int], now_s: float, *, urgent: bool
+    ) -> None:
+        """The records of these members go on, as they are when they are sent."""
+        new = dict.fromkeys(subjects)
+        for target, limit, wait_s in legs:
+            cargo = self._cargo(target)
+            waiting = cargo.statuses.get(limit)
+            if waiting is None:
+                cargo.statuses[limit] = new.copy()
+            else:
+                waiting.update(new)
+            full = cargo.status_count() >= STATUSES_MAX
+            self._timers.set_by(("flush", target), now_s if full or urgent else now_s + wait_s)
+
+    def pass_profiles(self, legs: Iterable[Leg], subjects: Iterable[int], now_s: float) -> None:
+        """The profiles of these members go on, at once."""
+        new = dict.fromkeys(subjects)
+        for target, limit, _ in legs:
+            self._cargo(target).profiles.setdefault(limit, {}).update(new)
+            self._timers.set_by(("flush", target), now_s)
+
+    def pass_claims(self, legs: Iterable[Leg], claims: Iterable[Claim], now_s: float) -> None:
+        """These claims go on, at once."""
+        new = dict.fromkeys(claims)
+        for target, limit, _ in legs:
+            self._cargo(target).claims.setdefault(limit, {}).update(new)
+            self._timers.set_by(("flush", target), now_s)
+
+    def _cargo(self, target: int) -> Cargo:
+        cargo = self._waiting.get(target)
+        if cargo is None:
+            cargo = self._waiting[target] = Cargo()
+        return cargo
+
+    # --- what happens meanwhile -------------------------------------------------------------------
+
+    def confirmed(self, numbers: Iterable[int]) -> None:
+        """These datagrams have arrived."""
+        for number in numbers:
+            if self._flights.pop(number, None) is not None:
+                self._timers.set(("flight", number), None)
+
+    def wake_at_s(self) -> float | None:
+        """When ``work`` is next to be called."""
+        return self._timers.next_at_s()
+
+    def work(self, now_s: float, effects: list[GossipEffect]) -> None:
+        """Send what has waited long enough, again what was not confirmed."""
+        for kind, number in self._timers.pop_due(now_s):
+            if kind == "flush":
+                self._flush(number, now_s, effects)
+            elif kind == "flight":
+                self._give_up_waiting(number, now_s, effects)
+            elif self._silent.pop(number, None) is not None:
+                self._silent_version += 1
+
+    def forgive(self, now_s: float) -> None:
+        """This node itself has slept: nobody is to blame for what was not confirmed meanwhile."""
+        for number in self._flights:
+            self._timers.set(("flight", number), now_s + CONFIRM_S)
+
+    def _give_up_waiting(self, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        flight = self._flights.pop(number)
+        if self._view.find(flight.target) >= 0 and flight.tries < TRIES_MAX:
+            self._send(flight.target, flight.cargo, flight.tries + 1, now_s, effects)
+            return
+        if flight.target not in self._silent:
+            self._silent[flight.target] = now_s + SILENT_S
+            self._timers.set(("silent", flight.target), now_s + SILENT_S)
+            self._silent_version += 1
+            self.unconfirmed.append(flight.target)
+        self._hand_over(flight, now_s)
+
+    def _hand_over(self, flight: Flight, now_s: float) -> None:
+        """The next member of each part becomes responsible for what is left of it."""
+        cargo = flight.cargo
+        for limit in {*cargo.claims, *cargo.statuses, *cargo.profiles}:
+            heir = self._next_member(flight.target, limit)
+            if heir is None:
+                continue
+            legs = [Leg(heir, limit, 0.0)]
+            self.pass_claims(legs, cargo.claims.get(limit, ()), now_s)
+            self.pass_statuses(legs, cargo.statuses.get(limit, ()), now_s, urgent=True)
+            self.pass_profiles(legs, cargo.profiles.get(limit, ()), now_s)
+
+    def _next_member(self, target: int, limit: int) -> int | None:
+        view = self._view
+        end = view.distance(limit)
+        for index in view.onwards(target + 1):
+            subject = view.ids[index]
+            if view.distance(subject) >= end or view.distance(subject) <= view.distance(target):
+                return None
+            if self._usable(index):
+                return subject
+        return None
+
+    # --- datagrams --------------------------------------------------------------------------------
+
+    def _flush(self, target: int, now_s: float, effects: list[GossipEffect]) -> None:
+        waiting = self._waiting.pop(target, None)
+        if waiting is None or self._profile_of(target) is None:
+            return
+        saved = self._budget.saved(now_s)
+        enough = 0.0 if waiting.claims else 1 / CLAIMS_SHARE
+        while saved >= enough and not waiting.empty() and len(self._flights) < FLIGHTS_MAX:
+            self._send(target, self._load(waiting), 1, now_s, effects)
+            saved = self._budget.saved(now_s)
+            enough = 0.0 if waiting.claims else 1 / CLAIMS_SHARE
+        if waiting.empty():
+            return
+        self._drop_oldest(waiting)
+        self._waiting[target] = waiting
+        self._timers.set(("flush", target), now_s + max(self._budget.wait_s(enough), CONFIRM_S / 4))
+
+    def _load(self, waiting: Cargo) -> Cargo:
+        """Take out of ``waiting`` what fits into one datagram."""
+        cargo = Cargo()
+        room = PAYLOAD_BYTES_MAX - NUMBER_BYTES
+        claims_room = room // CLAIMS_SHARE if waiting.statuses else room
+        room -= claims_room - _take(waiting.claims, cargo.claims, RUMOUR_BYTES, claims_room)
+        if waiting.status_count() > STATUSES_MAX:
+            self._freshest_first(waiting)
+        room = _take(waiting.statuses, cargo.statuses, STATUS_BYTES, room)
+        _take(waiting.profiles, cargo.profiles, PROFILE_BYTES, room)
+        return cargo
+
+    def _freshest_first(self, waiting: Cargo) -> None:
+        for limit, subjects in waiting.statuses.items():
+            waiting.statuses[limit] = dict.fromkeys(
+                sorted(subjects, key=self._made_s, reverse=True)
+            )
+
+    def _drop_oldest(self, waiting: Cargo) -> None:
+        """There is no budget to send all that comes: the oldest knowledge is worth least."""
+        excess = waiting.status_count() - WAITING_MAX
+        if excess <= 0:
+            return
+        each = [(self._made_s(s), limit, s) for limit, ids in waiting.statuses.items() for s in ids]
+        for _, limit, subject in sorted(each)[:excess]:
+            del waiting.statuses[limit][subject]
+            if not waiting.statuses[limit]:
+                del waiting.statuses[limit]
+
+    def _made_s(self, subject: int) -> float:
+        index = self._view.find(subject)
+        return self._view.made_s[index] if index >= 0 else float("inf")
+
+    def _send(
+        self, target: int, cargo: Cargo, tries: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        profile = self._profile_of(target)
+        if profile is None:
+            return
+        self._numbers = (self._numbers + 1) & 0xFFFFFFFF
+        sections = [encode_numbered(self._numbers)]
+        for limit, claims in cargo.claims.items():
+            sections.append(encode_rumours(limit, [each.packed(now_s) for each in claims]))
+        for limit, subjects in cargo.statuses.items():
+            records = [self._status_of(subject, now_s) for subject in subjects]
+            sections.append(encode_statuses(limit, [each for each in records if each]))
+        for limit, subjects in cargo.profiles.items():
+            profiles = [self._profile_of(subject) for subject in subjects]
+            packed = [pack_profile(each) for each in profiles if each is not None]
+            sections.append(encode_profiles(limit, packed))
+        payload = b"".join(sections)
+        assert len(payload) <= PAYLOAD_BYTES_MAX, f"a datagram of {len(payload)} bytes"
+        self._budget.spend(len(payload))
+        effects.append(SendDatagram(profile.address.node, payload))
+        self._flights[self._numbers] = Flight(target, cargo, tries)
+        self._timers.set(("flight", self._numbers), now_s + CONFIRM_S)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        self._timers.check()
+        assert len(self._flights) <= FLIGHTS_MAX + len(self._waiting), "too many in flight"
+        for target, cargo in self._waiting.items():
+            assert self._timers.at_s(("flush", target)) is not None, "never sent"
+            assert cargo.status_count() <= 2 * WAITING_MAX, "too many wait for one target"
+        for number in self._flights:
+            assert self._timers.at_s(("flight", number)) is not None, "never given up"
+
+
+Item = TypeVar("Item")
+
+
+def _take(
+    waiting: dict[int, dict[Item, None]], taken: dict[int, dict[Item, None]], size: int, room: int
+) -> int:
+    """Move as many items as fit, each of ``size`` bytes and with one head for each limit. Returns
+    the room that is left."""
+    for limit in list(waiting):
+        count = min((room - SPREAD_HEAD_BYTES) // size, LIST_MAX)
+        if count <= 0:
+            break
+        items = list(waiting[limit])
+        taken[limit] = dict.fromkeys(items[:count])
+        if count >= len(items):
+            del waiting[limit]
+        else:
+            waiting[limit] = dict.fromkeys(items[count:])
+        room -= SPREAD_HEAD_BYTES + size * len(taken[limit])
+    return room
