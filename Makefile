@@ -8,6 +8,10 @@ BOX_PACKAGES = acl e2fsprogs fuse3 g++ iproute2 munge openssh-sftp-server slurm-
     sshfs xfsprogs
 BOX_COMMANDS = c++ setfacl fusermount3 ip mkfs.ext4 mkfs.xfs munged sbatch slurmctld slurmd tc sshfs
 
+# Many tests wait most of the time, but a cluster in a box keeps some cores busy. Each module stays in
+# one process, for its fixtures. "make test TEST_PROCESSES=" for one process, whose output is in order.
+TEST_PROCESSES ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+
 APT_INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # Debian splits the means to make virtual environments off from Python.
 INSTALL_VENV = { test "$$(id -u)" = 0 && apt-get update -qq && $(APT_INSTALL) python3-venv >/dev/null; }
@@ -22,7 +26,7 @@ demo: .venv/.ready ## one real file through a swarm of four nodes on this machin
 	.venv/bin/swarmcache demo
 
 test: .venv/.ready box-packages ## the whole test suite; ARGS="-k name" for a part of it
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(TEST_PROCESSES) $(ARGS)
 
 check: lint test ## what a change must pass: lint, then test
 
