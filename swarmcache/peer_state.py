@@ -850,7 +850,6 @@ class PeerState:
                 answer = Holding(message.version_id, message.query_id, mask_to_bytes(held))
                 self._tell(answer, effects)
             case Revoked():
-                self._drop_seed(message.version_id, now_s)
                 self._give_up(
                     message.version_id, message.reason, now_s, effects, source_changed=True
                 )

@@ -704,9 +704,10 @@ class TrackerState:
             member.guarded ^= chunks
             wanted ^= chunks
             self._search(swarm, chunks, [other], now_s, effects, doubted=other)
-            if other not in swarm.members[name].neighbours:
-                self._link(swarm, name, other, effects)
-                self._link(swarm, other, name, effects)
+            # Also those who are neighbours: one of them may have parted when it could not reach the
+            # other, who waits to be dialled.
+            self._link(swarm, name, other, effects)
+            self._link(swarm, other, name, effects)
         # Perhaps nobody was able to read them, and somebody is now.
         self._grant(swarm.file_server, now_s, effects)
 
@@ -839,16 +840,17 @@ class TrackerState:
         return Located(message.request_id, found)
 
     def _revoke(self, version_id: bytes, reason: str, effects: list[TrackerEffect]) -> None:
-        """The source is no longer this file version: nobody keeps anything of it."""
-        concerned = set(self._replicas.pop(version_id, ()))
-        self._statistics.holders_changed(len(concerned), 0)
+        """The source is no longer this file version: who fetches it drops all that it has of it.
+
+        Replicas stay: every chunk of them was read while the source was what it should be.
+        """
         swarm = self._swarms.get(version_id)
-        if swarm is not None:
-            concerned |= swarm.members.keys()
-            self._dissolve(swarm)
-        for name in sorted(concerned):
-            self._nodes[name].replicas.discard(version_id)
-            self._tell(name, Revoked(version_id, reason), effects)
+        if swarm is None:
+            return
+        for name, member in sorted(swarm.members.items()):
+            if not member.complete:
+                self._tell(name, Revoked(version_id, reason), effects)
+        self._dissolve(swarm)
 
     # --- slots ----------------------------------------------------------------------------------
 

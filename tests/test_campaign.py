@@ -15,24 +15,18 @@ from simulations import campaign
 from simulations.faults import Fault
 from simulations.plans import THEMES, draw
 from simulations.planted_bugs import BUGS, find, planted
-from simulations.seed_run import run_seed
+from simulations.seed_run import run_plan
 from simulations.shrink import smallest
 from swarmcache.download import Download
+from tests.found_plans import FOUND
 
 REPOSITORY = Path(__file__).parent.parent
 
-# Seeds that found something, and what it was.
-FOUND = {
-    97: "a lost node was looked for among the readers of its other swarms: the tracker ended",
-    17: "a node that had failed to read three times was never asked to read again",
-    24: "a replica that is cut differently made its holder look like a liar",
-}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", FOUND)
-def test_a_seed_that_once_found_something_finds_it_no_more(seed: int) -> None:
-    assert run_seed(seed).failure is None, FOUND[seed]
+@pytest.mark.parametrize("what", FOUND)
+def test_a_plan_that_once_found_something_finds_it_no_more(what: str) -> None:
+    assert run_plan(FOUND[what]).failure is None
 
 
 @pytest.mark.slow

@@ -704,7 +704,7 @@ def test_who_fetches_anew_what_it_has_lost_stays_in_the_swarm() -> None:
     assert replica_counts(bench) == {"a": 0}
 
 
-def test_a_changed_source_is_revoked_everywhere() -> None:
+def test_a_changed_source_is_revoked_to_those_who_fetch_it_and_replicas_stay_known() -> None:
     bench = Bench()
     bench.connect("a", "b", "c", "d")
     bench.join("a", "b")
@@ -716,10 +716,25 @@ def test_a_changed_source_is_revoked_everywhere() -> None:
     )
 
     revoked = sorted(name for name, message in bench.told if isinstance(message, Revoked))
-    assert revoked == ["a", "b", "c"]
+    assert revoked == ["a", "b"]
+    assert replica_counts(bench) == {"a": 0, "b": 0, "c": 2, "d": 0}
     bench.wait_until(1010.0, "a", "b", "c", "d")
     bench.join("d")
-    assert {peer.node for peers in bench.messages(Peers, "d") for peer in peers.peers} == set()
+    assert {peer.node for peers in bench.messages(Peers, "d") for peer in peers.peers} == {"c"}
+
+
+def test_who_cannot_get_chunks_of_a_neighbour_is_introduced_to_it_anew() -> None:
+    """The neighbour has parted when it could not reach the node, which waits to be dialled."""
+    bench = Bench()
+    bench.connect("a", "b")
+    bench.say("a", Replicas([FILE]))
+    bench.join("b", chunks=4)
+    before = len(bench.messages(Peers, "a")), len(bench.messages(Peers, "b"))
+
+    bench.say("b", Missing(FILE, b"\x0f"))
+
+    after = len(bench.messages(Peers, "a")), len(bench.messages(Peers, "b"))
+    assert after == (before[0] + 1, before[1] + 1)
 
 
 def test_who_leaves_is_nobodys_neighbour_and_reads_nothing() -> None:
