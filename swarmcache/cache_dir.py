@@ -684,6 +684,10 @@ class CacheDir:
         """How much room there would be if all was evicted that may be. Slow. Raises LocalError."""
         return max(0, self._partials.balance_bytes() + self._evictor.spare_bytes())
 
+    def pinned_bytes(self) -> int:
+        """What the pinned replicas take. Slow. Raises LocalError."""
+        return self._evictor.pinned_bytes()
+
     def needed_bytes(self, version: FileVersion) -> int | None:
         """What of ``attainable_bytes`` would be lost to a file that stays, or is being fetched.
 

@@ -59,6 +59,7 @@ __all__ = [
     "DiskLimit",
     "FileServerSettings",
     "GetSettings",
+    "GossipSettings",
     "HostPort",
     "TrackerSettings",
     "TransferSettings",
@@ -71,6 +72,8 @@ SECRET_MIN_BYTES = 16
 SECRETS_MAX_BYTES = 4096  # of the whole file
 SECRETS_MAX = 4  # the one in use, its successor, and what was forgotten in there
 LABEL_MAX_BYTES = 255
+RACK_MAX_BYTES = 64
+GOSSIP_RATE_MIN_BYTES_PER_S = 2000  # somebody is asked every second, and answers are due
 CONFIG_FILE_MAX_BYTES = 1 << 20
 CURRENT_DIR = Path()  # looked up only where a relative path needs it: a job may have lost its own
 SOCKET_PATH_MAX_BYTES = 107  # sun_path has 108 bytes, one of them for the NUL: unix(7)
@@ -109,6 +112,24 @@ def parse_label(value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value.encode()) <= LABEL_MAX_BYTES:
         raise ValueError(f"a name of at most {LABEL_MAX_BYTES} bytes")
     return value
+
+
+def parse_rack(value: object) -> str:
+    """A label of a place. Raises ValueError."""
+    if not isinstance(value, str) or len(value.encode()) > RACK_MAX_BYTES:
+        raise ValueError(f"a label of at most {RACK_MAX_BYTES} bytes")
+    return value
+
+
+def parse_gossip_rate(value: object) -> float:
+    """Bytes per second. Raises ValueError."""
+    try:
+        rate_bytes_per_s = parse_rate(value)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "off"') from error
+    if rate_bytes_per_s < GOSSIP_RATE_MIN_BYTES_PER_S:
+        raise ValueError(f'{GOSSIP_RATE_MIN_BYTES_PER_S} bytes per second or more, or "off"')
+    return rate_bytes_per_s
 
 
 def parse_path(value: object) -> Path:
@@ -171,10 +192,12 @@ class TrackerSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DaemonSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The node daemon. ``advertise`` is what others are told; None: the address of ``listen``."""
+    """The node daemon. ``advertise`` is what others are told; None: the address of ``listen``.
+    ``rack``: where it stands; nodes with the same one are near one another."""
 
     listen: Annotated[HostPort, HostPort.parse] = HostPort("127.0.0.1", 7381)
     advertise: Annotated[HostPort | None, _or_none(HostPort.parse, "none")] = None
+    rack: Annotated[str, parse_rack] = ""
     socket: Annotated[Path, parse_path]
 
 
@@ -216,6 +239,14 @@ class TransferSettings(Settings, frozen=True, kw_only=True, forbid_unknown_field
     )
 
 
+class GossipSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What nodes tell one another of themselves. None: they do not."""
+
+    rate_max_bytes_per_s: Annotated[float | None, _or_none(parse_gossip_rate, "off")] = field(
+        name="rate_max", default=12_000.0
+    )
+
+
 class GetSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``get``: after so long without any progress it prints the original path."""
 
@@ -240,6 +271,7 @@ class Config(Struct, frozen=True, kw_only=True):
     cache: CacheSettings
     file_servers: dict[str, FileServerSettings]
     transfer: TransferSettings
+    gossip: GossipSettings
     get: GetSettings
     cf: CfSettings
     file: Path | None = None
@@ -269,6 +301,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "cache": CacheSettings,
     "file_servers": FileServerSettings,
     "transfer": TransferSettings,
+    "gossip": GossipSettings,
     "get": GetSettings,
     "cf": CfSettings,
 }

@@ -375,6 +375,10 @@ class Cache:
         room_bytes = self._answers(lambda each: each.attainable_bytes(), self._examine)
         return needed_bytes, sum(room_bytes)
 
+    def pinned_bytes(self) -> int:
+        """What all pinned replicas take. Slow. Raises LocalError."""
+        return sum(self._answers(lambda each: each.pinned_bytes(), self._examine))
+
     def hold(self, version_id: bytes) -> None:
         """Keep a file version, whether it is here already or not, until ``release``."""
         for directory in self._all:

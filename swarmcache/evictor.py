@@ -107,6 +107,10 @@ class Evictor:
             return 0
         return replica.stored_bytes
 
+    def pinned_bytes(self) -> int:
+        """What is pinned. Slow. Raises LocalError."""
+        return Kept(*self._index.kept(time.time() - self._min_age_s)).pinned_bytes
+
     def make_room(self, wanted_bytes: int, overhead_bytes: int = 0) -> None:
         """Take replicas away that have so many bytes, each its own and ``overhead_bytes``. Slow.
 

@@ -38,6 +38,7 @@ SURVEYED_MAX = 1024
 PROTOCOL_VERSION = 3
 LOADS_MAX = 64
 WAITING_MAX = 1024
+SEEDS_MAX = 16
 
 VersionId = Annotated[bytes, Meta(min_length=32, max_length=32)]
 # ``path_digests.path_digest``
@@ -48,6 +49,7 @@ PathDigests = Annotated[
 WRITE_ID_BYTES = 16
 WriteId = Annotated[bytes, Meta(min_length=WRITE_ID_BYTES, max_length=WRITE_ID_BYTES)]
 NodeId = Annotated[str, Meta(min_length=1, max_length=255)]
+Seeds = Annotated[list[NodeId], Meta(max_length=SEEDS_MAX)]
 Name = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(gt=0)]
@@ -278,11 +280,17 @@ class Locate(Message, tag="locate"):
 
 
 class Registered(Message, tag="registered"):
-    """The tracker knows the node now. ``until_s``: end of its held leases, on the node's clock."""
+    """The tracker knows the node now. ``until_s``: end of its held leases, on the node's clock.
+
+    ``seeds``: some other nodes that are connected, by advertised address. ``time_s``: the tracker's
+    wall clock, which the cluster goes by; 0 where it does not say.
+    """
 
     lease_s: float
     until_s: float
     adopted: list[int] = []
+    seeds: Seeds = []
+    time_s: float = 0.0
 
 
 class Joined(Message, tag="joined"):
@@ -328,11 +336,14 @@ class Renewed(Message, tag="renewed"):
     ``waiting`` are the node's swarms that wait for a slot of their file server, or for an answer of
     the nodes that may have chunks which somebody misses. ``turns_over``: files that were written
     for long while others wait; their leases are to be given back soon, and wanted anew.
+    ``seeds`` and ``time_s`` as in ``Registered``; seeds come with some answers only.
     """
 
     until_s: float
     waiting: Annotated[list[VersionId], Meta(max_length=WAITING_MAX)] = []
     turns_over: Annotated[list[WriteId], Meta(max_length=WAITING_MAX)] = []
+    seeds: Seeds = []
+    time_s: float = 0.0
 
 
 class Query(Message, tag="query"):

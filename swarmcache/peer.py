@@ -7,6 +7,7 @@ the disk, reading from the file server, and the chunks themselves (``transfer.py
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import itertools
 import logging
@@ -35,6 +36,8 @@ from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
+from swarmcache.gossip_records import NodeProfile
+from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.link import Link, connect, serve
 from swarmcache.local_protocol import (
@@ -51,6 +54,8 @@ from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
     Message,
     NodeAddress,
+    Registered,
+    Renewed,
     Replicas,
     decode_between_nodes,
     decode_from_tracker,
@@ -99,19 +104,23 @@ from swarmcache.peer_events import (
     WriteFailed,
 )
 from swarmcache.peer_state import FLIGHTS_MAX, PeerState
+from swarmcache.peers_file import PeersFile
 from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import ReplicaQuestions
 from swarmcache.replicas_elsewhere import ReplicasElsewhere
 from swarmcache.serving import (
     allow_many_descriptors,
     bind,
+    bind_datagrams,
     cluster_keys,
     reread_on_hangup,
     say_ready,
+    software_version,
     told_to_end,
 )
 from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
+from swarmcache.status_meter import StatusMeter
 from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 from swarmcache.write_requests import WriteRequests
 
@@ -127,6 +136,7 @@ PROGRESS_S = 0.25
 # Replicas in one message of an announcement, of which the next is read when the former is on its
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
 ANNOUNCED_AT_ONCE = 1000
+BINDS_MAX = 16
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
@@ -145,6 +155,7 @@ class Daemon:
         self._uploaded_bytes = 0
         self._links: dict[str, Link] = {}
         self._tracker_link: Link | None = None
+        self.gossip: GossipServer | None = None
         self._announcing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoded: tuple[Message | None, bytes] = (None, b"")
@@ -190,7 +201,7 @@ class Daemon:
         """Open both ports, and decide how this node is called."""
         listen = self._config.daemon.listen
         transfer = self._config.transfer
-        self._listener = bind(listen)
+        self._listener, self._datagram_socket = self._bind(listen)
         stack.callback(self._listener.close)
         port = int(self._listener.getsockname()[1])
         self._chunk_server = ChunkServer(
@@ -209,6 +220,20 @@ class Daemon:
         if len(self._identity) > IDENTITY_MAX_BYTES:
             raise ConfigError(f"the advertised address {advertised} is too long")
         return HostPort(listen.host, port)
+
+    def _bind(self, listen: HostPort) -> tuple[socket.socket, socket.socket | None]:
+        """The control port, and the same for datagrams. Raises OSError."""
+        for _ in range(BINDS_MAX):
+            listener = bind(listen)
+            if self._config.gossip.rate_max_bytes_per_s is None:
+                return listener, None
+            try:
+                return listener, bind_datagrams(listener)
+            except OSError:
+                listener.close()
+                if listen.port:
+                    raise
+        raise OSError(errno.EADDRINUSE, "no port is free for TCP and UDP")
 
     def _start_machine(self, stack: AsyncExitStack) -> None:
         self._fetcher = ChunkFetcher(
@@ -307,9 +332,38 @@ class Daemon:
         self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
         stack.callback(self._local_server.close)
         stack.callback(self._local.answer_everybody, "the daemon is being stopped")
+        if self._datagram_socket is not None:
+            await self._start_gossip(self._datagram_socket, stack)
         self._spawn(self._stay_with_tracker())
         self._disk.start()
         stack.push_async_callback(asyncio.to_thread, self._disk.stop)
+
+    async def _start_gossip(self, sock: socket.socket, stack: AsyncExitStack) -> None:
+        """Tell other nodes of this one, and hear of them. Raises OSError."""
+        rate_max = self._config.gossip.rate_max_bytes_per_s
+        assert rate_max is not None, "gossip is off"
+        meter = StatusMeter(
+            self._cache,
+            uploads=lambda: self._chunk_server.uploads,
+            downloads=lambda: len(self._state.downloads()),
+        )
+        path = next(each.path for each in self._cache.directories() if not each.lost)
+        self.gossip = GossipServer(
+            sock,
+            NodeProfile(
+                self.address,
+                self._config.daemon.rack,
+                software_version(),
+                self._cache.status().capacity_bytes,
+            ),
+            self._keyring,
+            PeersFile(f"{path}/.swarmcache"),
+            lambda: self._loop.run_in_executor(self._look_threads, meter.measure),
+            lambda _change: None,
+            rate_max_bytes_per_s=rate_max,
+        )
+        await self.gossip.start()
+        stack.push_async_callback(self.gossip.stop)
 
     async def _end_tasks(self) -> None:
         tasks = list(self._tasks)
@@ -366,6 +420,7 @@ class Daemon:
                 for node, connected, distrusted in self._state.neighbours()
             ],
             "downloads": self._local.downloads_status(),
+            "gossip": None if self.gossip is None else self.gossip.status(),
             "disk": msgspec.to_builtins(self._cache.status()),
             "directories": msgspec.to_builtins(self._cache.directories()),
         }
@@ -380,9 +435,7 @@ class Daemon:
             self._shell.handle(TrackerConnected())
             reason = "the tracker closed the connection"
             try:
-                await link.receive(
-                    lambda data: self._shell.handle(TrackerSaid(decode_from_tracker(data)))
-                )
+                await link.receive(self._tracker_said)
             except SwarmcacheError as error:
                 reason = f"lost the tracker: {error}"
             log.warning("%s", reason)
@@ -411,6 +464,12 @@ class Daemon:
             else:
                 log.info("connected to the tracker at %s", address)
                 return link
+
+    def _tracker_said(self, data: bytes) -> None:
+        message = decode_from_tracker(data)
+        if self.gossip is not None and isinstance(message, Registered | Renewed):
+            self.gossip.tracker_said(message)
+        self._shell.handle(TrackerSaid(message))
 
     def _tell_tracker(self, message: Message) -> None:
         if self._tracker_link is not None:

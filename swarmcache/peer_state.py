@@ -17,7 +17,7 @@ only when nothing that was asked for it (a chunk, a range, room, putting it in p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -353,7 +353,7 @@ class PeerState:
         """The state of one wanted file version, for progress displays."""
         return self._fetching.get(version_id)
 
-    def downloads(self) -> Iterable[Fetching]:
+    def downloads(self) -> Collection[Fetching]:
         """All file versions that are wanted and not complete."""
         return self._fetching.values()
 

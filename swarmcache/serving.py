@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.config import Config, load_secrets
@@ -55,6 +56,25 @@ def bind(address: HostPort) -> socket.socket:
     )
     family, _, _, _, where = found[0]
     return socket.create_server(where[:2], family=family, backlog=4096)
+
+
+def bind_datagrams(listener: socket.socket) -> socket.socket:
+    """A UDP socket at the address of a listening socket. Raises OSError."""
+    sock = socket.socket(listener.family, socket.SOCK_DGRAM)
+    try:
+        sock.bind(listener.getsockname())
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def software_version() -> str:
+    """Of this swarmcache; empty when it runs from a directory of sources."""
+    try:
+        return version("swarmcache")
+    except PackageNotFoundError:
+        return ""
 
 
 def say_ready(server: str, address: HostPort) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from random import Random
 
 from aiohttp import web
@@ -56,6 +57,7 @@ class Tracker:
             earlier_leases=self._journal.earlier,
             first_lease_id=self._journal.first_lease_id,
             statistics_interval_s=config.tracker.statistics_interval_s,
+            wall_offset_s=time.time() - now_s(),
             now_s=now_s(),
         )
         self._shell: MachineShell[TrackerEvent, TrackerEffect] = MachineShell(

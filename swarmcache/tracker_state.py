@@ -19,6 +19,8 @@ lease that is out has a slot in its file server's ledger; a node's leases end on
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,6 +37,7 @@ from swarmcache.messages import (
     LOADS_MAX,
     LOCATED_NODES_MAX,
     PROTOCOL_VERSION,
+    SEEDS_MAX,
     WAITING_MAX,
     DiskStatus,
     EndWrite,
@@ -88,6 +91,9 @@ from swarmcache.tracker_statistics import ServerStatistics, TrackerStatistics
 from swarmcache.tracker_writes import TrackerWrites, Write
 
 # A dead node's slot is free again after this long; a holder renews three times within it.
+# How often a node is told of some others, so that those who lost sight of one another meet again.
+SEEDS_EVERY_S = 10.0
+SEEDS_AT_ONCE = 3
 LEASE_S = 3.0
 # How much earlier the holder stops: one piece of a chunk from a slow server, and clocks that run at
 # slightly different rates (500 ppm, the worst that NTP corrects, is 1.5 ms here).
@@ -130,6 +136,7 @@ class Node:
     leases: set[int] = field(default_factory=set)
     read_bytes_per_s: float = 0.0
     silent: bool = False
+    seeds_at_s: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -211,7 +218,8 @@ class TrackerState:
 
     ``earlier_leases`` (lease id -> node) is what the journal says may still be out; lease ids begin
     at ``first_lease_id``, above all that were ever used. ``statistics_interval_s``: how often
-    ``ReportStatistics`` is returned, if something has happened; None for never.
+    ``ReportStatistics`` is returned, if something has happened; None for never. ``wall_offset_s``:
+    by how much the wall clock that the cluster goes by is ahead of the tracker's own.
     """
 
     def __init__(
@@ -223,10 +231,12 @@ class TrackerState:
         earlier_leases: Mapping[int, str] | None = None,
         first_lease_id: int = 1,
         statistics_interval_s: float | None = None,
+        wall_offset_s: float = 0.0,
         now_s: float = 0.0,
     ) -> None:
         self._rng = rng
         self._slots_max = slots_max
+        self._wall_offset_s = wall_offset_s
         self._peers_max = peers_max
         self._earlier = dict(earlier_leases or {})
         self._quarantine_until_s = now_s + LEASE_S if self._earlier else now_s
@@ -234,6 +244,7 @@ class TrackerState:
         self._next_query_id = 1
         self._sessions: dict[int, Node | None] = {}
         self._nodes: dict[str, Node] = {}
+        self._in_turn: OrderedDict[str, None] = OrderedDict()  # nodes, the next one to name first
         self._swarms: dict[bytes, Swarm] = {}
         # Holders in the order in which they told, so that naming some needs no sorting of all.
         self._replicas: dict[bytes, dict[str, None]] = {}
@@ -388,6 +399,7 @@ class TrackerState:
         node = Node(session, message.address, now_s, message.clock_s, now_s, message.disk)
         self._sessions[session] = node
         self._nodes[name] = node
+        self._in_turn[name] = None
         self._statistics.node_told(name, message.totals)
         adopted = [lease.lease_id for lease in message.leases if self._adopt(node, lease, now_s)]
         for held in message.writes:
@@ -399,7 +411,10 @@ class TrackerState:
                 del self._earlier[lease_id]
                 if lease_id not in adopted:
                     effects.append(JournalEnd(lease_id))
-        registered = Registered(LEASE_S, self._until_s(node, now_s), adopted)
+        registered = Registered(
+            *(LEASE_S, self._until_s(node, now_s), adopted),
+            *(self._seeds(node, SEEDS_MAX, now_s), self._wall_offset_s + now_s),
+        )
         effects.append(Tell(session, registered))
         self._grant_all(now_s, effects)
 
@@ -456,8 +471,22 @@ class TrackerState:
         waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
         turns_over = self._writes.turns_over(node.address.node, now_s)
         until_s = self._until_s(node, now_s)
-        renewed = Renewed(until_s, sorted(waiting)[:WAITING_MAX], turns_over)
+        seeds: list[str] = []
+        if now_s >= node.seeds_at_s + SEEDS_EVERY_S:
+            seeds = self._seeds(node, SEEDS_AT_ONCE, now_s)
+        renewed = Renewed(
+            *(until_s, sorted(waiting)[:WAITING_MAX], turns_over),
+            *(seeds, self._wall_offset_s + now_s),
+        )
         effects.append(Tell(node.session, renewed))
+
+    def _seeds(self, node: Node, count: int, now_s: float) -> list[str]:
+        """The next nodes in turn, so that each is named equally often."""
+        node.seeds_at_s = now_s
+        names = [name for name in islice(self._in_turn, count + 1) if name != node.address.node]
+        for name in names[:count]:
+            self._in_turn.move_to_end(name)
+        return names[:count]
 
     def _waits(self, version_id: bytes) -> bool:
         """This swarm has chunks to read and gets no slot, since others have them all."""
@@ -473,6 +502,7 @@ class TrackerState:
         name = node.address.node
         if self._nodes.get(name) is node:
             del self._nodes[name]
+            del self._in_turn[name]
         self._writes.lose_node(name)
         for version_id in node.replicas:
             self._drop_holder(version_id, name)

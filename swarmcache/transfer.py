@@ -345,6 +345,11 @@ class ChunkServer:
             await asyncio.wait(self._busy.values())
 
     @property
+    def uploads(self) -> int:
+        """Peers that are being served just now."""
+        return len(self._busy)
+
+    @property
     def connection_count(self) -> int:
         """All connections, with those that have not proven who they are."""
         return len(self._strangers) + len(self._idle) + len(self._busy)

@@ -299,6 +299,7 @@ statistics_interval = "none"
 [daemon]
 listen = "[::]:7001"
 advertise = "node1:0"
+rack = "r17"
 socket = "/run/d.sock"
 [cache]
 dir = ["/scratch/a", "b"]
@@ -320,6 +321,8 @@ peers_max = 5
 upload_rate_max = "100MB/s"
 download_rate_max = 1_000_000
 chunk_size = "1MiB"
+[gossip]
+rate_max = "off"
 [get]
 stall = "10s"
 """
@@ -337,7 +340,10 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
         statistics_interval_s=None,
     )
     assert config.daemon == config_module.DaemonSettings(
-        listen=HostPort("::", 7001), advertise=HostPort("node1", 0), socket=Path("/run/d.sock")
+        listen=HostPort("::", 7001),
+        advertise=HostPort("node1", 0),
+        rack="r17",
+        socket=Path("/run/d.sock"),
     )
     assert config.cache == config_module.CacheSettings(
         dirs=(Path("/scratch/a"), tmp_path / "b"),
@@ -354,6 +360,7 @@ def test_every_setting_can_be_written_in_the_file(tmp_path: Path) -> None:
         download_rate_max_bytes_per_s=1_000_000,
         chunk_size_bytes=MIB,
     )
+    assert config.gossip == config_module.GossipSettings(rate_max_bytes_per_s=None)
     assert config.get.stall_s == 10
     assert config.file == tmp_path / "config.toml"
 

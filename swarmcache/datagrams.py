@@ -1,0 +1,186 @@
+"""Datagrams in and out of one UDP socket: asyncio-dgram, with a limit on everything.
+
+As it is, asyncio-dgram keeps whatever comes until somebody asks for it, raises the error of one
+datagram in whoever sends or receives the next one, and waits for ever where the kernel takes no
+more. Here what is too much is dropped and counted, since datagrams may get lost anyhow: unwanted
+ones before they are kept, wanted ones beyond ``RECEIVED_MAX``, those to send beyond
+``SENDING_MAX``. An error is counted, and is no business of the next datagram. A transport that does
+not move for ``SEND_S``, or that has ended by itself, is replaced by another one over the same
+socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from asyncio_dgram import TransportClosed
+from asyncio_dgram.aio import DatagramServer, Protocol
+
+log = logging.getLogger(__name__)
+
+# What comes while the loop is busy for a moment waits in the kernel: 800 datagrams, and for as long
+# as it takes to drain them. The system may allow less (net.core.rmem_max).
+RECEIVE_BUFFER_BYTES = 1 << 20
+# The loop takes some datagrams in before their reader has its turn; more than that is a flood.
+RECEIVED_MAX = 1024
+# A second and more of all that a node may send.
+SENDING_MAX = 256
+SEND_S = 1.0
+
+Address = tuple[Any, ...]
+
+
+class Datagrams:
+    """One socket. ``wanted`` says at a glance whether a datagram is worth being kept.
+
+    ``counts``: "unwanted", "flooded" (wanted, but too many), "unsent", "errors".
+    """
+
+    def __init__(self, sock: socket.socket, wanted: Callable[[bytes], bool]) -> None:
+        """Takes the socket over, which is bound already."""
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        self.counts: Counter[str] = Counter()
+        self._sock = sock
+        self._wanted = wanted
+        self._outbox: asyncio.Queue[tuple[bytes, Address]] = asyncio.Queue(SENDING_MAX)
+        self._ended = False
+        self._replacing = asyncio.Lock()
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of the addresses that can be sent to."""
+        return self._sock.family
+
+    async def start(self) -> None:
+        """Begin to send and to receive. Raises OSError."""
+        self._stream = await self._open()
+        self._sender = asyncio.create_task(self._send_all())
+
+    async def stop(self) -> None:
+        """Send what waits, within ``SEND_S``, and close the socket."""
+        try:
+            async with asyncio.timeout(SEND_S):
+                await self._outbox.join()
+        except TimeoutError:
+            self.counts["unsent"] += self._outbox.qsize()
+        self._ended = True
+        self._sender.cancel()
+        await asyncio.gather(self._sender, return_exceptions=True)
+        self._stream.close()
+        self._sock.close()
+
+    def send(self, data: bytes, address: Address) -> None:
+        """Send soon; ``address`` is numeric. Never waits: what finds no room is dropped."""
+        try:
+            self._outbox.put_nowait((data, address))
+        except asyncio.QueueFull:
+            self.counts["unsent"] += 1
+
+    async def receive(self) -> bytes:
+        """The next wanted datagram, from whomever. To be called by one task only."""
+        while True:
+            stream = self._stream
+            try:
+                data, _ = await stream.recv()
+            except (TransportClosed, OSError) as error:
+                if self._ended:
+                    await asyncio.Event().wait()  # whoever stops us ends this task as well
+                await self._replace(stream, f"has ended: {error}")
+            else:
+                return bytes(data)
+
+    async def _open(self) -> DatagramServer:
+        received = _Inbox(self.counts)
+        writable = asyncio.Event()
+        errors: asyncio.Queue[Exception] = asyncio.Queue()
+        transport: Any  # asyncio-dgram's types say that it takes something else
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: _Protocol(received, errors, writable, self._wanted, self.counts),
+            sock=self._sock.dup(),
+        )
+        return DatagramServer(transport, received, errors, writable)
+
+    async def _replace(self, stream: DatagramServer, why: str) -> None:
+        async with self._replacing:
+            if stream is not self._stream:
+                return  # somebody else has done it
+            log.warning("the transport of datagrams %s", why)
+            while stream is self._stream:
+                try:
+                    self._stream = await self._open()
+                except OSError as error:  # no descriptor left, or the like
+                    log.error("no datagrams for a moment: %s", error)
+                    await asyncio.sleep(SEND_S)
+            stream.close()
+
+    async def _send_all(self) -> None:
+        while True:
+            data, address = await self._outbox.get()
+            stream = self._stream
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await stream.send(data, address)
+            except TimeoutError:
+                self.counts["unsent"] += self._drop_waiting()
+                await self._replace(stream, f"has sent nothing for {SEND_S:g} s")
+            except TransportClosed:
+                self.counts["unsent"] += 1
+                await self._replace(stream, "has ended")
+            except (OSError, ValueError) as error:
+                self.counts["errors"] += 1
+                log.debug("a datagram to %s was not sent: %s", address, error)
+            finally:
+                self._outbox.task_done()
+
+    def _drop_waiting(self) -> int:
+        """Nothing that waits for so long is worth being sent."""
+        count = self._outbox.qsize()
+        for _ in range(count):
+            self._outbox.get_nowait()
+            self._outbox.task_done()
+        return count
+
+
+class _Inbox(asyncio.Queue[tuple[bytes | None, Any]]):
+    """What came and was not asked for yet. Full, it takes only the news that no more will come."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def put_nowait(self, item: tuple[bytes | None, Any]) -> None:
+        if self.qsize() >= RECEIVED_MAX and item[0] is not None:
+            self._counts["flooded"] += 1
+        else:
+            super().put_nowait(item)
+
+
+class _Protocol(Protocol):
+    """Keeps only what is wanted, and no errors."""
+
+    def __init__(
+        self,
+        received: _Inbox,
+        errors: asyncio.Queue[Exception],
+        writable: asyncio.Event,
+        wanted: Callable[[bytes], bool],
+        counts: Counter[str],
+    ) -> None:
+        super().__init__(received, errors, writable)
+        self._wanted = wanted
+        self._counts = counts
+
+    def datagram_received(self, data: Any, addr: Any) -> None:
+        if self._wanted(data):
+            super().datagram_received(data, addr)
+        else:
+            self._counts["unwanted"] += 1
+
+    def error_received(self, exc: Exception) -> None:
+        self._counts["errors"] += 1
