@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from swarmcache.client import Client
@@ -19,12 +19,14 @@ def ask(
     request: bytes,
     decode: Callable[[bytes], Answer | End | Failed | Working],
     line_bytes_max: int,
+    fds: Sequence[int] = (),
 ) -> Iterator[Answer]:
     """Send an encoded request, and yield what the daemon answers until it says that this is all.
 
-    Signs of life are left out. Raises DaemonUnavailable, DaemonRefused, BadMessage.
+    ``fds``: descriptors that go along. Signs of life are left out.
+    Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
-    connection, _ = client.send(request)
+    connection, _ = client.send(request, *fds)
     try:
         for line in lines(connection, line_bytes_max):
             match decode(line):

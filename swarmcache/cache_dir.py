@@ -299,6 +299,16 @@ class CacheDir:
             linked = any(user == each.name for each in self._index.links(version_id))
         return ReplicaPlace(directory, linked)
 
+    def renew(self, version_id: bytes) -> bool:
+        """Whether there is a replica that is what it was when it was published; it counts as used
+        now, though nobody gets it. Raises LocalError."""
+        with disk_errors(f"use {self.path}"):
+            self._check_mounted()
+        with self._objects_lock:
+            if self._checked(version_id) is None:
+                return False
+            return self._uses.note_used(version_id, time.time())
+
     def replicas(self) -> Iterator[bytes]:
         """Version ids of all verified replicas."""
         return self._index.trusted_ids(self._boot_id)

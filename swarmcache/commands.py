@@ -25,6 +25,7 @@ from swarmcache.errors import ConfigError, LocalError, PeerUnavailable, Swarmcac
 from swarmcache.get import run_get, say
 from swarmcache.options import BundleOption, ConfigOption, SocketOption, make_client
 from swarmcache.place_commands import place_app
+from swarmcache.prefetch_command import prefetch_app
 from swarmcache.submit_command import submit_app
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ app.add_typer(cf_app)
 app.add_typer(place_app)
 app.add_typer(submit_app)
 app.add_typer(cluster_app)
+app.add_typer(prefetch_app)
 
 
 class LogLevel(StrEnum):

@@ -9,8 +9,8 @@ cache. It comes back with the next start of the daemon, and not before: until so
 it, nobody knows what it would do next.
 
 A shell: decides nothing about what to fetch, for whom, or what to give up. Thread-safe. ``lookup``,
-``open_source``, ``manifest``, ``status``, ``directories`` and ``user_path`` are quick enough for an
-event loop; everything else belongs into worker threads.
+``renew``, ``open_source``, ``manifest``, ``status``, ``directories`` and ``user_path`` are quick
+enough for an event loop; everything else belongs into worker threads.
 
 Invariant: a directory that is lost is never read for an answer or written again.
 """
@@ -199,6 +199,10 @@ class Cache:
     def place(self, version_id: bytes, user: str) -> ReplicaPlace | None:
         """See ``CacheDir.place``. Raises CacheDirUnusable."""
         return _first(self._answers(lambda each: each.place(version_id, user), self._suspect))
+
+    def renew(self, version_id: bytes) -> bool:
+        """See ``CacheDir.renew``."""
+        return any(self._answers(lambda each: each.renew(version_id), self._suspect))
 
     def replicas(self) -> Iterator[bytes]:
         """Version ids of all verified replicas. Raises LocalError."""

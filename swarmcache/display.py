@@ -102,6 +102,22 @@ class CopyDisplay:
         self._bar.stop()
 
 
+class TransferDisplay:
+    """One bar for all that is brought somewhere, on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bar = _SwarmProgress(console or Console(stderr=True))
+        self._task = self._bar.add_task("", total=None, sources="")
+
+    def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        self._bar.update(self._task, description=what, total=total_bytes, completed=done_bytes)
+        self._bar.start()
+
+    def clear(self) -> None:
+        """Take the bar from the terminal until ``show`` is called again."""
+        self._bar.stop()
+
+
 class _SwarmProgress(RichProgress):
     """A bar with bytes, rate and remaining time, and below it a line that says where from."""
 

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from swarmcache.errors import BadMessage
+from swarmcache.messages import PLACED_AT_ONCE_MAX
 
 LINE_MAX_BYTES = 64 * 1024
 # Files in one look-up: with more, what is done once for all of them does not count any more (see
@@ -34,6 +35,10 @@ NODES_MAX = 64
 PATHS_MAX = 8
 # How many files one ``LocationsOf`` may be about.
 LOCATIONS_FILES_MAX = 16
+# How many files one ``PrefetchTo`` may be about, and how many nodes it may name: a line of them has
+# to fit into LINE_MAX_BYTES.
+PREFETCH_FILES_MAX = PLACED_AT_ONCE_MAX
+PREFETCH_NODES_MAX = 1024
 
 Path = Annotated[bytes, Meta(min_length=1, max_length=PATH_MAX_BYTES)]
 SomePaths = Annotated[list[Path], Meta(min_length=1)]
@@ -193,6 +198,24 @@ class OfferReplica(Request, tag="offer_replica"):
         return 2
 
 
+class PrefetchTo(Request, tag="prefetch"):
+    """Bring the files whose ``count`` descriptors come along to other nodes, and to this one.
+
+    ``nodes``: names of hosts, or control addresses. ``copies``: how many nodes shall have the files
+    in the end, these first; None: just these or, where none are named, all nodes that are known.
+    Answered by any number of ``Placed``, ``NodeSilent``, ``Notice`` and ``Transferred``, and an
+    ``End``.
+    """
+
+    count: Annotated[int, Meta(ge=1, le=PREFETCH_FILES_MAX)]
+    nodes: Annotated[list[str], Meta(max_length=PREFETCH_NODES_MAX)] = []
+    copies: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def descriptor_count(self) -> int:
+        return self.count
+
+
 class ReplicasOn(Request, tag="replicas"):
     """What these nodes hold of sources at or below ``paths``; no paths stand for everything.
 
@@ -337,6 +360,27 @@ class NodeSilent(Struct, tag_field="answer", tag="node_silent"):
     reason: str
 
 
+class Placed(Struct, tag_field="answer", tag="placed"):
+    """Not final: what became of one file on one node. ``file``: its number in the request.
+
+    ``node``: its control address, ``name``: of its host; both are empty where no node can have the
+    file. ``hit``: it was there before. ``reason``: why it is not there; empty if it is.
+    """
+
+    file: int
+    node: str = ""
+    name: str = ""
+    hit: bool = False
+    reason: str = ""
+
+
+class Transferred(Struct, tag_field="answer", tag="transferred"):
+    """Not final: how many bytes of the files all nodes together have, out of how many."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class Location(Struct):
     """A verified replica. ``node``: its host name; ``path``: of the user's copy there.
 
@@ -414,12 +458,13 @@ AboutFiles = Get | LookUp | Release | StatusOf
 AboutPlaces = LocationsOf | CopyPathOf | RoomFor
 AboutWriting = WriteSlot | SlotHeard | OfferReplica
 AboutNodes = ReplicasOn | ForgetOn
-AnyRequest = AboutFiles | AboutCache | AboutPlaces | AboutWriting | AboutNodes
+AnyRequest = AboutFiles | AboutCache | AboutPlaces | AboutWriting | AboutNodes | PrefetchTo
 OfFiles = Cached | Found | Original | Progress | NodeStatus
 OfPlaces = Notice | Locations | CopyPath | Room | Working | End | Failed
 OfWriting = Slot | NoSlot | Working | End | Failed
 OfNodes = NodeReplicas | NodeForgot | NodeSilent | Working | End | Failed
-Answer = OfNodes | OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
+OfPrefetch = Placed | NodeSilent | Notice | Transferred | Working | End | Failed
+Answer = OfNodes | OfPrefetch | OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
 
 AboutFile = CachedFile | Outcome
 
@@ -427,6 +472,7 @@ _requests = msgspec.json.Decoder(AnyRequest)
 _answers = msgspec.json.Decoder(AboutFile | Working | End | Failed)
 _place_answers = msgspec.json.Decoder(OfPlaces)
 _node_answers = msgspec.json.Decoder(OfNodes)
+_prefetch_answers = msgspec.json.Decoder(OfPrefetch)
 _encoder = msgspec.json.Encoder()
 
 
@@ -466,7 +512,18 @@ def decode_node_answer(line: bytes) -> OfNodes:
         raise BadMessage(f"not an answer: {error}") from error
 
 
-def encode_request(request: AboutCache | AboutPlaces | AboutNodes | OfferReplica) -> bytes:
+def decode_prefetch_answer(line: bytes) -> OfPrefetch:
+    """Decode one line of the daemon's answer to ``PrefetchTo``. Raises BadMessage."""
+    try:
+        answer: OfPrefetch = _prefetch_answers.decode(line)
+        return answer
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadMessage(f"not an answer: {error}") from error
+
+
+def encode_request(
+    request: AboutCache | AboutPlaces | AboutNodes | OfferReplica | PrefetchTo,
+) -> bytes:
     """One request as a line."""
     return _encoder.encode(request) + b"\n"
 

@@ -127,7 +127,7 @@ class LocalRequests:
         self._node_status = node_status
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, LocalRequest] = {}
-        self._status_requests: dict[int, LocalConnection] = {}
+        self._status_requests: dict[int, LocalConnection | asyncio.Future[AnswerStatus]] = {}
         self._work: dict[bytes, Work] = {}
         self._holds = Holds(cache)
         self._counting = threading.Lock()
@@ -375,16 +375,45 @@ class LocalRequests:
 
     def _want(self, number: int, request: LocalRequest) -> None:
         source = request.source
-        work = self._work.setdefault(source.version.version_id, Work())
-        user = request.connection.user
-        work.users[user.uid] = user
-        if len(work.files) < len(work.users):
-            request.file.retain()  # not a second descriptor: there may be none left
-            work.files.append(request.file)
+        self._let_read(source.version.version_id, request.connection.user, request.file)
         chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(source.version.size_bytes)
         self._handle(
-            FileWanted(number, source.version, source.file_server, user.name, chunk_size_bytes)
+            FileWanted(
+                *(number, source.version, source.file_server),
+                *(request.connection.user.name, chunk_size_bytes),
+            )
         )
+
+    def _let_read(self, version_id: bytes, user: User, file: SharedFile) -> None:
+        """A user has shown that they may read a file that is to be fetched, and with what."""
+        work = self._work.setdefault(version_id, Work())
+        work.users[user.uid] = user
+        if len(work.files) < len(work.users):
+            file.retain()  # not a second descriptor: there may be none left
+            work.files.append(file)
+
+    def want_replica(
+        self,
+        number: int,
+        source: SourceFile,
+        user_name: str,
+        chunk_size_bytes: int,
+        reader: tuple[User, SharedFile] | None = None,
+    ) -> None:
+        """Have a file fetched that no client waits for. What becomes of the request with this
+        number the machine tells whoever has chosen it. ``reader``: who may read it here, if anybody
+        may, and with what."""
+        version_id = source.version.version_id
+        if reader is not None:
+            self._let_read(version_id, *reader)
+        self._work.setdefault(version_id, Work())
+        self._handle(
+            FileWanted(
+                *(number, source.version, source.file_server, user_name, chunk_size_bytes),
+                can_read=reader is not None,
+            )
+        )
+        self.end_work(version_id)  # in case that the machine does not want it
 
     def _send_progress(self, number: int) -> None:
         request = self._requests.get(number)
@@ -459,8 +488,25 @@ class LocalRequests:
 
     # --- status ---------------------------------------------------------------------------------
 
+    async def cluster_status(self) -> tuple[dict[str, Any] | None, str]:
+        """What the tracker says of the cluster; None where it cannot be asked, and why."""
+        number = next(self._numbers)
+        future: asyncio.Future[AnswerStatus] = self._loop.create_future()
+        self._status_requests[number] = future
+        self._handle(StatusWanted(number))
+        try:
+            answer = await future
+        finally:
+            if self._status_requests.pop(number, None) is not None:
+                self._handle(RequestGone(number))
+        return answer.cluster, answer.reason
+
     def _answer_status(self, effect: AnswerStatus) -> None:
         connection = self._status_requests.pop(effect.request)
+        if isinstance(connection, asyncio.Future):
+            if not connection.done():
+                connection.set_result(effect)
+            return
         try:
             node = self._node_status()
         except LocalError as error:

@@ -2,8 +2,8 @@
 
 Messages are msgpack maps with a ``type`` tag; decoding validates every field. Unknown fields are
 ignored, so that neighbouring versions can talk during a rolling upgrade. ``VersionId`` is the
-32-byte id of a file version: no path of a file ever crosses the network, except in the answer to
-``StatusRequest``, where no path is needed either.
+32-byte id of a file version: no path of a file ever crosses the network, except in
+``PlaceReplica``, whose receiver has nobody else to learn it from.
 
 Bit masks of chunks travel as little-endian bytes (``chunks.mask_to_bytes``).
 
@@ -33,6 +33,8 @@ PATH_MAX_BYTES = 4096
 # How many paths one question of an admin may be about, and how many replicas one answer.
 DIGESTS_MAX = 1024
 SURVEYED_MAX = 1024
+# How many ``PlaceReplica`` may be unanswered on one connection: what one request of a client names.
+PLACED_AT_ONCE_MAX = 16
 # 2: ``Locate``, ``Suspected``. 3: leases to write. A message that the other side does not know ends
 # the connection, and with it the leases, so nodes and tracker must know the same ones.
 PROTOCOL_VERSION = 3
@@ -480,6 +482,46 @@ class SurveyFailed(Message, tag="survey_failed"):
     reason: Name
 
 
+# --- node -> node that is to take replicas, on a connection of its own ----------------------------
+
+
+class PlaceReplica(Message, tag="place_replica"):
+    """Have a replica of this file version: fetch it from peers, or keep the one that is there.
+
+    Answered by any number of ``Placing``, and one ``ReplicaPlaced`` or ``NotPlaced``. It opens the
+    file to nobody on the receiving node. ``user``: whose turn at the file server it is. At most
+    ``PLACED_AT_ONCE_MAX`` of them may be unanswered.
+    """
+
+    path: Annotated[bytes, Meta(min_length=2, max_length=PATH_MAX_BYTES)]
+    size_bytes: Count
+    mtime_ns: int
+    file_server: Name
+    user: Name
+    chunk_size_bytes: Positive
+
+
+class Placing(Message, tag="placing"):
+    """How much of a file the node has. Sent about once a second, so that its silence tells."""
+
+    version_id: VersionId
+    done_bytes: Count
+
+
+class ReplicaPlaced(Message, tag="replica_placed"):
+    """The node has the replica now. ``hit``: it had it before."""
+
+    version_id: VersionId
+    hit: bool
+
+
+class NotPlaced(Message, tag="not_placed"):
+    """The node does not take the replica, and why."""
+
+    version_id: VersionId
+    reason: Name
+
+
 ToTracker = (
     Register
     | Join
@@ -514,6 +556,7 @@ BetweenNodes = Have | Gone
 AboutReplicas = FindReplicas | ReplicasFound
 FromAdmin = SurveyReplicas | ForgetReplicas | GoOn
 ToAdmin = ReplicasSurveyed | ReplicasForgotten | SurveyFailed
+FromPlaced = Placing | ReplicaPlaced | NotPlaced
 
 _encoder = msgspec.msgpack.Encoder()
 _to_tracker: msgspec.msgpack.Decoder[ToTracker] = msgspec.msgpack.Decoder(ToTracker)
@@ -521,6 +564,8 @@ _from_tracker: msgspec.msgpack.Decoder[FromTracker] = msgspec.msgpack.Decoder(Fr
 _between_nodes: msgspec.msgpack.Decoder[BetweenNodes] = msgspec.msgpack.Decoder(BetweenNodes)
 _about_replicas: msgspec.msgpack.Decoder[AboutReplicas] = msgspec.msgpack.Decoder(AboutReplicas)
 _from_admin: msgspec.msgpack.Decoder[FromAdmin] = msgspec.msgpack.Decoder(FromAdmin)
+_to_placed: msgspec.msgpack.Decoder[PlaceReplica] = msgspec.msgpack.Decoder(PlaceReplica)
+_from_placed: msgspec.msgpack.Decoder[FromPlaced] = msgspec.msgpack.Decoder(FromPlaced)
 _to_admin: msgspec.msgpack.Decoder[ToAdmin] = msgspec.msgpack.Decoder(ToAdmin)
 
 
@@ -560,6 +605,20 @@ def decode_from_admin(data: bytes) -> FromAdmin:
 def decode_to_admin(data: bytes) -> ToAdmin:
     """Decode the answer to that. Raises BadMessage."""
     return _decode(_to_admin, data)
+
+
+def decode_to_placed(data: bytes) -> PlaceReplica:
+    """Decode what a node is asked that is to take a replica. Raises BadMessage."""
+    message = _decode(_to_placed, data)
+    names = message.path.split(b"/")
+    if names[0] or b"\0" in message.path or {b"", b".", b".."} & set(names[1:]):
+        raise BadMessage("not the real path of a file")
+    return message
+
+
+def decode_from_placed(data: bytes) -> FromPlaced:
+    """Decode the answer to that. Raises BadMessage."""
+    return _decode(_from_placed, data)
 
 
 Decoded = TypeVar("Decoded")

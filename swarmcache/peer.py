@@ -46,6 +46,7 @@ from swarmcache.local_protocol import (
     AboutPlaces,
     AboutWriting,
     AnyRequest,
+    PrefetchTo,
 )
 from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
@@ -105,6 +106,9 @@ from swarmcache.peer_events import (
 )
 from swarmcache.peer_state import FLIGHTS_MAX, PeerState
 from swarmcache.peers_file import PeersFile
+from swarmcache.placed_replicas import PlacedReplicas
+from swarmcache.placement import KnownNode, nodes_of_status
+from swarmcache.prefetch_requests import PrefetchRequests
 from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import ReplicaQuestions
 from swarmcache.replicas_elsewhere import ReplicasElsewhere
@@ -256,7 +260,7 @@ class Daemon:
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
         )
-        numbers = itertools.count(1)
+        numbers = self._numbers = itertools.count(1)
         self._local = LocalRequests(
             self._cache,
             self._examiner,
@@ -312,6 +316,29 @@ class Daemon:
         )
         self._cluster_caches = ClusterCaches(
             *(self._cache, self._disk_threads, self._session, self._keyring, self.address),
+            self._spawn,
+        )
+        self._placed = PlacedReplicas(
+            self._cache,
+            self._disk_threads,
+            self._state,
+            self._local,
+            self._keyring,
+            self.address,
+            self._numbers,
+            spawn=self._spawn,
+            handle=self._shell.handle,
+        )
+        self._prefetches = PrefetchRequests(
+            self._placed,
+            self._examiner,
+            self._examine_threads,
+            self._holder_questions,
+            self._known_nodes,
+            self._session,
+            self._keyring,
+            self.address,
+            self._config.transfer.chunk_size_bytes,
             self._spawn,
         )
         self._locator = Locator(
@@ -399,6 +426,8 @@ class Daemon:
             self._locator.take(connection, request, fds)
         elif isinstance(request, AboutNodes):
             self._cluster_caches.take(connection, request)
+        elif isinstance(request, PrefetchTo):
+            self._prefetches.take(connection, request, fds)
         elif isinstance(request, AboutWriting):
             self._writing.take(connection, request, fds)
         else:
@@ -424,6 +453,11 @@ class Daemon:
             "disk": msgspec.to_builtins(self._cache.status()),
             "directories": msgspec.to_builtins(self._cache.directories()),
         }
+
+    async def _known_nodes(self) -> tuple[list[KnownNode], str]:
+        """All nodes that are known to this one, and why these may not be all."""
+        cluster, reason = await self._local.cluster_status()
+        return nodes_of_status(cluster or {}), reason
 
     # --- the tracker ----------------------------------------------------------------------------
 
@@ -498,6 +532,7 @@ class Daemon:
         application.router.add_get("/v1/peer", self._serve_peer)
         application.router.add_get("/v1/holder", self._replica_questions.serve)
         application.router.add_get("/v1/admin", self._cluster_caches.serve)
+        application.router.add_get("/v1/prefetch", self._placed.serve)
         return application
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
@@ -573,6 +608,8 @@ class Daemon:
                 log.error("%s delivers wrong bytes; it is not asked again", effect.node)
             case AnnounceReplicas():
                 self._spawn(self._announce_replicas())
+            case AnswerCached() | AnswerOriginal() if self._placed.asked_for(effect.request):
+                self._placed.carry_out(effect)
             case AnswerCached() | AnswerOriginal() | AnswerStatus():
                 self._local.carry_out(effect)
             case AnswerHolders():

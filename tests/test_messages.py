@@ -17,6 +17,7 @@ from swarmcache.messages import (
     LOADS_MAX,
     MESSAGE_MAX_BYTES,
     BetweenNodes,
+    FromPlaced,
     FromTracker,
     Gone,
     Have,
@@ -25,12 +26,15 @@ from swarmcache.messages import (
     Leave,
     Message,
     NodeAddress,
+    PlaceReplica,
     Register,
     Replicas,
     Revoked,
     ToTracker,
     decode_between_nodes,
+    decode_from_placed,
     decode_from_tracker,
+    decode_to_placed,
     decode_to_tracker,
     encode,
 )
@@ -40,6 +44,7 @@ DECODERS: list[tuple[Any, Callable[[bytes], Any]]] = [
     (ToTracker, decode_to_tracker),
     (FromTracker, decode_from_tracker),
     (BetweenNodes, decode_between_nodes),
+    (FromPlaced, decode_from_placed),
 ]
 TYPES = [(kind, decode) for union, decode in DECODERS for kind in get_args(union)]
 plain = st.recursive(
@@ -198,6 +203,17 @@ def test_a_have_names_only_so_many_chunks() -> None:
         decode_between_nodes(
             encode(Have(VERSION, [*most.chunks, 1], bytes(32 * (HAVE_CHUNKS_MAX + 1))))
         )
+
+
+def test_a_replica_is_placed_under_a_real_path_and_no_other() -> None:
+    def placed(path: bytes) -> PlaceReplica:
+        return PlaceReplica(path, 1, 2, "nfs01:/export", "alice", 3)
+
+    for path in (b"/nfs/a b", b"/\xff", b"/..a/b."):
+        assert decode_to_placed(encode(placed(path))) == placed(path)
+    for path in (b"nfs/a", b"/nfs/../a", b"/nfs/./a", b"/nfs//a", b"/nfs/", b"/..", b"/a\0b", b"/"):
+        with pytest.raises(BadMessage):
+            decode_to_placed(encode(placed(path)))
 
 
 def test_a_field_of_a_newer_version_is_ignored() -> None:
