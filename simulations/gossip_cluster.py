@@ -143,7 +143,7 @@ class GossipCluster:
         waiting, node.inbox = node.inbox, []
         for event in waiting:
             self.tell(node, event)
-        self._wake(node)
+        self.tell(node, TimePassed())
 
     def meet(self, node: GossipNode, others: Iterable[GossipNode]) -> None:
         """The tracker, or the file of last known peers, names these nodes."""
@@ -164,13 +164,13 @@ class GossipCluster:
             self._carry_out(node, effects, now_s)
         wake_at_s = machine.wake_at_s()
         if wake_at_s is not None and wake_at_s < node.armed_s:
-            node.armed_s = wake_at_s
-            self.engine.at(max(wake_at_s, now_s), self._wake, node)
+            node.armed_s = max(wake_at_s, now_s)
+            self.engine.at(node.armed_s, self._wake, node)
 
     def _wake(self, node: GossipNode) -> None:
         now_s = self.now_s
-        if node.stalled or not node.alive:
-            return
+        if node.armed_s != now_s or node.stalled or not node.alive:
+            return  # overtaken by an earlier one, or in vain
         node.armed_s = math.inf
         wake_at_s = node.machine.wake_at_s()
         if wake_at_s is None:

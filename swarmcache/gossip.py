@@ -123,8 +123,8 @@ GONE_FACTOR = 4
 GONE_LEAST = 64
 # A death that is older is no news; who asks is told of it nevertheless.
 GOSSIP_DEATH_S = 60.0
-# memberlist's values for a local network; 12 s and 72 s with 1,000 nodes.
-SUSPICION_FACTOR = 4.0
+# memberlist's values for a local network are 4 and 6. With 1,000 nodes these are 9 s and 54 s.
+SUSPICION_FACTOR = 3.0
 SUSPICION_MAX_FACTOR = 6.0
 CONFIRMATIONS = 2
 ACCUSE_EVERY_S = 1.0
@@ -233,10 +233,13 @@ class Gossip:
         self._said = self._status
         self._period_min_s = period_s
         self._left = False
+        self._timers: Timers[tuple[str, int]] = Timers()
         self._view = View(self.own_id, epoch)
         self._budget = Budget(budget_bytes_per_s)
-        self._spread = Spread(self._view, self._budget, self._packed_status, self._profile_of)
-        self._probes = Probes(rng)
+        self._spread = Spread(
+            self._view, self._budget, self._timers, self._packed_status, self._profile_of
+        )
+        self._probes = Probes(rng, self._timers)
         self._suspicions: dict[int, Suspicion] = {}
         self._gone: dict[int, Gone] = {}
         self._hints: dict[int, str] = {}
@@ -248,7 +251,6 @@ class Gossip:
         self._replies: list[bytes] = []
         self._alive: dict[str, None] = {}
         self._dead: dict[str, None] = {}
-        self._timers: Timers[tuple[str, int]] = Timers()
         for kind in ("probe", "publish", "repair", "pull", "contact"):
             self._timers.set((kind, 0), 0.0)
         self._begun = False
@@ -269,7 +271,7 @@ class Gossip:
             case DatagramReceived():
                 self._receive(event, now_s, effects)
             case TimePassed():
-                self._work(now_s, effects)
+                pass  # as after everything else
             case ConnectTried():
                 if event.ok and self._is_fresh(ring_id(event.node), now_s):
                     for verdict in self._probes.connected(ring_id(event.node)):
@@ -280,8 +282,10 @@ class Gossip:
                 self._meet(event.addresses, now_s, effects)
             case Leaving():
                 self._leave(now_s, effects)
-        self._spread.work(now_s, effects)
-        self._ask_for_unconfirmed()
+                return effects
+        while due := self._timers.pop_due(now_s):
+            for kind, number in due:
+                self._work(kind, number, now_s, effects)
         if self._alive or self._dead:
             effects.append(MembersChanged(list(self._alive), list(self._dead)))
             self._alive.clear()
@@ -290,10 +294,7 @@ class Gossip:
 
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
-        if self._left:
-            return None
-        times_s = (self._timers.next_at_s(), self._spread.wake_at_s(), self._probes.wake_at_s())
-        return min([each for each in times_s if each is not None], default=None)
+        return None if self._left else self._timers.next_at_s()
 
     def check(self) -> None:
         """Assert the invariants."""
@@ -372,34 +373,38 @@ class Gossip:
             if suspicion.mine and at_s is not None:
                 self._timers.set(("suspect", subject), max(at_s, now_s + self._suspicion_s(2)))
 
-    def _work(self, now_s: float, effects: list[GossipEffect]) -> None:
-        for kind, number in self._timers.pop_due(now_s):
-            match kind:
-                case "probe":
-                    self._probe_next(now_s, effects)
-                case "publish":
-                    self._publish(now_s, urgent=False)
-                case "repair":
-                    self._repair(now_s, effects)
-                case "pull":
-                    self._pull(now_s, effects)
-                case "profiles":
-                    self._ask_for_profiles(now_s, effects)
-                case "contact":
-                    self._contact_gone(now_s, effects)
-                case "suspect":
-                    self._try_suspect(number, now_s, effects)
-                case "forget":
-                    self._gone.pop(number, None)
-                case "nack":
-                    self._nack_late(number, now_s, effects)
-                case _:
-                    self._probes.helping.pop(number, None)
-        for due in self._probes.due(now_s):
-            if isinstance(due, Verdict):
-                self._judge(due, now_s, effects)
-            else:
-                self._ask_others(due, now_s, effects)
+    def _work(self, kind: str, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        """A deadline has come."""
+        match kind:
+            case "flush" | "flight" | "silent":
+                self._spread.due(kind, number, now_s, effects)
+            case "ping":
+                due = self._probes.due(number, now_s)
+                if isinstance(due, Verdict):
+                    self._judge(due, now_s, effects)
+                else:
+                    self._ask_others(due, now_s, effects)
+            case "probe":
+                self._probe_next(now_s, effects)
+            case "publish":
+                self._publish(now_s, urgent=False)
+            case "repair":
+                self._repair(now_s, effects)
+            case "pull":
+                self._pull(now_s, effects)
+            case "profiles":
+                self._ask_for_profiles(now_s, effects)
+            case "contact":
+                self._contact_gone(now_s, effects)
+            case "suspect":
+                self._try_suspect(number, now_s, effects)
+            case "forget":
+                del self._gone[number]
+            case "nack":
+                self._nack_late(number, now_s, effects)
+            case _:
+                assert kind == "help", f"a deadline of kind {kind}"
+                del self._probes.helping[number]
 
     def _again(self, kind: str, after_s: float, now_s: float) -> None:
         """Next time, give or take a tenth."""
@@ -444,7 +449,7 @@ class Gossip:
 
     def _introduce(self, now_s: float) -> None:
         """Let everybody know of this node, as far as it knows everybody itself."""
-        self._introduced = len(self._view)
+        self._introduced = self._view.reachable
         self._publish(now_s, urgent=True)
         self._spread.pass_profiles(self._spread.legs(self.own_id), [self.own_id], now_s)
 
@@ -670,7 +675,7 @@ class Gossip:
                 self._report_alive(profile)
         if news:
             self._spread.pass_profiles(self._spread.legs(section.limit), news, now_s)
-        if self._introduced * INTRODUCE_FACTOR < len(view) and not self._unprofiled:
+        if self._introduced * INTRODUCE_FACTOR < view.reachable:
             self._introduce(now_s)
 
     def _lack_profile(self, subject: int, sender: int, now_s: float) -> None:
@@ -768,7 +773,12 @@ class Gossip:
             return
         if not digests.answered:
             self._send(sender, encode_digests(view.sums, answered=True), effects)
-        found = [i for i, each in enumerate(view.ids) if each % BUCKETS in unequal]
+        # Only those whose profile can be asked for as well.
+        found = [
+            index
+            for index, each in enumerate(view.ids)
+            if each % BUCKETS in unequal and view.profiles[index] is not None
+        ]
         if len(found) > REPAIR_DATAGRAMS * STATUSES_MAX:
             found = self._rng.sample(found, REPAIR_DATAGRAMS * STATUSES_MAX)
         records = [self._packed_at(index, now_s) for index in found]
@@ -832,6 +842,7 @@ class Gossip:
 
     def _probe_next(self, now_s: float, effects: list[GossipEffect]) -> None:
         self._again("probe", PROBE_S * self._probes.patience, now_s)
+        self._ask_for_unconfirmed()
         target = self._probes.next_target(self._view)
         if target is not None:
             self._begin_probe(target, now_s, effects, trial=False)
@@ -867,7 +878,9 @@ class Gossip:
         helpers = [each for each in self._some_members(HELPERS + 1) if each != probe.target]
         for helper in helpers[:HELPERS]:
             self._send(helper, encode_ping_for(probe.number, probe.target), effects)
-        probe.helpers = len(helpers[:HELPERS])
+        probe.helpers += len(helpers[:HELPERS])
+        if probe.rounds > 1 or not probe.trial:
+            self._ping(probe.target, probe.number, now_s, effects)
         profile = self._profile_of(probe.target)
         if profile is not None:
             effects.append(TryConnect(profile.address.node))
@@ -1001,7 +1014,7 @@ class Gossip:
         again_s = now_s + self._suspicion_s(CONFIRMATIONS)
         self._timers.set(("suspect", subject), again_s)
         if probe is not None:
-            self._probes.hurry(probe, now_s)
+            self._probes.next_round(probe, now_s)
             self._ask_others(probe, now_s, effects)
 
     def _convict(self, subject: int, index: int, now_s: float, effects: list[GossipEffect]) -> None:

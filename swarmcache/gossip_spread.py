@@ -10,7 +10,7 @@ once, over log2(N) hops at most, and every node forwards as much as it receives.
 everything about five times for the same. Parts are stretches of the ring, not lists of nodes, so it
 does no harm that no two nodes know exactly the same members.
 
-Whoever is made responsible for a part confirms it. What is not confirmed is sent once more, and
+Whoever is made responsible for a part confirms it. What is not confirmed is sent again, and
 then given to the next member of that part. What gets lost nevertheless is found by repair
 (``gossip.py``).
 
@@ -57,8 +57,8 @@ from swarmcache.timers import Timers
 OVERHEAD_BYTES = 48 + 28
 # A confirmation takes two ways through the network and two event loops: milliseconds. Whoever takes
 # longer than this is busy with something else.
-CONFIRM_S = 0.4
-TRIES_MAX = 2
+CONFIRM_S = 0.3
+TRIES_MAX = 4
 # A member that has confirmed nothing is asked to pass nothing on for so long, or until it is heard.
 SILENT_S = 10.0
 # Statuses wait for each other so long at most on the way to the nearest finger, which gets half of
@@ -152,6 +152,7 @@ class Flight:
 class Spread:
     """What waits to be sent on, and what is on its way.
 
+    ``timers``: those of the whole machine, which calls ``due``.
     ``status_of``: the packed record of a member as of now, or of this node itself; ``profile_of``:
     its profile. Both None if unknown.
     """
@@ -160,6 +161,7 @@ class Spread:
         self,
         view: View,
         budget: Budget,
+        timers: Timers[tuple[str, int]],
         status_of: Callable[[int, float], bytes | None],
         profile_of: Callable[[int], NodeProfile | None],
     ) -> None:
@@ -171,7 +173,7 @@ class Spread:
         self._flights: dict[int, Flight] = {}
         self._numbers = 0
         self._silent: dict[int, float] = {}
-        self._timers: Timers[tuple[str, int]] = Timers()
+        self._timers = timers
         self._fingers: list[int] = []
         self._distances: list[int] = []
         self._fingers_of = (-1, -1)
@@ -211,6 +213,7 @@ class Spread:
     def heard(self, subject: int) -> None:
         """This member has said something."""
         if self._silent.pop(subject, None) is not None:
+            self._timers.set(("silent", subject), None)
             self._silent_version += 1
 
     def view_changed(self) -> None:
@@ -262,19 +265,16 @@ class Spread:
             if self._flights.pop(number, None) is not None:
                 self._timers.set(("flight", number), None)
 
-    def wake_at_s(self) -> float | None:
-        """When ``work`` is next to be called."""
-        return self._timers.next_at_s()
-
-    def work(self, now_s: float, effects: list[GossipEffect]) -> None:
-        """Send what has waited long enough, again what was not confirmed."""
-        for kind, number in self._timers.pop_due(now_s):
-            if kind == "flush":
-                self._flush(number, now_s, effects)
-            elif kind == "flight":
-                self._give_up_waiting(number, now_s, effects)
-            elif self._silent.pop(number, None) is not None:
-                self._silent_version += 1
+    def due(self, kind: str, number: int, now_s: float, effects: list[GossipEffect]) -> None:
+        """A "flush", "flight" or "silent" has come."""
+        if kind == "flush":
+            self._flush(number, now_s, effects)
+        elif kind == "flight":
+            self._give_up_waiting(number, now_s, effects)
+        else:
+            assert kind == "silent", f"a deadline of kind {kind}"
+            del self._silent[number]
+            self._silent_version += 1
 
     def forgive(self, now_s: float) -> None:
         """This node itself has slept: nobody is to blame for what was not confirmed meanwhile."""
@@ -332,7 +332,7 @@ class Spread:
             return
         self._drop_oldest(waiting)
         self._waiting[target] = waiting
-        self._timers.set(("flush", target), now_s + max(self._budget.wait_s(enough), CONFIRM_S / 4))
+        self._timers.set(("flush", target), now_s + max(self._budget.wait_s(enough), WAIT_FAR_S))
 
     def _load(self, waiting: Cargo) -> Cargo:
         """Take out of ``waiting`` what fits into one datagram."""
@@ -393,7 +393,6 @@ class Spread:
 
     def check(self) -> None:
         """Assert the invariants."""
-        self._timers.check()
         assert len(self._flights) <= FLIGHTS_MAX + len(self._waiting), "too many in flight"
         for target, cargo in self._waiting.items():
             assert self._timers.at_s(("flush", target)) is not None, "never sent"

@@ -34,6 +34,7 @@ class View:
     """The members besides this node, alive or suspected. Indexes hold until one comes or goes.
 
     ``version`` grows whenever the ring is another one: a member comes, goes, gets its address.
+    ``reachable``: how many have one.
     """
 
     def __init__(self, own_id: int, own_epoch: int) -> None:
@@ -47,6 +48,7 @@ class View:
         self.profiles: list[NodeProfile | None] = []
         self.sums = array("Q", bytes(8 * BUCKETS))
         self.version = 0
+        self.reachable = 0
         self._own_epoch = own_epoch
         self._add_to_sum(own_id, own_epoch, 1)
 
@@ -69,12 +71,14 @@ class View:
         self.bodies[index * BODY_BYTES : index * BODY_BYTES] = record.body
         self.suspected.insert(index, 0)
         self.profiles.insert(index, profile)
+        self.reachable += profile is not None
         self._add_to_sum(record.subject, record.epoch, 1)
         self.version += 1
         return index
 
     def remove(self, index: int) -> None:
         """This member is gone."""
+        self.reachable -= self.profiles[index] is not None
         self._add_to_sum(self.ids[index], self.epochs[index], -1)
         for column in (self.ids, self.epochs, self.seqs, self.made_s):
             del column[index]
@@ -95,6 +99,7 @@ class View:
 
     def set_profile(self, index: int, profile: NodeProfile) -> None:
         """The address of this member is known now, or what else there is to know."""
+        self.reachable += self.profiles[index] is None
         self.profiles[index] = profile
         self.version += 1
 
@@ -150,6 +155,8 @@ class View:
         assert self.find(self.own_id) < 0, "a node would gossip with itself"
         for column in (self.epochs, self.seqs, self.made_s, self.suspected, self.profiles):
             assert len(column) == count, "columns of different length"
+        reachable = sum(profile is not None for profile in self.profiles)
+        assert self.reachable == reachable, "reachable members miscounted"
         assert len(self.bodies) == count * BODY_BYTES, "bodies of different length"
         sums = [0] * BUCKETS
         for subject, epoch in [*zip(self.ids, self.epochs, strict=True),
