@@ -111,14 +111,6 @@ class DatagramAuth:
         head = _HEAD.pack(VERSION, key.key_id[:KEY_TAG_BYTES], self._own_id, self._sealed)
         return head + _mac(key, node_id(node), head, payload) + payload
 
-    def may_be_ours(self, datagram: bytes) -> bool:
-        """Whether it is worth a closer look. Costs next to nothing."""
-        return (
-            ENVELOPE_BYTES <= len(datagram) <= DATAGRAM_BYTES_MAX
-            and datagram[0] == VERSION
-            and self._key(datagram) is not None
-        )
-
     def open(self, datagram: bytes, time_us: int) -> Opened | None:
         """What is in it; None for what is not authentic, or not new. Raises nothing."""
         opened = self._open(datagram, time_us)
@@ -129,7 +121,7 @@ class DatagramAuth:
 
     def _open(self, datagram: bytes, time_us: int) -> Opened | str:
         """What is in it, or what is wrong with it."""
-        key = self._key(datagram) if self.may_be_ours(datagram) else None
+        key = self._key(datagram)
         if key is None:
             return "foreign"
         head = datagram[: _HEAD.size]
@@ -146,6 +138,9 @@ class DatagramAuth:
         return Opened(sender_id, payload) if self._is_new(sender_id, nonce) else "repeated"
 
     def _key(self, datagram: bytes) -> ClusterKey | None:
+        """The key that it is said to be made with, if it can be one of ours at all."""
+        if not ENVELOPE_BYTES <= len(datagram) <= DATAGRAM_BYTES_MAX or datagram[0] != VERSION:
+            return None
         tag = datagram[_TAG]
         for key in self._keyring.accepted:
             if key.key_id[:KEY_TAG_BYTES] == tag:

@@ -2,11 +2,11 @@
 
 As it is, asyncio-dgram keeps whatever comes until somebody asks for it, raises the error of one
 datagram in whoever sends or receives the next one, and waits for ever where the kernel takes no
-more. Here what is too much is dropped and counted, since datagrams may get lost anyhow: unwanted
-ones before they are kept, wanted ones beyond ``RECEIVED_MAX``, those to send beyond
-``SENDING_MAX``. An error is counted, and is no business of the next datagram. A transport that does
-not move for ``SEND_S``, or that has ended by itself, is replaced by another one over the same
-socket.
+more. Here a datagram is looked at when it comes, and kept only if it is accepted. What is too much
+is dropped and counted, since datagrams may get lost anyhow: accepted ones beyond ``RECEIVED_MAX``,
+those to send beyond ``SENDING_MAX``. An error is counted, and is no business of the next datagram.
+A transport that does not move for ``SEND_S``, or that has ended by itself, is replaced by another
+one over the same socket.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from asyncio_dgram import TransportClosed
 from asyncio_dgram.aio import DatagramServer, Protocol
@@ -33,21 +33,23 @@ SENDING_MAX = 256
 SEND_S = 1.0
 
 Address = tuple[Any, ...]
+Accepted = TypeVar("Accepted")
 
 
-class Datagrams:
-    """One socket. ``wanted`` says at a glance whether a datagram is worth being kept.
+class Datagrams(Generic[Accepted]):
+    """One socket. ``accept`` makes of a datagram what ``receive`` returns, or None of one that is
+    dropped; it must not block or raise.
 
-    ``counts``: "unwanted", "flooded" (wanted, but too many), "unsent", "errors".
+    ``counts``: "flooded" (accepted, but too many), "unsent", "errors".
     """
 
-    def __init__(self, sock: socket.socket, wanted: Callable[[bytes], bool]) -> None:
+    def __init__(self, sock: socket.socket, accept: Callable[[bytes], Accepted | None]) -> None:
         """Takes the socket over, which is bound already."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         self.counts: Counter[str] = Counter()
         self._sock = sock
-        self._wanted = wanted
+        self._accept = accept
         self._outbox: asyncio.Queue[tuple[bytes, Address]] = asyncio.Queue(SENDING_MAX)
         self._ended = False
         self._replacing = asyncio.Lock()
@@ -82,18 +84,19 @@ class Datagrams:
         except asyncio.QueueFull:
             self.counts["unsent"] += 1
 
-    async def receive(self) -> bytes:
-        """The next wanted datagram, from whomever. To be called by one task only."""
+    async def receive(self) -> Accepted:
+        """What was made of the next datagram. To be called by one task only."""
         while True:
             stream = self._stream
             try:
-                data, _ = await stream.recv()
+                received: Any = await stream.recv()
             except (TransportClosed, OSError) as error:
                 if self._ended:
                     await asyncio.Event().wait()  # whoever stops us ends this task as well
                 await self._replace(stream, f"has ended: {error}")
             else:
-                return bytes(data)
+                accepted: Accepted = received[0]
+                return accepted
 
     async def _open(self) -> DatagramServer:
         received = _Inbox(self.counts)
@@ -101,7 +104,7 @@ class Datagrams:
         errors: asyncio.Queue[Exception] = asyncio.Queue()
         transport: Any  # asyncio-dgram's types say that it takes something else
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-            lambda: _Protocol(received, errors, writable, self._wanted, self.counts),
+            lambda: _Protocol(received, errors, writable, self._accept, self.counts),
             sock=self._sock.dup(),
         )
         return DatagramServer(transport, received, errors, writable)
@@ -147,14 +150,14 @@ class Datagrams:
         return count
 
 
-class _Inbox(asyncio.Queue[tuple[bytes | None, Any]]):
+class _Inbox(asyncio.Queue[Any]):
     """What came and was not asked for yet. Full, it takes only the news that no more will come."""
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
         self._counts = counts
 
-    def put_nowait(self, item: tuple[bytes | None, Any]) -> None:
+    def put_nowait(self, item: Any) -> None:
         if self.qsize() >= RECEIVED_MAX and item[0] is not None:
             self._counts["flooded"] += 1
         else:
@@ -162,25 +165,24 @@ class _Inbox(asyncio.Queue[tuple[bytes | None, Any]]):
 
 
 class _Protocol(Protocol):
-    """Keeps only what is wanted, and no errors."""
+    """Keeps only what is accepted, and no errors."""
 
     def __init__(
         self,
         received: _Inbox,
         errors: asyncio.Queue[Exception],
         writable: asyncio.Event,
-        wanted: Callable[[bytes], bool],
+        accept: Callable[[bytes], Any],
         counts: Counter[str],
     ) -> None:
         super().__init__(received, errors, writable)
-        self._wanted = wanted
+        self._accept = accept
         self._counts = counts
 
     def datagram_received(self, data: Any, addr: Any) -> None:
-        if self._wanted(data):
-            super().datagram_received(data, addr)
-        else:
-            self._counts["unwanted"] += 1
+        accepted = self._accept(data)
+        if accepted is not None:
+            super().datagram_received(accepted, addr)
 
     def error_received(self, exc: Exception) -> None:
         self._counts["errors"] += 1

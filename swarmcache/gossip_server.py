@@ -1,8 +1,8 @@
 """The daemon's part in the gossip: socket, clock, names and files around ``Gossip``.
 
-A UDP socket with the number of the control port. One task takes datagrams in: each is authenticated
-and handled at once, so none waits for anything but the loop. Nothing is sent in answer to what is
-not authentic, and nothing is made of it.
+A UDP socket with the number of the control port. A datagram is authenticated as it comes, and one
+task hands those that are authentic to the machine, at once. Nothing is sent in answer to the
+others, and nothing is made of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from swarmcache.auth import Keyring
 from swarmcache.clock import now_s
-from swarmcache.datagram_auth import ClusterTime, DatagramAuth
+from swarmcache.datagram_auth import ClusterTime, DatagramAuth, Opened
 from swarmcache.datagrams import Address, Datagrams
 from swarmcache.gossip import Gossip, Member
 from swarmcache.gossip_events import (
@@ -72,7 +72,7 @@ class GossipServer:
         has come and gone, in the event loop."""
         self._time = ClusterTime(time.time(), now_s())
         self._auth = DatagramAuth(keyring, profile.address.node, self._time.us(now_s()))
-        self._datagrams = Datagrams(sock, self._auth.may_be_ours)
+        self._datagrams = Datagrams(sock, self._open)
         self._file = file
         self._measure = measure
         self._on_change = on_change
@@ -156,10 +156,11 @@ class GossipServer:
 
     async def _receive(self) -> None:
         while True:
-            datagram = await self._datagrams.receive()
-            opened = self._auth.open(datagram, self._time.us(now_s()))
-            if opened is not None:
-                self._shell.handle(DatagramReceived(opened.sender_id, opened.payload))
+            opened = await self._datagrams.receive()
+            self._shell.handle(DatagramReceived(opened.sender_id, opened.payload))
+
+    def _open(self, datagram: bytes) -> Opened | None:
+        return self._auth.open(datagram, self._time.us(now_s()))
 
     def _carry_out(self, effect: GossipEffect) -> None:
         match effect:
@@ -168,6 +169,10 @@ class GossipServer:
             case TryConnect():
                 self._try_connect(effect.node)
             case MembersChanged():
+                for node in effect.alive:
+                    log.info("%s is alive", node)
+                for node in effect.dead:
+                    log.info("%s is gone", node)
                 self._on_change(effect)
 
     def _send(self, effect: SendDatagram) -> None:

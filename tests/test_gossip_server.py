@@ -68,7 +68,7 @@ def test_nothing_is_sent_in_answer_to_what_is_not_authentic(tmp_path: Path) -> N
         for length in (0, 1, ENVELOPE_BYTES, 1200, 2000):
             stranger.sendto(b"\x01" * length, (host, int(port)))
 
-        wait_until(lambda: gossip(node)["refused"].get("unwanted", 0) >= 4, 10, "it to arrive")
+        wait_until(lambda: gossip(node)["refused"].get("foreign", 0) >= 4, 10, "it to arrive")
         with pytest.raises(TimeoutError):
             stranger.recv(1)
 
