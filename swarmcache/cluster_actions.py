@@ -50,7 +50,8 @@ class Given:
 
 
 class Nodes:
-    """All nodes that the tracker knows, and what there is to complain of on stderr."""
+    """All nodes that are alive, as they or the tracker say, and what there is to complain of on
+    stderr."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -58,12 +59,12 @@ class Nodes:
         status = client.status()
         self.own: str = status["node"]["address"]
         self.names = {self.own: str(status["node"].get("name") or self.own)}
-        cluster = status.get("cluster")
-        if cluster is None:
-            self.complain(f"only this node can be asked: {status.get('reason')}")
-            return
-        for each in cluster["nodes"]:
+        cluster, members = status.get("cluster"), status.get("members") or []
+        alive = [each for each in members if each["state"] in ("alive", "suspect")]
+        for each in [*alive, *(cluster or {}).get("nodes", [])]:
             self.names.setdefault(each["node"], str(each.get("name") or each["node"]))
+        if cluster is None and len(self.names) == 1:
+            self.complain(f"only this node can be asked: {status.get('reason')}")
         if len(set(self.names.values())) < len(self.names):
             self.names = {node: node for node in self.names}
 

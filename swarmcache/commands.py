@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from swarmcache.config import Config
 
+PLAIN_COLUMNS = 200
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
@@ -186,8 +187,11 @@ def status(
 ) -> None:
     """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers.
 
+    What is shown of other nodes they have told themselves, so long ago as "told" says; swarms,
+    slots and queues are what the tracker tells.
+
     With --tracker: requests and hits, what came from file servers and from peers, waits for slots,
-    leases that did not end well, and how many replicas there are. A node tells of itself with its
+    leases that did not end well, and how many replicas there are. A node tells the tracker with its
     heartbeat, every ten seconds at least. Exit code 1: the tracker cannot be asked.
     """
     answer = make_client(socket, config_file).status()
@@ -196,14 +200,16 @@ def status(
     if as_json:
         import json
 
-        shown = {key: answer.get(key) for key in ("node", "cluster", "reason")}
+        shown = {key: answer.get(key) for key in ("node", "cluster", "reason", "members")}
         print(json.dumps(answer["cluster"]["statistics"] if tracker else shown, sort_keys=True))
         return
     from rich.console import Console
 
-    from swarmcache.display import statistics_renderables, status_renderables
+    from swarmcache.status_tables import statistics_renderables, status_renderables
 
-    console = Console(highlight=False)
+    # What goes to a file or another program has no terminal's width.
+    shown_at_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = Console(highlight=False, width=None if shown_at_terminal else PLAIN_COLUMNS)
     for renderable in (
         statistics_renderables(answer["cluster"]["statistics"])
         if tracker

@@ -1,4 +1,4 @@
-"""What people see on a terminal: the progress of ``get`` and the tables of ``status``.
+"""What people see on a terminal: progress.
 
 Imports rich, so it is imported only when there is something to show.
 """
@@ -6,12 +6,11 @@ Imports rich, so it is imported only when there is something to show.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 NAME_COLUMNS_MAX = 28
 BINARY_UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-ID_DIGITS = 12  # of the 64 of a version id: enough to tell files apart by eye
 
 
 def size_text(size_bytes: int) -> str:
@@ -165,176 +163,3 @@ def _sources_text(files: Iterable[Progress], latest: Progress) -> str:
     if latest.waiting_for:
         parts.append(f"waiting for {latest.waiting_for}")
     return ", ".join(parts)
-
-
-# --- status --------------------------------------------------------------------------------------
-
-
-def status_renderables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The answer to ``status`` as tables."""
-    yield from _node_renderables(status["node"])
-    cluster = status.get("cluster")
-    if cluster is None:
-        yield Text(f"The cluster cannot be shown: {status.get('reason') or 'no tracker'}")
-        return
-    yield _nodes_table(cluster.get("nodes", []))
-    yield _file_servers_table(cluster.get("file_servers", []))
-    if cluster.get("swarms"):
-        yield _swarms_table(cluster["swarms"])
-    if cluster.get("corrupt"):
-        table = _table("Peers that delivered wrong bytes", "node", "reports:right")
-        for each in cluster["corrupt"]:
-            table.add_row(*_cells(each, "node", "reports"))
-        yield table
-
-
-def _node_renderables(node: Mapping[str, Any]) -> Iterator[RenderableType]:
-    peers = node.get("peers", [])
-    connected = sum(1 for peer in peers if peer.get("connected"))
-    distrusted = [str(peer.get("node")) for peer in peers if peer.get("distrusted")]
-    tracker = "connected" if node.get("tracker_connected") else "not connected"
-    lines = [
-        Text(f"This node: {node.get('address', '?')}, tracker {tracker}, {connected} peers"),
-        Text(f"Cache: {_disk_text(node.get('disk') or {})}"),
-    ]
-    directories = node.get("directories", [])
-    for each in directories:
-        if each.get("lost"):
-            text = f"  lost: {each.get('path')}: {each['lost']}"
-            lines.append(Text(text, style="bold red"))
-        elif len(directories) > 1:
-            lines.append(Text(f"  {each.get('path')}: {_disk_text(each.get('disk') or {})}"))
-    if distrusted:
-        names = ", ".join(distrusted)
-        lines.append(Text(f"Not asked again, having sent wrong bytes: {names}", style="bold red"))
-    yield Group(*lines)
-    if node.get("downloads"):
-        table = _table(
-            "Downloads of this node",
-            *("file", "size:right", "done:right", "from peers:right", "from file server:right"),
-            "waiting for",
-        )
-        for each in node["downloads"]:
-            table.add_row(
-                escape(str(each.get("path") or str(each.get("version_id", ""))[:ID_DIGITS])),
-                *_sizes(each, "size_bytes", "done_bytes"),
-                *_sizes(each, "from_peers_bytes", "from_file_server_bytes"),
-                *_cells(each, "waiting_for"),
-            )
-        yield table
-
-
-def _disk_text(disk: Mapping[str, Any]) -> str:
-    used, free, capacity = _sizes(disk, "used_bytes", "free_bytes", "capacity_bytes")
-    return f"{disk.get('file_count', 0)} files, {used}; disk: {free} free of {capacity}"
-
-
-def _nodes_table(nodes: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "Nodes",
-        *("node", "name", "connected:right", "disk:right", "free:right", "cached:right"),
-        *("files:right", "replicas:right", "leases:right"),
-    )
-    for each in nodes:
-        table.add_row(
-            *_cells(each, "node", "name"),
-            _duration_text(each.get("connected_s", 0)),
-            *_sizes(each, "capacity_bytes", "free_bytes", "used_bytes"),
-            *_cells(each, "file_count", "replicas", "leases"),
-        )
-    return table
-
-
-def _file_servers_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "File servers",
-        *("name", "slots:right", "of them for cp:right", "waiting:right", "read:right"),
-        "leases held by",
-    )
-    for each in file_servers:
-        holders = ", ".join(str(lease.get("node")) for lease in each.get("leases", []))
-        table.add_row(
-            *_cells(each, "name"),
-            f"{each.get('slots_used', 0)}/{each.get('slots_max', 0)}",
-            *_cells(each, "writes", "waiting"),
-            *_sizes(each, "read_bytes"),
-            escape(holders),
-        )
-    return table
-
-
-def statistics_renderables(statistics: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What a tracker has seen since it was started, as tables."""
-    yield Text(
-        f"Since the tracker was started {_duration_text(statistics['period_s'])} ago, by"
-        f" {statistics['nodes']} nodes that are connected now, and others:"
-    )
-    table = _table("", "what", "count:right", "bytes:right")
-    table.add_row("requests for files", str(statistics["requests"]), "")
-    table.add_row("of them for cached ones", str(statistics["hits"]), "")
-    table.add_row(
-        "chunks from peers",
-        str(statistics["from_peers_chunks"]),
-        *_sizes(statistics, "from_peers_bytes"),
-    )
-    table.add_row("files with replicas now", str(statistics["files"]), "")
-    table.add_row("replicas now", str(statistics["replicas"]), "")
-    table.add_row("replicas per file, mean", f"{statistics['replicas_per_file_mean']:g}", "")
-    table.add_row("replicas per file, most", str(statistics["replicas_per_file_max"]), "")
-    yield table
-    yield _slots_table(statistics["file_servers"])
-
-
-def _slots_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "Leases of file servers",
-        *("name", "reads:right", "read:right", "writes:right", "ran out:right"),
-        *("failed:right", "waits:right", "mean:right", "max:right", "now:right"),
-    )
-    for each in file_servers:
-        table.add_row(
-            *_cells(each, "name", "reads"),
-            *_sizes(each, "read_bytes"),
-            *_cells(each, "writes", "ran_out", "failed", "waits", "wait_mean_s", "wait_max_s"),
-            *_cells(each, "waiting"),
-        )
-    return table
-
-
-def _swarms_table(swarms: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "Swarms",
-        *("file version", "size:right", "chunks:right", "nodes:right", "complete:right"),
-        *("unread:right", "leased:right", "waiting:right"),
-    )
-    for each in swarms:
-        table.add_row(
-            escape(str(each.get("version_id", ""))[:ID_DIGITS]),
-            *_sizes(each, "size_bytes"),
-            *_cells(each, "chunk_count", "members", "complete"),
-            *_cells(each, "unread_chunks", "leased_chunks", "waiting"),
-        )
-    return table
-
-
-def _table(title: str, *headings: str) -> Table:
-    """``headings``: texts, with ":right" for columns of numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in headings:
-        text, _, side = heading.partition(":")
-        table.add_column(text, justify="right" if side else "left", overflow="fold")
-    return table
-
-
-def _cells(row: Mapping[str, Any], *keys: str) -> Iterator[str]:
-    return (escape(str(row.get(key, ""))) for key in keys)
-
-
-def _sizes(row: Mapping[str, Any], *keys: str) -> Iterator[str]:
-    return (size_text(int(row.get(key) or 0)) for key in keys)
-
-
-def _duration_text(duration_s: float) -> str:
-    minutes, seconds = divmod(int(duration_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -17,6 +17,7 @@ import socket
 import sqlite3
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -127,6 +128,7 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
         report.add(_tracker(config))
     else:
         report.add(_daemon(config, status))
+        report.add(_members(status))
     report.add(_directories(config, status))
     return report
 
@@ -180,6 +182,35 @@ def _daemon(config: Config, status: dict[str, Any]) -> Found:
             _some(distrusted),
             "look for bad memory or disks there; a restart of this daemon trusts them again",
         )
+
+
+def _members(status: dict[str, Any]) -> Found:
+    """What the nodes of the cluster say of themselves, and what this one sees of them."""
+    members = status.get("members") or []
+    alive = [each for each in members if each["state"] in ("alive", "suspect")]
+    sick = [each["node"] for each in alive if each["disk"] == "sick"]
+    if sick:
+        yield Finding(
+            "the disks of these nodes fail, so they cache nothing",
+            _some(sick),
+            "run doctor there, mend or mount the disk, then restart the daemon",
+        )
+    versions = Counter(each["version"] for each in alive)
+    if len(versions) > 1:
+        (usual, count), *_ = sorted(versions.items(), key=lambda item: (-item[1], item[0]))
+        others = [f"{each['node']} ({each['version']})" for each in alive
+                  if each["version"] != usual]  # fmt: skip
+        yield Finding(
+            f"these nodes run another version than {usual}, which {count} nodes run",
+            _some(others),
+            "install the same version everywhere; neighbouring ones work together meanwhile",
+        )
+    dead = [each["node"] for each in members if each["state"] == "dead"]
+    if dead:
+        yield Note("these nodes are dead", _some(dead))
+    full = [each["node"] for each in alive if each["disk"] == "full"]
+    if full:
+        yield Note("the caches of these nodes have no room for more", _some(full))
 
 
 def _tracker(config: Config) -> Found:

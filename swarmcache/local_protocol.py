@@ -276,11 +276,15 @@ class Progress(Struct, tag_field="answer", tag="progress"):
 
 
 class NodeStatus(Struct, tag_field="answer", tag="status"):
-    """Final: this node, and the cluster as the tracker tells it (None where it cannot be asked)."""
+    """Final: this node, and the cluster as the tracker tells it (None where it cannot be asked).
+
+    ``members``: the nodes as they tell of themselves; None where they do not.
+    """
 
     node: dict[str, Any]
     cluster: dict[str, Any] | None
     reason: str = ""
+    members: list[dict[str, Any]] | None = None
 
 
 class CachedFile(Struct, tag_field="answer", tag="file"):

@@ -108,13 +108,14 @@ class LocalRequests:
         spawn: Callable[[Coroutine[Any, Any, None]], Task],
         handle: Callable[[PeerEvent], None],
         node_status: Callable[[], dict[str, Any]],
+        members: Callable[[], list[dict[str, Any]] | None],
     ) -> None:
         """``numbers`` are those of the requests, which nobody else uses.
 
         ``spawn`` runs a coroutine in the background; ``handle`` tells the machine.
 
-        ``chunk_size_bytes``: None to choose by the size of the file. ``node_status`` may raise
-        LocalError.
+        ``chunk_size_bytes``: None to choose by the size of the file. ``node_status``, which may
+        raise LocalError, and ``members`` say what there is to say of this node and of all.
         """
         self._cache = cache
         self._examiner = examiner
@@ -125,6 +126,7 @@ class LocalRequests:
         self._spawn = spawn
         self._handle = handle
         self._node_status = node_status
+        self._members = members
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, LocalRequest] = {}
         self._status_requests: dict[int, LocalConnection | asyncio.Future[AnswerStatus]] = {}
@@ -509,10 +511,11 @@ class LocalRequests:
             return
         try:
             node = self._node_status()
+            members = self._members()
         except LocalError as error:
             connection.send(Failed(str(error)))
             return
-        connection.send(NodeStatus(node, effect.cluster, effect.reason))
+        connection.send(NodeStatus(node, effect.cluster, effect.reason, members))
 
 
 def _close_all(fds: list[int]) -> None:

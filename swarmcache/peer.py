@@ -16,7 +16,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from itertools import islice
@@ -52,6 +52,7 @@ from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.locator import Locator
 from swarmcache.machine_shell import MachineShell
+from swarmcache.members import known_nodes, member_fields
 from swarmcache.messages import (
     Message,
     NodeAddress,
@@ -141,6 +142,8 @@ PROGRESS_S = 0.25
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
 ANNOUNCED_AT_ONCE = 1000
 BINDS_MAX = 16
+# So long after its start a node knows of all others by gossip, with plenty to spare.
+SETTLED_S = 60.0
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
@@ -271,6 +274,7 @@ class Daemon:
             spawn=self._spawn,
             handle=self._shell.handle,
             node_status=self._node_status,
+            members=self._members,
         )
         self._holder_questions = HolderQuestions(numbers, self._shell.handle)
         elsewhere = ReplicasElsewhere(self._holder_questions, self._spawn)
@@ -454,10 +458,23 @@ class Daemon:
             "directories": msgspec.to_builtins(self._cache.directories()),
         }
 
-    async def _known_nodes(self) -> tuple[list[KnownNode], str]:
-        """All nodes that are known to this one, and why these may not be all."""
+    def _members(self) -> list[dict[str, Any]] | None:
+        """All nodes, as they tell of themselves; None where they do not."""
+        return None if self.gossip is None else member_fields(self.gossip.members(), now_s())
+
+    async def _known_nodes(self, named: Sequence[str]) -> tuple[list[KnownNode], str]:
+        """All nodes that are known to this one, and why these may not be all.
+
+        The tracker is asked as well where the gossip may not have told of all yet: of those that
+        are ``named``, or of any, soon after the start of this daemon.
+        """
+        nodes = [] if self.gossip is None else known_nodes(self.gossip.members())
+        known = {name for each in nodes for name in (each.node, each.name)}
+        if now_s() - self._started_s > SETTLED_S and self.gossip is not None and known >= {*named}:
+            return nodes, ""
         cluster, reason = await self._local.cluster_status()
-        return nodes_of_status(cluster or {}), reason
+        nodes += [each for each in nodes_of_status(cluster or {}) if each.node not in known]
+        return nodes, reason
 
     # --- the tracker ----------------------------------------------------------------------------
 

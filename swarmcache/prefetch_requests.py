@@ -93,14 +93,15 @@ class PrefetchRequests:
         examiner: SourceExaminer,
         examine_threads: ThreadPoolExecutor,
         holders: HolderQuestions,
-        known_nodes: Callable[[], Awaitable[tuple[list[KnownNode], str]]],
+        known_nodes: Callable[[Sequence[str]], Awaitable[tuple[list[KnownNode], str]]],
         session: aiohttp.ClientSession,
         keyring: Keyring,
         address: NodeAddress,
         chunk_size_bytes: int | None,
         spawn: Spawn,
     ) -> None:
-        """``known_nodes`` tells of all nodes but this one, and why that may not be all of them.
+        """``known_nodes`` tells of all nodes, and why these may not be all; of those that are named
+        if anything is known of them.
 
         ``address`` is this node's own; ``chunk_size_bytes``: None to choose by the size of the
         file; ``spawn`` runs a coroutine in the background.
@@ -206,7 +207,7 @@ class Prefetch:
 
     async def run(self) -> None:
         """Returns when the client knows of each node that was asked."""
-        nodes, reason = await self._requests.known_nodes()
+        nodes, reason = await self._requests.known_nodes(self._request.nodes)
         if reason:
             self._connection.send(Notice(f"not all nodes are known: {reason}"))
         if all(each.node != self._own for each in nodes):

@@ -453,6 +453,7 @@ def test_status_as_json_is_one_object(run_dir: Path) -> None:
         "node": STATUS.node,
         "cluster": STATUS.cluster,
         "reason": "",
+        "members": None,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from swarmcache.doctor import LISTED_MAX, Report, examine
+from swarmcache.local_protocol import NodeStatus
 from tests.disk_helpers import (
     ME,
     a_file,
@@ -25,6 +26,7 @@ from tests.disk_helpers import (
 )
 from tests.local_daemons import LocalDaemons
 from tests.loop_disks import missing
+from tests.scripted_daemon import ScriptedDaemon
 
 needs_disk = pytest.mark.skipif(bool(missing()), reason="mounting is not possible here")
 
@@ -225,6 +227,26 @@ def test_a_file_system_without_acls_is_found(settings: Path, root: Path) -> None
 
 
 # --- with a daemon --------------------------------------------------------------------------------
+
+
+def test_nodes_with_sick_disks_or_other_versions_are_named(settings: Path, root: Path) -> None:
+    def member(node: str, version: str, disk: str = "ok", state: str = "alive") -> dict[str, str]:
+        return {"node": node, "version": version, "disk": disk, "state": state}
+
+    members = [
+        *(member("a", "1.1"), member("b", "1.0", "sick"), member("c", "1.1", "full")),
+        *(member("d", "0.9", "sick", "dead"), member("e", "0.8", state="left")),
+    ]
+    status = NodeStatus({"tracker_connected": True, "directories": []}, {}, members=members)
+    with ScriptedDaemon(root.parent, lambda _: [status]) as daemon:
+        report = examine(daemon.path, settings)
+
+    assert [(each.what, each.where) for each in report.findings] == [
+        ("the disks of these nodes fail, so they cache nothing", "b"),
+        ("these nodes run another version than 1.1, which 2 nodes run", "b (1.0)"),
+    ]
+    assert "these nodes are dead in d" in notes(report)
+    assert "have no room for more in c" in notes(report)
 
 
 @pytest.mark.slow
