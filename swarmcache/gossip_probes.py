@@ -157,8 +157,13 @@ class Probes:
         return probe
 
     def _without_answer(self, probe: Probe) -> Verdict:
-        # Whose helpers are silent as well may be cut off itself.
-        self.feel(probe.helpers - probe.nacks if probe.helpers else 1)
+        # Whose helpers are silent as well may be cut off itself. (Lifeguard counts each of them; in
+        # halves that are cut off from each other nobody would ever be well enough to accuse.)
+        silent = probe.helpers - probe.nacks
+        if silent >= probe.helpers:
+            self.feel(2)
+        elif silent > probe.helpers / 2:
+            self.feel(1)
         fair = probe.heard and self.health <= ACCUSING_HEALTH_MAX
         return Verdict(probe.target, alive=False, trial=probe.trial, fair=fair)
 
