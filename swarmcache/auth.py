@@ -41,6 +41,7 @@ NONCE_BYTES = 32
 IDENTITY_MAX_BYTES = 255
 MAC_BYTES = 16  # [bytes] 128 bits: a forger has one try per connection
 KEY_ID_BYTES = 8
+TAG_CHARACTERS = 8
 _PROOF_SIZE_BYTES = 32
 
 _MAGIC = b"swarmc02"
@@ -89,8 +90,13 @@ class ClusterKey:
             derived("datagrams"),
         )
 
+    @property
+    def tag(self) -> str:
+        """What tells it apart from others, for people; no secret."""
+        return self.key_id[: TAG_CHARACTERS // 2].hex()
+
     def __repr__(self) -> str:
-        return f"<ClusterKey {self.key_id.hex()}>"
+        return f"<ClusterKey {self.tag}>"
 
 
 class Keyring:
@@ -112,8 +118,12 @@ class Keyring:
         assert keys, "who has no key cannot speak"
         self.accepted = tuple(keys)
 
+    def tags(self) -> list[str]:
+        """What tells the keys apart, for people, in their order."""
+        return [key.tag for key in self.accepted]
+
     def __repr__(self) -> str:
-        return f"<Keyring {', '.join(key.key_id.hex() for key in self.accepted)}>"
+        return f"<Keyring {', '.join(self.tags())}>"
 
 
 class SessionKeys:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from swarmcache.auth import ClusterKey
 from swarmcache.cache_index import Trust
 from swarmcache.client import Client
 from swarmcache.config import Config, load, load_secrets
@@ -118,7 +119,6 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
         return report
     where = str(config.file) if config.file else "no file: all settings have their defaults"
     report.add([Note("where the settings come from", where)])
-    report.add(_secret(config))
     status: dict[str, Any] | None = None
     try:
         status = client.status()
@@ -129,6 +129,7 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
     else:
         report.add(_daemon(config, status))
         report.add(_members(status))
+    report.add(_secret(config, status))
     report.add(_directories(config, status))
     return report
 
@@ -136,7 +137,7 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
 # --- settings, daemon, tracker -------------------------------------------------------------------
 
 
-def _secret(config: Config) -> Found:
+def _secret(config: Config, status: dict[str, Any] | None) -> Found:
     file = config.cluster.secret_file
     if file is None:
         yield Note("without a secret the servers stay on the loopback", "cluster.secret_file")
@@ -154,10 +155,47 @@ def _secret(config: Config) -> Found:
         yield Note("only its owner can look at the secret; run this as root", str(file))
         return
     try:
-        load_secrets(file, owner_uid)
+        secrets = load_secrets(file, owner_uid)
     except ConfigError as error:
         what, _, mend = str(error).partition("; run: ")
         yield Finding(what, str(file), f"run: {mend}" if mend else "write it anew")
+        return
+    if status is not None:
+        keys = [ClusterKey.from_secret(secret, config.cluster.label) for secret in secrets]
+        yield from _secrets_in_use([key.tag for key in keys], status, str(file))
+
+
+def _secrets_in_use(tags: list[str], status: dict[str, Any], file: str) -> Found:
+    """Whether the daemon uses what the file says, and all others understand it."""
+    used = status["node"]["key_tags"]
+    if used != tags:
+        yield Finding(
+            f"the daemon uses the secrets {' '.join(used)}, the file has {' '.join(tags)}",
+            file,
+            "send it SIGHUP",
+        )
+    cluster = status.get("cluster")
+    if not cluster:
+        return
+    accepted = {"the tracker": cluster["key_tags"]}
+    accepted |= {node["node"]: node["key_tags"] for node in cluster["nodes"]}
+
+    def without(tag: str) -> list[str]:
+        return [who for who, known in accepted.items() if tag not in known]
+
+    if lacking := without(tags[0]):
+        yield Finding(
+            f"these do not accept the secret {tags[0]}, which is spoken here",
+            _some(lacking),
+            "bring the file there and send SIGHUP to daemon and tracker",
+        )
+    for tag in tags[1:]:
+        if lacking := without(tag):
+            yield Note(f"these do not accept the secret {tag} yet", _some(lacking))
+        else:
+            yield Note(f"all accept the secret {tag} as well as {tags[0]}", file)
+    if others := [who for who, known in accepted.items() if set(known) - set(tags)]:
+        yield Note("these accept a secret that this node's file does not have", _some(others))
 
 
 def _daemon(config: Config, status: dict[str, Any]) -> Found:

@@ -41,6 +41,7 @@ PROTOCOL_VERSION = 3
 LOADS_MAX = 64
 WAITING_MAX = 1024
 SEEDS_MAX = 16
+KEY_TAGS_MAX = 16
 
 VersionId = Annotated[bytes, Meta(min_length=32, max_length=32)]
 # ``path_digests.path_digest``
@@ -51,6 +52,8 @@ PathDigests = Annotated[
 WRITE_ID_BYTES = 16
 WriteId = Annotated[bytes, Meta(min_length=WRITE_ID_BYTES, max_length=WRITE_ID_BYTES)]
 NodeId = Annotated[str, Meta(min_length=1, max_length=255)]
+# ``ClusterKey.tag`` of the keys that a process accepts, the one it speaks with first.
+KeyTags = Annotated[list[Annotated[str, Meta(max_length=16)]], Meta(max_length=KEY_TAGS_MAX)]
 Seeds = Annotated[list[NodeId], Meta(max_length=SEEDS_MAX)]
 Name = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
@@ -160,6 +163,7 @@ class Register(Message, tag="register"):
     protocol: int = PROTOCOL_VERSION
     writes: Annotated[list[HeldWrite], Meta(max_length=LOADS_MAX)] = []
     totals: NodeTotals = NodeTotals()
+    key_tags: KeyTags = []
 
 
 class Join(Message, tag="join"):
@@ -237,6 +241,7 @@ class Heartbeat(Message, tag="heartbeat"):
     clock_s: float
     disk: DiskStatus = DiskStatus()
     totals: NodeTotals = NodeTotals()
+    key_tags: KeyTags = []
 
 
 class Holding(Message, tag="holding"):

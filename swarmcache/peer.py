@@ -54,8 +54,10 @@ from swarmcache.locator import Locator
 from swarmcache.machine_shell import MachineShell
 from swarmcache.members import known_nodes, member_fields
 from swarmcache.messages import (
+    Heartbeat,
     Message,
     NodeAddress,
+    Register,
     Registered,
     Renewed,
     Replicas,
@@ -83,6 +85,7 @@ from swarmcache.peer_events import (
     DropPartial,
     FetchChunk,
     HangUp,
+    KeysChanged,
     LoadManifest,
     PeerBusy,
     PeerConnected,
@@ -187,6 +190,11 @@ class Daemon:
     async def stop(self) -> None:
         """End everything in an orderly way; who still waits gets the original path."""
         await self._resources.aclose()
+
+    def keys_changed(self) -> None:
+        """The keyring is another: the tracker is to know."""
+        if self._tracker_link is not None:
+            self._shell.handle(KeysChanged())
 
     def _open_cache(self, stack: AsyncExitStack) -> None:
         self._examiner = SourceExaminer(self._config)
@@ -453,6 +461,7 @@ class Daemon:
                 for node, connected, distrusted in self._state.neighbours()
             ],
             "downloads": self._local.downloads_status(),
+            "key_tags": self._keyring.tags(),
             "gossip": None if self.gossip is None else self.gossip.status(),
             "disk": msgspec.to_builtins(self._cache.status()),
             "directories": msgspec.to_builtins(self._cache.directories()),
@@ -523,6 +532,8 @@ class Daemon:
         self._shell.handle(TrackerSaid(message))
 
     def _tell_tracker(self, message: Message) -> None:
+        if isinstance(message, Register | Heartbeat):
+            message.key_tags = self._keyring.tags()
         if self._tracker_link is not None:
             self._tracker_link.send(encode(message))
 
@@ -742,8 +753,8 @@ async def run_daemon(config: Config) -> None:
     allow_many_descriptors()
     told = told_to_end()
     keyring = Keyring(cluster_keys(config))
-    reread_on_hangup(config, keyring)
     daemon = Daemon(config, keyring)
+    reread_on_hangup(config, keyring, daemon.keys_changed)
     say_ready("daemon", await daemon.start())
     try:
         await told.wait()

@@ -344,6 +344,11 @@ class DiskMeasured:
     disk: DiskStatus
 
 
+@dataclass(slots=True)
+class KeysChanged:
+    """The daemon accepts other secrets than before, which the tracker is told at once."""
+
+
 PeerEvent: TypeAlias = (
     FileWanted
     | RequestGone
@@ -380,6 +385,7 @@ PeerEvent: TypeAlias = (
     | RangeReadDone
     | RangeReadFailed
     | TimePassed
+    | KeysChanged
     | DiskMeasured
 )
 

@@ -88,6 +88,7 @@ from swarmcache.peer_events import (
     FileWanted,
     HangUp,
     HoldersWanted,
+    KeysChanged,
     LoadManifest,
     ManifestLoaded,
     PeerBusy,
@@ -286,6 +287,10 @@ class PeerState:
             case ChunkRead() | RangeReadDone() | RangeReadFailed():
                 self._handle_reading(event, now_s, effects)
             case TimePassed():
+                self._handle_time(now_s, effects)
+            case KeysChanged():
+                if self._heartbeat_at_s is not None:
+                    self._heartbeat_at_s = now_s
                 self._handle_time(now_s, effects)
             case PeerConnected() | PeerLost():
                 self._handle_connection(event, now_s, effects)

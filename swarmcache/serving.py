@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from swarmcache.auth import ClusterKey, Keyring
@@ -25,9 +26,12 @@ def cluster_keys(config: Config) -> list[ClusterKey]:
     return [ClusterKey.from_secret(secret, config.cluster.label) for secret in secrets]
 
 
-def reread_on_hangup(config: Config, keyring: Keyring) -> None:
+def reread_on_hangup(
+    config: Config, keyring: Keyring, on_change: Callable[[], None] = lambda: None
+) -> None:
     """From now on SIGHUP makes this process read its secret file again; if it has none, SIGHUP ends
-    it, as ever. A file that is no good changes nothing."""
+    it, as ever. A file that is no good changes nothing. ``on_change`` is called when
+    it has changed something."""
     file = config.cluster.secret_file
     if file is None:
         return
@@ -39,6 +43,7 @@ def reread_on_hangup(config: Config, keyring: Keyring) -> None:
             log.error("the former secrets stay in use: %s", error)
         else:
             log.warning("read %s again: %r", file, keyring)
+            on_change()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
 

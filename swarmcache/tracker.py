@@ -15,7 +15,7 @@ from swarmcache.config import Config
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import Link, serve
 from swarmcache.machine_shell import MachineShell
-from swarmcache.messages import decode_to_tracker, encode
+from swarmcache.messages import Status, decode_to_tracker, encode
 from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
@@ -100,6 +100,8 @@ class Tracker:
         match effect:
             case Tell():
                 link = self._links.get(effect.session)
+                if isinstance(effect.message, Status):
+                    effect.message.cluster["key_tags"] = self._keyring.tags()
                 if link is not None:
                     link.send(encode(effect.message))
             case CloseSession():

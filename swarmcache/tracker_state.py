@@ -137,6 +137,7 @@ class Node:
     read_bytes_per_s: float = 0.0
     silent: bool = False
     seeds_at_s: float = -math.inf
+    key_tags: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -400,6 +401,7 @@ class TrackerState:
         self._sessions[session] = node
         self._nodes[name] = node
         self._in_turn[name] = None
+        node.key_tags = message.key_tags
         self._statistics.node_told(name, message.totals)
         adopted = [lease.lease_id for lease in message.leases if self._adopt(node, lease, now_s)]
         for held in message.writes:
@@ -466,6 +468,7 @@ class TrackerState:
         node.clock_s = message.clock_s
         node.clock_at_s = now_s
         node.disk = message.disk
+        node.key_tags = message.key_tags
         self._statistics.node_told(node.address.node, message.totals)
         self._renew(node, now_s)
         waiting = [version_id for version_id in node.swarms if self._waits(version_id)]
@@ -1149,6 +1152,7 @@ class TrackerState:
             "file_count": node.disk.file_count,
             "replicas": len(node.replicas),
             "leases": len(node.leases),
+            "key_tags": node.key_tags,
         }
 
     def _server_status(self, name: str, server: FileServer, now_s: float) -> dict[str, object]:

@@ -239,7 +239,7 @@ def test_the_key_is_not_shown() -> None:
     key = KEY.speaking
 
     for shown in (repr(KEY), repr(key)):
-        assert key.key_id.hex() in shown
+        assert key.tag in shown
         assert not any(each.hex() in shown for each in (key.proof_key, key.session_key))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from swarmcache.doctor import LISTED_MAX, Report, examine
 from swarmcache.local_protocol import NodeStatus
+from tests.box import wait_until
 from tests.disk_helpers import (
     ME,
     a_file,
@@ -301,3 +303,38 @@ def test_reading_the_index_beside_its_daemon_changes_nothing(settings: Path, roo
     assert before == after
     assert cache.lookup(a_file(9000)[0], ME) is not None
     cache.close()
+
+
+@pytest.mark.slow
+def test_while_the_secret_is_changed_it_tells_who_lags_behind(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    old, new = "0" * 32, "1" * 32
+    secret.write_text(old)
+    settings = f'[cluster]\nsecret_file = "{secret}"\n'
+    with LocalDaemons(tmp_path) as local:
+        tracker = local.start_tracker(settings)
+        here, there = local.start_daemon("a", settings), local.start_daemon("b", settings)
+
+        def told(*, until: str) -> str:
+            """What doctor says here, as soon as it says this."""
+
+            def said() -> str:
+                text = "\n".join(examine(here.socket, tmp_path / "config-a.toml").lines())
+                return text if until in text else ""
+
+            return wait_until(said, 30.0, until)
+
+        secret.write_text(f"{old}\n{new}\n")
+        assert "send it SIGHUP" in told(until="the daemon uses the secrets")
+
+        for server in (here, tracker):
+            server.process.send_signal(signal.SIGHUP)
+        lagging = told(until="do not accept the secret").partition("do not accept the secret")[2]
+        assert there.address in lagging
+        there.process.send_signal(signal.SIGHUP)
+        assert "wrong:" not in told(until="all accept the secret")
+
+        secret.write_text(new)
+        here.process.send_signal(signal.SIGHUP)
+        assert there.address in told(until="that this node's file does not have")
