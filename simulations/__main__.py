@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress
 
-from simulations import campaign, compare, planted_bugs, plots
+from simulations import campaign, compare, gossip_command, planted_bugs, plots
 from simulations.catalogue import SCENARIOS
 from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
@@ -24,6 +24,7 @@ from swarmcache.quantities import format_size, parse_count
 COMMANDS = {
     "campaign": campaign.main,
     "compare": compare.main,
+    "gossip": gossip_command.main,
     "planted_bugs": planted_bugs.main,
 }
 

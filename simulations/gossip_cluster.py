@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
@@ -19,7 +18,7 @@ from random import Random
 from blake3 import blake3
 
 from simulations.engine import Engine
-from swarmcache.gossip import Gossip
+from swarmcache.gossip import STATUS_BYTES_PER_S, STATUS_COST_BYTES, Gossip
 from swarmcache.gossip_events import (
     CONNECT_S,
     ConnectTried,
@@ -32,14 +31,24 @@ from swarmcache.gossip_events import (
     TimePassed,
     TryConnect,
 )
-from swarmcache.gossip_records import NodeProfile, node_id, ring_id
+from swarmcache.gossip_records import (
+    BODY_BYTES,
+    NodeProfile,
+    NodeStatus,
+    node_id,
+    profile_tag,
+    ring_id,
+    status_body,
+)
 from swarmcache.gossip_spread import OVERHEAD_BYTES
+from swarmcache.gossip_view import View
 from swarmcache.messages import NodeAddress
 
 EVENTS_MAX = 10**10
 CAPACITY_BYTES = 1 << 40
 # The socket of a daemon that does not read holds about so many datagrams.
 INBOX_MAX = 400
+FIRST_EPOCH = 1_700_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,8 @@ class GossipNode:
             CAPACITY_BYTES,
         )
         rng = Random(f"{self.settings.seed} {self.name} {self.life}")
-        epoch = 1_700_000_000_000 + round(now_s * 1000)
-        return Gossip(profile, epoch, rng, period_s=self.settings.period_s)
+        self.epoch = FIRST_EPOCH + round(now_s * 1000)
+        return Gossip(profile, self.epoch, rng, period_s=self.settings.period_s)
 
 
 class GossipCluster:
@@ -96,7 +105,6 @@ class GossipCluster:
         self.nodes = [GossipNode(index, settings) for index in range(settings.nodes)]
         self.by_name = {node.name: node for node in self.nodes}
         self.on_change: Callable[[GossipNode, MembersChanged], None] | None = None
-        self.kinds: Counter[str] = Counter()
         self.datagrams = 0
         self.datagram_bytes_max = 0
         self._rng = Random(f"{settings.seed} network")
@@ -124,6 +132,38 @@ class GossipCluster:
         node.armed_s = math.inf
         node.machine = node.new_machine(self.now_s)
         self.tell(node, TimePassed())
+
+    def start_acquainted(self) -> None:
+        """All daemons start, and know one another already, as after a join, which costs the square
+        of the number of nodes. So this alone reaches into the machines."""
+        nodes = sorted(self.nodes, key=lambda node: node.subject)
+        for node in nodes:
+            self.start(node)
+        count = len(nodes)
+        period_s = max(self.settings.period_s, count * STATUS_COST_BYTES / STATUS_BYTES_PER_S)
+        ids = array("Q", [node.subject for node in nodes])
+        epochs = array("Q", [node.epoch for node in nodes])
+        made_s = array("d", [-self._rng.random() * period_s for _ in nodes])
+        tags = [profile_tag(node.machine.profile) for node in nodes]
+        bodies = b"".join([status_body(NodeStatus(), tag) for tag in tags])
+        profiles: list[NodeProfile | None] = [node.machine.profile for node in nodes]
+        sums = View(ids[0], epochs[0]).sums
+        for subject, epoch in zip(ids[1:], epochs[1:], strict=True):
+            sums = array("Q", map(_add, sums, View(subject, epoch).sums))
+        for index, node in enumerate(nodes):
+            view = node.machine._view
+            view.ids = ids[:index] + ids[index + 1 :]
+            view.epochs = epochs[:index] + epochs[index + 1 :]
+            view.made_s = made_s[:index] + made_s[index + 1 :]
+            view.seqs = array("I", bytes(4 * (count - 1)))
+            view.bodies = bytearray(bodies)
+            del view.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES]
+            view.suspected = bytearray(count - 1)
+            view.profiles = profiles[:index] + profiles[index + 1 :]
+            view.sums = array("Q", sums)
+            view.reachable = node.machine._introduced = count - 1
+            view.version += 1
+            node.machine._timers.set(("publish", 0), self._rng.random() * period_s)
 
     def kill(self, node: GossipNode) -> None:
         """The daemon ends, and says nothing."""
@@ -243,3 +283,11 @@ class GossipCluster:
         """Let time pass."""
         self.engine.at(until_s, lambda _: self.engine.stop(), None)
         self.engine.run(until_s)
+
+    def live(self) -> list[GossipNode]:
+        """Whose daemons run."""
+        return [node for node in self.nodes if node.alive]
+
+
+def _add(first: int, second: int) -> int:
+    return (first + second) & 0xFFFFFFFF

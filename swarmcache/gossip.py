@@ -55,7 +55,6 @@ from swarmcache.gossip_records import (
     LASTING,
     PAYLOAD_BYTES_MAX,
     PROFILES_MAX,
-    RING,
     SEQ_MAX,
     STATUSES_MAX,
     Ack,
@@ -96,7 +95,7 @@ from swarmcache.gossip_records import (
     ring_id,
     status_body,
 )
-from swarmcache.gossip_spread import Budget, Claim, Spread, age_units
+from swarmcache.gossip_spread import Budget, Claim, Spread, age_units, stay
 from swarmcache.gossip_view import MEMBERS_MAX, View
 from swarmcache.timers import Timers
 
@@ -324,6 +323,15 @@ class Gossip:
         """All others that are alive, as far as is known, or suspected; their profiles are known."""
         view = self._view
         return [self._member(i) for i in range(len(view)) if view.profiles[i] is not None]
+
+    def live_count(self) -> int:
+        """How many ``live`` there are."""
+        return self._view.reachable
+
+    def is_live(self, node: str) -> bool:
+        """Whether this one is among them."""
+        index = self._view.find(ring_id(node))
+        return index >= 0 and self._view.profiles[index] is not None
 
     def member(self, node: str) -> Member | None:
         """What is known of the node with this advertised address."""
@@ -716,7 +724,7 @@ class Gossip:
             if self._budget.saved(now_s) < ANSWER_SAVED:
                 return
             part = packed[start : start + PROFILES_MAX]
-            self._send(sender, encode_profiles(_stay(sender), part), effects)
+            self._send(sender, encode_profiles(stay(sender), part), effects)
 
     # --- seeds, repair --------------------------------------------------------------------------
 
@@ -729,14 +737,14 @@ class Gossip:
                 self._contact(address, now_s, effects)
 
     def _contact(self, address: str, now_s: float, effects: list[GossipEffect]) -> None:
-        stay = _stay(ring_id(address))
+        nobody = stay(ring_id(address))
         own = self._packed_status(self.own_id, now_s)
         assert own is not None
         payload = b"".join(
             (
                 encode_ping(self._probes.new_number(), self._address),
-                encode_statuses(stay, [own]),
-                encode_profiles(stay, [pack_profile(self.profile)]),
+                encode_statuses(nobody, [own]),
+                encode_profiles(nobody, [pack_profile(self.profile)]),
                 encode_digests(self._view.sums, answered=False),
             )
         )
@@ -795,7 +803,7 @@ class Gossip:
             if self._budget.saved(now_s) < ANSWER_SAVED:
                 return
             part = records[start : start + STATUSES_MAX]
-            self._send(peer, encode_statuses(_stay(peer), part), effects)
+            self._send(peer, encode_statuses(stay(peer), part), effects)
 
     def _pull(self, now_s: float, effects: list[GossipEffect]) -> None:
         """Ask for records that are overdue: something on their way was lost."""
@@ -871,7 +879,7 @@ class Gossip:
             rides = self._rides.pop(claim) - 1
             if rides:
                 self._rides[claim] = rides
-        return encode_rumours(_stay(target), [claim.packed(now_s) for claim in riders])
+        return encode_rumours(stay(target), [claim.packed(now_s) for claim in riders])
 
     def _ask_others(self, probe: Probe, now_s: float, effects: list[GossipEffect]) -> None:
         """No direct answer yet: ask through others, and over TCP at once."""
@@ -1073,7 +1081,7 @@ class Gossip:
             return self._believe_of_stranger(claim, now_s)
         if self._is_outdated(claim, index):
             status = self._packed_at(index, now_s)
-            self._replies.append(encode_statuses(_stay(sender), [status]))
+            self._replies.append(encode_statuses(stay(sender), [status]))
             if claim.kind is RumourKind.DEAD:  # it should know, and contradict
                 self._send(subject, _for_one(subject, claim, now_s), effects)
             return False
@@ -1113,13 +1121,8 @@ class Gossip:
         return True
 
 
-def _stay(target: int) -> int:
-    """A limit that says to ``target`` that it is to pass nothing on."""
-    return (target + 1) % RING
-
-
 def _for_one(target: int, claim: Claim, now_s: float) -> bytes:
-    return encode_rumours(_stay(target), [claim.packed(now_s)])
+    return encode_rumours(stay(target), [claim.packed(now_s)])
 
 
 def _fitting(replies: list[bytes]) -> bytes:

@@ -36,6 +36,7 @@ from swarmcache.gossip_records import (
     NUMBER_BYTES,
     PAYLOAD_BYTES_MAX,
     PROFILE_BYTES,
+    RING,
     RUMOUR_BYTES,
     SPREAD_HEAD_BYTES,
     STATUS_BYTES,
@@ -57,10 +58,14 @@ from swarmcache.timers import Timers
 OVERHEAD_BYTES = 48 + 28
 # A confirmation takes two ways through the network and two event loops: milliseconds. Whoever takes
 # longer than this is busy with something else.
-CONFIRM_S = 0.3
+CONFIRM_S = 0.2
 TRIES_MAX = 4
+# Then others take its part over, and it is only told itself, with more and more patience: where a
+# quarter of all packets gets lost, four times in vain is nothing unusual.
+LATE_TRIES_MAX = 4
 # A member that has confirmed nothing is asked to pass nothing on for so long, or until it is heard.
-SILENT_S = 10.0
+SILENT_S = 5.0
+PASSED_OVER_MAX = 4
 # Statuses wait for each other so long at most on the way to the nearest finger, which gets half of
 # all, and so long on the way to the farthest ones, which get few.
 WAIT_NEAR_S = 0.8
@@ -76,6 +81,11 @@ LIST_MAX = 255
 def age_units(age_s: float) -> int:
     """An age as records carry it."""
     return min(max(int(age_s / AGE_UNIT_S), 0), AGE_UNITS_MAX)
+
+
+def stay(target: int) -> int:
+    """A limit that says to ``target`` that it is to pass nothing on."""
+    return (target + 1) % RING
 
 
 class Claim(NamedTuple):
@@ -136,6 +146,14 @@ class Cargo:
     def empty(self) -> bool:
         return not (self.claims or self.statuses or self.profiles)
 
+    def for_one(self, limit: int) -> Cargo:
+        """The same, of which the target is to pass nothing on."""
+        return Cargo(
+            _merged(self.claims, limit),
+            _merged(self.statuses, limit),
+            _merged(self.profiles, limit),
+        )
+
     def status_count(self) -> int:
         return sum(map(len, self.statuses.values()))
 
@@ -176,31 +194,50 @@ class Spread:
         self._timers = timers
         self._fingers: list[int] = []
         self._distances: list[int] = []
+        self._passed_over: list[int] = []
         self._fingers_of = (-1, -1)
         self._silent_version = 0
         self.unconfirmed: list[int] = []
 
     # --- who passes on to whom --------------------------------------------------------------------
 
-    def fingers(self) -> list[int]:
-        """The members that this node sends to, nearest first."""
-        version = (self._view.version, self._silent_version)
-        if version != self._fingers_of:
-            self._fingers_of = version
-            self._fingers = self._view.fingers(self._usable)
-            self._distances = [self._view.distance(each) for each in self._fingers]
-        return self._fingers
-
     def legs(self, limit: int) -> list[Leg]:
         """How everybody between here and ``limit`` is reached. This node's own id: everybody."""
-        fingers = self.fingers()
-        reach = bisect_left(self._distances, self._view.distance(limit))
-        legs = []
+        self._choose_fingers()
+        fingers = self._fingers
+        end = self._view.distance(limit)
+        reach = bisect_left(self._distances, end)
+        legs = [
+            Leg(target, stay(target), WAIT_NEAR_S)
+            for target in self._passed_over
+            if self._view.distance(target) < end
+        ]
         for number in range(reach):
             last = number + 1 == reach
             wait_s = WAIT_NEAR_S if number < NEAR_FINGERS else WAIT_FAR_S
             legs.append(Leg(fingers[number], limit if last else fingers[number + 1], wait_s))
         return legs
+
+    def _choose_fingers(self) -> None:
+        """The members that this node sends to, nearest first; anew when something has changed."""
+        view = self._view
+        version = (view.version, self._silent_version)
+        if version == self._fingers_of:
+            return
+        self._fingers_of = version
+        self._fingers = view.fingers(self._usable)
+        self._distances = [view.distance(each) for each in self._fingers]
+        # Those before the first finger are in nobody's part. They may hear well enough, and only
+        # not be heard.
+        first = self._distances[0] if self._fingers else RING
+        self._passed_over = []
+        for index in view.onwards(view.own_id):
+            if view.distance(view.ids[index]) >= first:
+                break
+            if view.profiles[index] is not None:
+                self._passed_over.append(view.ids[index])
+                if len(self._passed_over) == PASSED_OVER_MAX:
+                    break
 
     def _usable(self, index: int) -> bool:
         view = self._view
@@ -283,15 +320,17 @@ class Spread:
 
     def _give_up_waiting(self, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         flight = self._flights.pop(number)
-        if self._view.find(flight.target) >= 0 and flight.tries < TRIES_MAX:
-            self._send(flight.target, flight.cargo, flight.tries + 1, now_s, effects)
-            return
-        if flight.target not in self._silent:
-            self._silent[flight.target] = now_s + SILENT_S
-            self._timers.set(("silent", flight.target), now_s + SILENT_S)
-            self._silent_version += 1
-            self.unconfirmed.append(flight.target)
-        self._hand_over(flight, now_s)
+        target, tries = flight.target, flight.tries
+        if tries == TRIES_MAX or self._view.find(target) < 0:
+            self._hand_over(flight, now_s)
+            if target not in self._silent:
+                self._silent[target] = now_s + SILENT_S
+                self._timers.set(("silent", target), now_s + SILENT_S)
+                self._silent_version += 1
+                self.unconfirmed.append(target)
+            flight.cargo = flight.cargo.for_one(stay(target))
+        if tries < TRIES_MAX + LATE_TRIES_MAX and self._view.find(target) >= 0:
+            self._send(target, flight.cargo, tries + 1, now_s, effects)
 
     def _hand_over(self, flight: Flight, now_s: float) -> None:
         """The next member of each part becomes responsible for what is left of it."""
@@ -389,7 +428,8 @@ class Spread:
         self._budget.spend(len(payload))
         effects.append(SendDatagram(profile.address.node, payload))
         self._flights[self._numbers] = Flight(target, cargo, tries)
-        self._timers.set(("flight", self._numbers), now_s + CONFIRM_S)
+        late = max(tries - TRIES_MAX, 0)
+        self._timers.set(("flight", self._numbers), now_s + CONFIRM_S * 2**late)
 
     def check(self) -> None:
         """Assert the invariants."""
@@ -402,6 +442,11 @@ class Spread:
 
 
 Item = TypeVar("Item")
+
+
+def _merged(by_limit: dict[int, dict[Item, None]], limit: int) -> dict[int, dict[Item, None]]:
+    items = {item: None for each in by_limit.values() for item in each}
+    return {limit: items} if items else {}
 
 
 def _take(
