@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from simulations.clients import Clients
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
-from swarmcache.download import HEDGES_MIN
+from swarmcache.download import HEDGES_MIN, Download
 from swarmcache.peer_state import FLIGHTS_MAX
 from swarmcache.upload_slots import WAITING_MAX
 
@@ -33,6 +33,16 @@ ANSWER_MAX_S = 120.0
 # Longest time without a new chunk before whoever waits gets the original: the patience of a node
 # (5 s), that of the tracker with silent nodes, and our own looking every now and then.
 STUCK_MAX_S = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a node had of a file version at the last look, and over which connection it was to tell
+    a neighbour."""
+
+    link: int
+    download: Download
+    held: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,8 @@ class Watch:
         self._cluster = cluster
         self._clients = clients
         self._held: dict[tuple[str, bytes], Held] = {}
+        self._told: dict[tuple[str, str, bytes], Told] = {}
+        self.all_is_told = False
         self._waits: dict[tuple[str, bytes], tuple[int, int, float]] = {}
         self.evaluated: Counter[str] = Counter()
         cluster.engine.at(cluster.engine.now_s, self._look, None)
@@ -65,6 +77,7 @@ class Watch:
         for node in cluster.node_list:
             self._look_at(node)
             self._look_at_waiting(node, now_s)
+        self._look_at_announcements()
         oldest_s = min(self._clients.waiting_since_s(), default=now_s)
         self.require("answered in time", now_s - oldest_s <= ANSWER_MAX_S, "a request waits")
         busy = self._clients.pending or now_s < CALM_AFTER_S
@@ -86,6 +99,40 @@ class Watch:
                 hedges_max = HEDGES_MIN + fetching.download.chunk_count // 100
                 few = fetching.download.hedges <= hedges_max
                 self.require("hedges", few, f"{node.name} asks twice for too many chunks")
+
+    def _look_at_announcements(self) -> None:
+        """What a node held at the last look its neighbours know by now, or have it themselves.
+
+        Only where nobody denies what it has, and all cut files alike (``all_is_told``).
+        """
+        former, self._told = self._told, {}
+        wires = self._cluster.control.wires
+        if not self.all_is_told or wires.cut:
+            return
+        for node in self._cluster.node_list:
+            for fetching in [] if node.stopped else node.machine.downloads():
+                download = fetching.download
+                for name in download.peers if download is not None and fetching.on_disk else ():
+                    other = self._cluster.nodes[name]
+                    link = node.connected.get(name)
+                    if link is None or other.connected.get(node.name) != link or other.stopped:
+                        continue
+                    assert download is not None
+                    version_id = fetching.version.version_id
+                    key = (node.name, name, version_id)
+                    self._told[key] = now = Told(link, download, download.held)
+                    before = former.get(key)
+                    if before is not None and before.link == link and before.download is download:
+                        self._look_at_told(now, before, node.name, other)
+
+    def _look_at_told(self, now: Told, before: Told, name: str, other: Node) -> None:
+        fetching = other.machine.fetching(now.download.version.version_id)
+        view = fetching.download.peers.get(name) if fetching and fetching.download else None
+        if view is None or not view.source or fetching is None or fetching.download is None:
+            return
+        known = view.mask | fetching.download.held
+        untold = before.held & ~known if not fetching.download.conflicts else 0
+        self.require("told", not untold, f"{name} does not tell {other.name} what it has")
 
     def _look_at_waiting(self, node: Node, now_s: float) -> None:
         """Nobody waits for long while nothing comes, but for a slot that others have."""
@@ -125,6 +172,8 @@ class Watch:
             replica = node.disk.replicas.get(version_id)
             if held is None or replica is None or node is reader or not node.alive:
                 continue
+            if not replica.active and not replica.published:
+                continue  # what is left of an earlier attempt, of which nobody is told
             if (held.life, held.session) != (node.life, node.session) or node.session is None:
                 continue
             again = held.chunks.intersection(chunks, replica.digests)

@@ -37,6 +37,7 @@ from simulations.readings import Readings
 from simulations.settings import FILE_SERVER, USER, ClusterSettings
 from simulations.tracker_host import TrackerHost
 from simulations.transfers import Transfers
+from simulations.writers import Writers
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.messages import encode
 from swarmcache.peer_events import (
@@ -117,6 +118,7 @@ class Cluster:
         self.control = ControlPlane(self, settings)
         self.transfers = Transfers(self)
         self.readings = Readings(self)
+        self.writers = Writers(self)
         self.disks = DiskWork(self, settings)
         self.processes = Processes(self)
         self._until_check = settings.check_every
@@ -382,7 +384,9 @@ class Cluster:
                 node.distrusted.add(effect.node)
             case TellPeer() | AnswerStatus():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
-            case AnswerSlot() | AnswerNoSlot() | AddReplica() | RefuseReplica():
+            case AnswerSlot() | AnswerNoSlot():
+                self.writers.told(node, effect)
+            case AddReplica() | RefuseReplica():
                 raise SimulationFailed(f"{node.name} has no reason for {effect}")
 
     def soon(self, node: Node, *events: PeerEvent, version_id: bytes | None = None) -> None:

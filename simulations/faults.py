@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from simulations.disks import corrupted
 from simulations.nodes import Node
 from simulations.wires import TRACKER, Cut
+from simulations.writers import Writer
 
 if TYPE_CHECKING:
     from simulations.cluster import Cluster
@@ -42,6 +43,7 @@ TRAPS = {
     "chunk refused": (0.0, 0.0),
     "chunk reset": (0.0, 0.05),
     "chunk stalled": (0.0, 0.0),
+    "copy slow": (0.01, 1.5),
     "dial refused": (0.0, 0.0),
     "dial unanswered": (0.0, 0.0),
     "disk slow": (0.001, 1.0),
@@ -288,6 +290,25 @@ class Faults:
         self._cluster.client_goes(node, requests[fault.other % len(requests)])
         return True
 
+    def _some_writer(self, node: Node, fault: Fault) -> Writer | None:
+        writers = [each for each in self._cluster.writers.pending if each.node is node]
+        return writers[fault.other % len(writers)] if writers else None
+
+    def _writer_killed(self, node: Node, fault: Fault) -> bool:
+        writer = self._some_writer(node, fault)
+        if writer is None:
+            return False
+        self._cluster.writers.kill(writer)
+        return True
+
+    def _writer_stopped(self, node: Node, fault: Fault) -> bool:
+        writer = self._some_writer(node, fault)
+        if writer is None or writer.stopped:
+            return False
+        self._cluster.writers.stop(writer)
+        self._until(fault, lambda: self._cluster.writers.go_on(writer))
+        return True
+
 
 EVENTS: dict[str, Callable[[Faults, Node, Fault], bool | None]] = {
     "client gone": Faults._client_gone,
@@ -313,5 +334,7 @@ EVENTS: dict[str, Callable[[Faults, Node, Fault], bool | None]] = {
     "tracker killed": Faults._tracker_killed,
     "tracker stopped": Faults._tracker_stopped,
     "unplugged": Faults._unplugged,
+    "writer killed": Faults._writer_killed,
+    "writer stopped": Faults._writer_stopped,
 }
 KINDS = sorted([*TRAPS, *EVENTS])

@@ -1,7 +1,7 @@
-"""A simulated file server: its uplink, what its files are now, and who reads from it.
+"""A simulated file server: its links, what its files are now, and who reads or writes there.
 
-It counts its readers itself, whatever the tracker believes. With ``cost_per_reader`` c, n readers
-together get ``rate / (1 + c * (n - 1))``: real ones thrash.
+Who writes under a slot is a reader to it. It counts them itself, whatever the tracker believes.
+With ``cost_per_reader`` c, n of them together get ``rate / (1 + c * (n - 1))``: real ones thrash.
 
 Invariant, checked whenever a reader comes: no more than ``slots_max`` nodes read at once. Not
 counted is what ARCHITECTURE.md names as the remainder: one piece that was asked for under a lease,
@@ -43,6 +43,7 @@ class FileServer:
     def __init__(self, name: str, network: Network, settings: FileServerSettings) -> None:
         self.name = name
         self.up = Link("file server", settings.rate)
+        self.down = Link("file server, writes", settings.rate)
         self.slots_max = settings.slots_max
         self.readers: dict[Reader, None] = {}
         self.readers_peak = 0
@@ -97,3 +98,4 @@ class FileServer:
             rate = self._settings.rate / self._slowness / (1 + cost * others)
             if rate != self.up.rate:
                 self._network.set_rate(self.up, rate)
+                self._network.set_rate(self.down, rate)

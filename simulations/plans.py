@@ -20,6 +20,7 @@ EVENTS_MAX = 8
 
 # Events that leave every message and every chunk of the others alone.
 _ENDS = ["daemon killed", "daemon killed, partial files torn", "node lost"]
+_STOPS = ["daemon stopped", "writer stopped"]
 # What may happen under each theme: kinds of events, and words with which kinds of traps begin.
 _LATE = ("message", "peer message")
 THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -35,20 +36,23 @@ THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         _LATE,
     ),
     "processes": (
-        (*_ENDS, "daemon stopped", "power cut", "client gone", "tracker stopped"),
-        ("chunk", "dial", *_LATE),
+        (*_ENDS, *_STOPS, "power cut", "client gone", "tracker stopped", "writer killed"),
+        ("chunk", "copy", "dial", *_LATE),
     ),
     "tracker": (
-        ("journal lost", "tracker killed", "tracker stopped", "tracker connection reset"),
-        ("message", "tracker", "peer message", "dial", "read"),
+        (
+            *("journal lost", "tracker killed", "tracker stopped", "tracker connection reset"),
+            *("file server slow", "cut to tracker", "writer stopped"),
+        ),
+        ("message", "tracker", "peer message", "copy", "dial", "read"),
     ),
     "disks": (
         ("disk lost", "replica removed", "replica rotten", "power cut"),
         ("disk", "publication", "reservation", "write", "manifest", *_LATE),
     ),
     "file server": (
-        ("file server slow", "source changed", "daemon stopped", "cut to tracker"),
-        ("read", "write of a range", *_LATE),
+        ("file server slow", "source changed", *_STOPS, "cut to tracker", "writer killed"),
+        ("copy", "read", "write of a range", *_LATE),
     ),
     "everything": (sorted(EVENTS.keys() - {"peer lies"}), sorted(TRAPS)),
 }
@@ -57,6 +61,7 @@ THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 MILD_TRAPS = {
     "chunk absent",
     "chunk busy",
+    "copy slow",
     "disk slow",
     "message from tracker late",
     "message to tracker late",
@@ -64,6 +69,9 @@ MILD_TRAPS = {
     "read slow",
 }
 MILD = 12
+MUCH = 60
+# Whoever has sent wrong bytes is never asked again, so that its copies are lost to others.
+LIES = ("peer lies", "chunk corrupted")
 # How often each is drawn: little is to be seen where little goes wrong.
 WEIGHTS = (1, 1, 3, 2, 3, 3, 3, 3, 3, 4)
 
@@ -81,6 +89,16 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A job on a node that copies a file to the file server."""
+
+    at_s: float
+    node: int
+    user: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One seed. ``mixed_cuts``: nodes cut files differently, so that some replicas are of no use to
     others."""
@@ -92,6 +110,7 @@ class Plan:
     jobs: tuple[Job, ...]
     faults: tuple[Fault, ...]
     mixed_cuts: bool = False
+    copies: tuple[Copy, ...] = ()
 
 
 def draw(seed: int) -> Plan:
@@ -109,15 +128,18 @@ def draw(seed: int) -> Plan:
     faults = _draw_faults(rng, theme, nodes) + _draw_liar(seed, theme, nodes)
     # Only where no copy can be lost, and every copy is of use, may there be jobs that cannot read.
     kept = theme in ("calm", "chunks", "messages", "cuts", "tracker")
+    kept = kept and not any(fault.kind in LIES for fault in faults)
     all_read = mixed_cuts or not kept or settings.disk_bytes != float("inf")
     jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts=mixed_cuts, all_read=all_read)
-    return Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts)
+    copies = _draw_copies(seed, settings)
+    return Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts, copies)
 
 
 def _draw_settings(rng: Random, seed: int, nodes: int, sizes: Sequence[int]) -> ClusterSettings:
     slots_max = rng.randint(1, 3)
-    # A piece for each of three readers in less than the margin of a lease.
-    rate = rng.choice((3e6, 12e6, 24e6))
+    # A piece for each of three readers in less than the margin of a lease; where it is slow, a
+    # range takes longer than a lease lasts when the file server is slowed down besides.
+    rate = rng.choice((1e6, 3e6, 12e6, 24e6))
     room_bytes = float("inf")
     if rng.random() < 0.25:
         room_bytes = max(sizes) * rng.choice((1.0, 1.2, 2.0))
@@ -164,6 +186,8 @@ def _draw_faults(rng: Random, theme: str, nodes: int) -> tuple[Fault, ...]:
     if "chunk corrupted" in traps and rng.random() < 0.6:
         traps.remove("chunk corrupted")  # few nodes are trusted for long once there are some
     weights = [MILD if kind in MILD_TRAPS else 1 for kind in traps]
+    if traps and rng.random() < 0.3:  # one thing goes wrong again and again
+        weights[rng.randrange(len(traps))] = MUCH
     liar = rng.randrange(nodes)
     faults = []
     for _ in range(rng.randint(1, EVENTS_MAX) if events else 0):
@@ -185,6 +209,18 @@ def _draw_faults(rng: Random, theme: str, nodes: int) -> tuple[Fault, ...]:
         duration_s = least_s + (most_s - least_s) * rng.random() ** 4
         faults.append(Fault(at_s, kind, node, duration_s=duration_s))
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
+
+
+def _draw_copies(seed: int, settings: ClusterSettings) -> tuple[Copy, ...]:
+    """In every other plan: mostly short ones, now and then one that others have to wait for."""
+    rng = Random(f"copies {seed}")
+    copies = []
+    for _ in range(rng.randint(1, 5) if rng.random() < 0.5 else 0):
+        alone_s = rng.uniform(8, 14) if rng.random() < 0.15 else rng.uniform(0.05, 3)
+        size_bytes = int(settings.file_server_rate * alone_s)
+        user = rng.choice(("ada", "bob", "eve"))
+        copies.append(Copy(rng.random() * 5, rng.randrange(settings.nodes), user, size_bytes))
+    return tuple(sorted(copies, key=lambda copy: copy.at_s))
 
 
 def _draw_liar(seed: int, theme: str, nodes: int) -> tuple[Fault, ...]:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import FunctionType
+from typing import Any
 
 from simulations.seed_run import run_seed
 
@@ -30,28 +32,36 @@ class PlantedBug:
 
 @contextmanager
 def planted(bug: PlantedBug) -> Iterator[None]:
-    """Inside the block the machines have this bug. Raises ValueError when it does not apply."""
+    """Inside the block the machines have this bug. Raises ValueError when it does not apply.
+
+    The function stays the same object with other code, so that it has the bug also where it was
+    imported by its name.
+    """
     module_name, path = bug.function.split(":")
     module = import_module(f"swarmcache.{module_name}")
     owner: object = module
     *owners, name = path.split(".")
     for part in owners:
         owner = getattr(owner, part)
-    former = inspect.getattr_static(owner, name)
-    function = former.fget if isinstance(former, property) else former
-    assert callable(function), f"{bug.function} is no function"
+    found = inspect.getattr_static(owner, name)
+    function = found.fget if isinstance(found, property) else found
+    assert isinstance(function, FunctionType), f"{bug.function} is no function"
     source = textwrap.dedent(inspect.getsource(function))
     if source.count(bug.before) != 1:
         raise ValueError(f"{bug.name}: {bug.before!r} is not once in {bug.function}")
     source = source.replace(bug.before, bug.after)
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     code = compile(f"from __future__ import annotations\n{source}", f"<{bug.name}>", "exec")
     exec(code, vars(module), namespace)
-    setattr(owner, name, namespace[name])
+    changed: Any = namespace[name]
+    if isinstance(changed, property):
+        changed = changed.fget
+    former = function.__code__
+    function.__code__ = changed.__code__
     try:
         yield
     finally:
-        setattr(owner, name, former)
+        function.__code__ = former
 
 
 def find(bug: PlantedBug, seeds: range) -> tuple[int, str] | None:
@@ -329,6 +339,43 @@ BUGS = (
         "heartbeats renew nothing",
         "tracker_state:TrackerState._heartbeat",
         "self._renew(node, now_s)",
+        "pass",
+    ),
+    # --- writes ----
+    PlantedBug(
+        "a promise that has run out is renewed",
+        "peer_writes:PeerWrites._go_on",
+        "elif now_s < write.told_until_s:",
+        "else:",
+    ),
+    PlantedBug(
+        "who does not answer is promised more time",
+        "peer_writes:PeerWrites._go_on",
+        "if write.unanswered or write.turn_over:",
+        "if write.turn_over:",
+    ),
+    PlantedBug(
+        "the slot of a client that is gone is not given back",
+        "peer_writes:PeerWrites.gone",
+        "self._unclaim(write, effects)",
+        "pass",
+    ),
+    PlantedBug(
+        "a client asks for a slot once only",
+        "peer_writes:PeerWrites.tracker_lost",
+        "write.claimed = False",
+        "pass",
+    ),
+    PlantedBug(
+        "the slots of a lost node's writers are free at once",
+        "tracker_writes:TrackerWrites.lose_node",
+        "self._remove(write)",
+        "self._drop(write)",
+    ),
+    PlantedBug(
+        "heartbeats do not renew what is written",
+        "tracker_writes:TrackerWrites.renew",
+        "self._ledger(write.file_server).renew(write.lease_id, until_s)",
         "pass",
     ),
     # --- slots, timers, eviction ----

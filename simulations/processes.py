@@ -96,6 +96,7 @@ class Processes:
         # Its clients read from the original.
         for request in list(node.waiting):
             cluster.answer_without_daemon(node, request)
+        cluster.writers.daemon_ended(node)
 
     def start(self, node: Node) -> None:
         """A daemon begins, after a boot if need be."""

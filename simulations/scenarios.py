@@ -15,6 +15,7 @@ from simulations.clients import Client, Clients
 from simulations.cluster import Cluster
 from simulations.nodes import Node
 from simulations.settings import USER, ClusterSettings
+from simulations.writers import Writer
 from swarmcache.chunks import FileVersion
 
 # Before the crowd comes every daemon has been up long enough to be known to the tracker.
@@ -53,7 +54,8 @@ class Result:
 
     ``amplification``: bytes read from the file server / size of the file. ``repeats``: chunks that
     came to a node that had them. ``originals``: answers that were not a cached copy. ``hits``:
-    requests that met a copy on their own node. Times count from the instant at which the file was
+    requests that met a copy on their own node. ``copies``: files that were copied to the file
+    server, the last one by ``last_copy_s``. Times count from the instant at which the file was
     asked for.
     """
 
@@ -82,6 +84,8 @@ class Result:
     originals: int
     requests: int
     hits: int
+    copies: int
+    last_copy_s: float
     observed: Observed
 
     def as_json(self) -> dict[str, object]:
@@ -169,11 +173,23 @@ class Crowd:
         self.clients.want_at(CROWD_AT_S + at_s, client)
         self._to_come += 1
 
+    def copy(self, node: Node, size_bytes: int, user: str) -> None:
+        """A job on a node copies a file of its own to the file server when the crowd comes."""
+        self.cluster.writers.on_done = self._copied
+        self.cluster.writers.write_at(CROWD_AT_S, Writer(node, size_bytes, user))
+        self._to_come += 1
+
+    def _copied(self, _: Writer) -> None:
+        self._one_less_to_come()
+
     def _content(self, client: Client) -> None:
         assert self.clients is not None and client.content_s is not None
         self._waits_s.append(client.content_s - client.since_s)
         if self.then is not None:
             self.then(client)
+        self._one_less_to_come()
+
+    def _one_less_to_come(self) -> None:
         self._to_come -= 1
         if not self._to_come:
             self.cluster.engine.stop()
@@ -213,6 +229,7 @@ class Crowd:
         cluster, settings = self.cluster, self.cluster.settings
         observed = self._observe(counted)
         times_s = observed.answered_s
+        copied_s = [each.done_s for each in cluster.writers.copied if each.done_s is not None]
         return Result(
             scenario=self.scenario,
             seed=settings.seed,
@@ -239,5 +256,7 @@ class Crowd:
             originals=cluster.originals,
             requests=cluster.requests,
             hits=cluster.hits,
+            copies=len(cluster.writers.copied),
+            last_copy_s=max((each - CROWD_AT_S for each in copied_s), default=0.0),
             observed=observed,
         )

@@ -20,14 +20,16 @@ from simulations.cluster import Cluster
 from simulations.faults import Fault, Faults
 from simulations.nodes import Node
 from simulations.plans import CHUNK_BYTES, FAULTS_UNTIL_S, Plan, draw
+from simulations.writers import Writer
 from swarmcache.chunks import FileVersion
 from swarmcache.peer_events import AnswerHolders, HoldersWanted
+from swarmcache.peer_state import ABANDON_S, LINGER_S
 
 # When everything works again, for how long things may go on being wrong: the longest pause of a
 # node that dials in vain and of a peer that failed are 30 s each.
 SETTLE_MAX_S = 100.0
-# Downloads that nobody waits for are given up after 60 s, and told 10 s later at the latest.
-REST_S = 80.0
+# Downloads that nobody waits for are given up after 60 s, and their connections 30 s later.
+REST_S = ABANDON_S + LINGER_S + 5.0
 PROBE_MAX_S = 30.0
 EVENTS_MAX = 300_000
 
@@ -80,6 +82,7 @@ class _Run:
         self.cluster.engine.events_max = EVENTS_MAX
         self.clients = Clients(self.cluster)
         self.clients.on_content = self._content
+        self.cluster.writers.on_done = self._content
         self.cluster.on_holders = self._told_holders
         self.faults = Faults(self.cluster, faults)
         self.watch = Watch(self.cluster, self.clients)
@@ -88,8 +91,13 @@ class _Run:
     def act(self) -> None:
         """All acts. Raises SimulationFailed, AssertionError."""
         plan, cluster = self.plan, self.cluster
-        if plan.theme in ("calm", "ends of nodes") and not plan.mixed_cuts:
+        # A replica may be evicted while it is being sent: here they are never too young for that.
+        enough = plan.settings.disk_bytes == math.inf and not plan.mixed_cuts
+        if plan.theme in ("calm", "ends of nodes") and enough:
             self.watch.no_needless_reading()
+        denied = {"chunk absent", "chunk corrupted", "peer lies"}
+        lies = any(fault.kind in denied for fault in plan.faults)
+        self.watch.all_is_told = not plan.mixed_cuts and not lies
         cluster.connect_all()
         paths = [b"/export/file%d" % number for number in range(len(plan.sizes_bytes))]
         for path, size_bytes in zip(paths, plan.sizes_bytes, strict=True):
@@ -98,8 +106,10 @@ class _Run:
             node = cluster.node_list[job.node]
             client = Client(node, paths[job.file], job.user, job.can_read, job.chunk_size_bytes)
             self.clients.want_at(job.at_s, client)
+        for copy in plan.copies:
+            writer = Writer(cluster.node_list[copy.node], copy.size_bytes, copy.user)
+            cluster.writers.write_at(copy.at_s, writer)
         self._run_until(FAULTS_UNTIL_S)
-        enough = plan.settings.disk_bytes == math.inf and not plan.mixed_cuts
         if enough and not self.faults.injected:
             self._read_once()
         self.faults.end_all()
@@ -118,8 +128,8 @@ class _Run:
     def _stop(self, _: object) -> None:
         self.cluster.engine.stop()
 
-    def _content(self, _: Client) -> None:
-        if not self.clients.pending:
+    def _content(self, _: object) -> None:
+        if not self.clients.pending and not self.cluster.writers.pending:
             self.cluster.engine.stop()
 
     def _all_content(self, within_s: float) -> None:
@@ -127,8 +137,11 @@ class _Run:
         engine = self.cluster.engine
         end_s = engine.now_s + within_s
         engine.at(end_s, self._stop, None)
-        while self.clients.pending and engine.now_s < end_s:
+        writing = self.cluster.writers.pending
+        while (self.clients.pending or writing) and engine.now_s < end_s:
             engine.run(math.inf)
+        copies = f"{len(writing)} copies are not through, {within_s:g} s after the last fault,"
+        self.watch.require("every copy is through", not writing, copies)
         left = list(self.clients.pending.values())
         why = max(self.clients.reasons, key=lambda key: self.clients.reasons[key], default="")
         self.watch.require(

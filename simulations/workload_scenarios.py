@@ -21,6 +21,9 @@ FILES = 40
 DISK_SHARE = 0.25
 WANTS = 60
 SKEW = 0.8
+# copy_storm: one node in so many copies a file of this part of SIZE to the file server.
+COPY_EVERY = 4
+COPY_SHARE = 0.25
 
 
 def array_job(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
@@ -68,3 +71,14 @@ def working_set(settings: ClusterSettings, size_bytes: int, watch: Watch | None 
     for node in crowd.cluster.node_list:
         crowd.want_at(0.0, node, wants[node.name].pop())
     return crowd.run(crowd.cluster.node_list, watch)
+
+
+def copy_storm(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
+    """Every node wants the file; one in four copies another of SIZE / 4 to the file server."""
+    crowd = Crowd("copy_storm", replace(settings, originals=True), size_bytes, jobs=True)
+    nodes = crowd.cluster.node_list
+    for node in nodes:
+        crowd.want_at(0.0, node, crowd.version.path)
+        if node.index % COPY_EVERY == 0:
+            crowd.copy(node, max(int(size_bytes * COPY_SHARE), 1), "writer")
+    return crowd.run(nodes, watch)

@@ -328,6 +328,9 @@ class PeerState:
         for node, neighbour in self._neighbours.items():
             assert node == neighbour.address.node, "a neighbour under another's name"
             assert not (neighbour.up and neighbour.dialling), "dialling a neighbour that is up"
+            ours = neighbour.versions and self.address.node < node
+            coming = neighbour.up or neighbour.dialling or self._timers.at_s(node) is not None
+            assert coming or not ours, "a neighbour that this node would never dial again"
         assert len(self._flights) <= FLIGHTS_MAX, "more requests in flight than allowed"
         assert self._flight_bytes == sum(self._flights.values()), "flying bytes miscounted"
         for version_id in self._ending:

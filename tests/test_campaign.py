@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 
 from simulations import campaign
+from simulations.cluster import Cluster
+from simulations.engine import SimulationFailed
 from simulations.faults import Fault
 from simulations.plans import THEMES, draw
 from simulations.planted_bugs import BUGS, find, planted
 from simulations.seed_run import run_plan
+from simulations.settings import ClusterSettings
 from simulations.shrink import smallest
+from simulations.workload_scenarios import copy_storm
+from simulations.writers import Writer
 from swarmcache.download import Download
+from swarmcache.peer_events import AnswerSlot
 from tests.found_plans import FOUND
 
 REPOSITORY = Path(__file__).parent.parent
@@ -86,14 +92,14 @@ def test_the_smallest_list_of_faults_has_those_that_are_needed_and_no_other() ->
 
 def test_every_planted_bug_applies_and_is_taken_out_again() -> None:
     """One that does not is no bug that could be found: its function has changed."""
-    former = Download.chunk_corrupt
+    former = Download.chunk_corrupt.__code__
 
     for bug in BUGS:
         with planted(bug):
             pass
 
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 20
-    assert Download.chunk_corrupt is former
+    assert Download.chunk_corrupt.__code__ is former
 
 
 @pytest.mark.slow
@@ -112,3 +118,30 @@ def test_a_planted_bug_is_found_within_a_few_seeds(name: str) -> None:
     (bug,) = [bug for bug in BUGS if bug.name == name]
 
     assert find(bug, range(20)) is not None
+
+
+def test_copies_and_crowds_share_the_slots_and_every_copy_gets_through() -> None:
+    """The file server itself counts who reads and writes, and ends the run with one too many."""
+    settings = ClusterSettings(nodes=8, seed=1, node_rate=25e6, file_server_rate=25e6, slots_max=2)
+
+    result = copy_storm(settings, 4 << 20)
+
+    assert result.copies == 2
+    assert result.last_copy_s > 0
+    assert result.readers_peak == 2
+    assert result.amplification == 1.0
+
+
+def test_a_client_that_is_told_more_and_more_without_an_answer_ends_the_simulation() -> None:
+    """The checker must be able to fail."""
+    cluster = Cluster(ClusterSettings(nodes=1, seed=1, originals=True))
+    cluster.connect_all()
+    writer = Writer(cluster.node_list[0], 1 << 20)
+    cluster.writers.write(writer)
+    cluster.writers.stop(writer)
+    assert writer.request is not None
+    for until_s in (None, 1.0):
+        cluster.writers.told(writer.node, AnswerSlot(writer.request, until_s))
+
+    with pytest.raises(SimulationFailed, match="does not answer"):
+        cluster.writers.told(writer.node, AnswerSlot(writer.request, 2.0))
