@@ -73,6 +73,7 @@ from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
     JournalGrant,
+    JournalPresent,
     Tell,
     TrackerEvent,
 )
@@ -282,6 +283,8 @@ class Cluster:
                     host.note_grant(effect.lease_id, effect.node)
                 case JournalEnd():
                     host.note_end(effect.lease_id)
+                case JournalPresent():
+                    host.present_s = host.clock.read(now_s)
         if delivery:
             self.engine.at(now_s + self.settings.latency_s, self.control.deliver, delivery)
         self.machine_events += 1

@@ -31,6 +31,7 @@ class TrackerHost:
         self.journal: dict[int, str] = {}
         # What the wall clock shows, in lease ids: it begins the numbers of a new life.
         self.wall_ids = 0
+        self.present_s: float | None = None  # when it was last there, on its clock
         self._next_session = 0
         self.begin_life(0.0)
 
@@ -38,6 +39,8 @@ class TrackerHost:
         """A new tracker with the journal of the former one."""
         settings = self._settings
         seed = f"{settings.seed} tracker" + (f" {self.life}" if self.life else "")
+        away_s = None if self.present_s is None else self.clock.read(now_s) - self.present_s
+        self.present_s = self.clock.read(now_s) if self.present_s is None else self.present_s
         first_lease_id = max([1, self.wall_ids, *(lease_id + 1 for lease_id in self.journal)])
         self.machine = TrackerState(
             Random(seed),
@@ -45,6 +48,7 @@ class TrackerHost:
             peers_max=settings.peers_max,
             earlier_leases=dict(self.journal),
             first_lease_id=first_lease_id,
+            away_s=away_s,
             now_s=self.clock.read(now_s),
         )
         self.alive = True
@@ -82,3 +86,4 @@ class TrackerHost:
     def lose_journal(self) -> None:
         """It is damaged, or from before the last boot."""
         self.journal[UNKNOWN_LEASE_ID] = UNKNOWN_NODE
+        self.present_s = -math.inf

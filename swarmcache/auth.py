@@ -34,7 +34,7 @@ from blake3 import blake3
 
 from swarmcache.errors import AuthenticationFailed, BadMessage
 
-Purpose = Literal["tracker", "peer", "holder", "admin", "prefetch", "data"]
+Purpose = Literal["tracker", "stand-in", "peer", "holder", "admin", "prefetch", "data"]
 
 KEY_BYTES = 32
 NONCE_BYTES = 32

@@ -280,6 +280,10 @@ class Config(Struct, frozen=True, kw_only=True):
         """How many nodes may transfer with this file server at once."""
         return self.file_servers.get(file_server, self.file_servers["default"]).slots_max
 
+    def slots_table(self) -> dict[str, int]:
+        """The same for all that have a setting of their own, and for all others: ``default``."""
+        return {name: server.slots_max for name, server in self.file_servers.items()}
+
     def file_server_for_path(self, path: bytes) -> str | None:
         """The file server that is configured for the longest prefix of ``path``, if any.
 

@@ -201,8 +201,11 @@ def _secrets_in_use(tags: list[str], status: dict[str, Any], file: str) -> Found
 def _daemon(config: Config, status: dict[str, Any]) -> Found:
     node = status["node"]
     if not node["tracker_connected"]:
+        why = f"the daemon has no tracker: {status.get('reason') or 'no reason given'}"
+        if node.get("stand_in") is not None:
+            why = f"the tracker is away, and {node['stand_in']} stands in for it"
         yield Finding(
-            f"the daemon has no tracker: {status.get('reason') or 'no reason given'}",
+            why,
             str(config.cluster.tracker),
             "start it there (swarmcache tracker), open the port, or correct cluster.tracker",
         )

@@ -39,6 +39,10 @@ class PeerUnavailable(RemoteError):
     """The peer cannot be reached, stalled, or closed the connection."""
 
 
+class PeerHangs(PeerUnavailable):
+    """The other side takes connections and says nothing on them."""
+
+
 class PeerBusy(RemoteError):
     """The peer has no upload slot left for us just now."""
 

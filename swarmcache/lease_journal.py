@@ -1,4 +1,5 @@
-"""Which leases may still be out: what a restarted tracker must know and cannot ask.
+"""Which leases may still be out, and when the tracker was last there: what a restarted tracker must
+know and cannot ask.
 
 A file of lines, appended to before a node is told of its lease. Nothing is synced: the file
 protects against the end of the process, not of the machine; a file from before the last boot, like
@@ -8,9 +9,12 @@ one that cannot be read, counts as "some lease may be out".
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
+
+from swarmcache.clock import now_s
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +28,16 @@ class LeaseJournal:
     """The journal in the tracker's state directory, which is made if need be.
 
     ``earlier``: lease id -> node of the leases that may still be out. ``first_lease_id``: larger
-    than every id that was ever used. Raises OSError when the directory cannot be used.
+    than every id that was ever used. ``away_s``: since when there was no tracker; None if there
+    never was one, infinite if nobody knows. Raises OSError when the directory cannot be used.
     """
 
     def __init__(self, state_dir: Path) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         self._path = state_dir / "leases"
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._present_s = -math.inf
+        self.away_s: float | None = None
         self.earlier = self._read()
         # The wall clock in microseconds grows faster than leases are granted.
         self.first_lease_id = max([time.time_ns() // 1000, *(item + 1 for item in self.earlier)])
@@ -49,6 +56,11 @@ class LeaseJournal:
         self._out.pop(lease_id, None)
         self._append(f"end {lease_id}\n")
 
+    def present(self) -> None:
+        """The tracker is there."""
+        self._present_s = now_s()
+        self._append(f"present {self._present_s:.3f}\n")
+
     def close(self) -> None:
         """Close the file, short."""
         self._compact()
@@ -64,6 +76,8 @@ class LeaseJournal:
     def _compact(self) -> None:
         """Write the leases that are out to a new file, and put it in the place of the old one."""
         lines = [f"boot {self._boot_id}\n"]
+        if self._present_s > -math.inf:
+            lines.append(f"present {self._present_s:.3f}\n")
         lines += [f"grant {lease_id} {node}\n" for lease_id, node in self._out.items()]
         data = os.fsencode("".join(lines))
         beside = self._path.with_suffix(".new")
@@ -81,6 +95,7 @@ class LeaseJournal:
         try:
             text = os.fsdecode(self._path.read_bytes())
         except FileNotFoundError:
+            self._present_s = now_s()
             return {}
         lines = text.splitlines()
         out: dict[int, str] = {}
@@ -94,9 +109,13 @@ class LeaseJournal:
                     out[int(number)] = node
                 case ["end", number] if number.isdecimal():
                     out.pop(int(number), None)
+                case ["present", at_s] if at_s.replace(".", "", 1).isdecimal():
+                    self._present_s = float(at_s)
                 case _:
                     known = False
+        self.away_s = now_s() - self._present_s if known else math.inf
         if not known:
+            self._present_s = -math.inf
             log.warning("%s is damaged or from before the last boot; waiting", self._path)
             out[UNKNOWN_LEASE_ID] = UNKNOWN_NODE
         return out

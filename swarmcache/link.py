@@ -21,13 +21,22 @@ import msgspec
 from aiohttp import web
 
 from swarmcache.auth import NONCE_BYTES, Acceptor, Initiator, Keyring, Purpose
-from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable, SwarmcacheError
+from swarmcache.errors import (
+    AuthenticationFailed,
+    BadMessage,
+    PeerHangs,
+    PeerUnavailable,
+    SwarmcacheError,
+)
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
+# A machine in the same building answers in a millisecond; a packet that is lost is sent again after
+# a second.
+CONNECT_S = 1.5
 PING_S = 5.0
 BATCH_BYTES = MESSAGE_MAX_BYTES
 FRAME_MAX_BYTES = BATCH_BYTES + MESSAGE_MAX_BYTES + 4096
@@ -131,26 +140,37 @@ class Link:
         return batch
 
 
+def client_session() -> aiohttp.ClientSession:
+    """What ``connect`` needs. To be closed in the end."""
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S))
+
+
 async def connect(
     session: aiohttp.ClientSession,
     address: HostPort,
     keyring: Keyring,
     purpose: Purpose,
     identity: bytes,
+    *,
+    timeout_s: float | None = None,
 ) -> Link:
-    """Connect to a tracker or a node.
+    """Connect to a tracker or a node: to its machine in ``CONNECT_S``, and to the process in
+    ``timeout_s``, or ``HANDSHAKE_S``.
 
-    Raises PeerUnavailable when it cannot be reached, AuthenticationFailed when it does not know the
-    secret, BadMessage when it does not speak our protocol.
+    Raises PeerUnavailable when it cannot be reached, PeerHangs when only its kernel answers,
+    AuthenticationFailed when it does not know the secret, BadMessage when it does not speak our
+    protocol.
     """
     try:
-        async with asyncio.timeout(HANDSHAKE_S):
+        async with asyncio.timeout(timeout_s or HANDSHAKE_S):
             socket = await session.ws_connect(
                 f"http://{address}/v1/{purpose}", max_msg_size=FRAME_MAX_BYTES, heartbeat=PING_S
             )
             return await _closing_on_error(socket, _initiate(socket, keyring, purpose, identity))
-    except TimeoutError as error:
+    except aiohttp.ServerTimeoutError as error:
         raise PeerUnavailable(f"{address} does not answer") from error
+    except TimeoutError as error:
+        raise PeerHangs(f"{address} does not answer") from error
     except (aiohttp.ClientError, OSError) as error:
         raise PeerUnavailable(f"{address}: {error}") from error
 

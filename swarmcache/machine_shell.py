@@ -51,6 +51,7 @@ class MachineShell(Generic[Event, Effect]):
         self._told = False
         self._emptied_s = -math.inf
         self._handling = False
+        self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s: float | None = None
 
@@ -94,7 +95,11 @@ class MachineShell(Generic[Event, Effect]):
         self._rearm()
 
     def stop(self) -> None:
-        """No more timer events."""
+        """No more timer events, whatever comes."""
+        self._stopped = True
+        self._disarm()
+
+    def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -103,9 +108,9 @@ class MachineShell(Generic[Event, Effect]):
         at_s = self._machine.wake_at_s()
         if at_s == self._timer_at_s and self._timer is not None:
             return
-        self.stop()
+        self._disarm()
         self._timer_at_s = at_s
-        if at_s is not None:
+        if at_s is not None and not self._stopped:
             self._timer = self._loop.call_later(max(at_s - now_s(), 0.0), self._wake)
 
     def _wake(self) -> None:

@@ -39,6 +39,8 @@ PLACED_AT_ONCE_MAX = 16
 # the connection, and with it the leases, so nodes and tracker must know the same ones.
 PROTOCOL_VERSION = 3
 LOADS_MAX = 64
+# How many file servers with a setting of their own a node is told of.
+FILE_SERVERS_MAX = 256
 WAITING_MAX = 1024
 SEEDS_MAX = 16
 KEY_TAGS_MAX = 16
@@ -59,6 +61,7 @@ Name = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(gt=0)]
 Port = Annotated[int, Meta(gt=0, lt=65536)]
+SlotsMax = Annotated[dict[Name, Positive], Meta(max_length=FILE_SERVERS_MAX)]
 Mask = Annotated[bytes, Meta(max_length=MESSAGE_MAX_BYTES // 4)]
 
 
@@ -154,7 +157,10 @@ class HeldWrite(Struct, frozen=True):
 
 
 class Register(Message, tag="register"):
-    """First message on a tracker connection. ``clock_s`` is the node's own clock."""
+    """First message on a tracker connection. ``clock_s`` is the node's own clock.
+
+    ``stood_in``: the node was with another tracker since it was last with this one.
+    """
 
     address: NodeAddress
     clock_s: float
@@ -164,6 +170,7 @@ class Register(Message, tag="register"):
     writes: Annotated[list[HeldWrite], Meta(max_length=LOADS_MAX)] = []
     totals: NodeTotals = NodeTotals()
     key_tags: KeyTags = []
+    stood_in: bool = False
 
 
 class Join(Message, tag="join"):
@@ -291,6 +298,8 @@ class Registered(Message, tag="registered"):
 
     ``seeds``: some other nodes that are connected, by advertised address. ``time_s``: the tracker's
     wall clock, which the cluster goes by; 0 where it does not say.
+    ``slots_max``: of each file server that has a setting of its own, and of all others
+    (``default``), for a node that may have to stand in for the tracker.
     """
 
     lease_s: float
@@ -298,6 +307,7 @@ class Registered(Message, tag="registered"):
     adopted: list[int] = []
     seeds: Seeds = []
     time_s: float = 0.0
+    slots_max: SlotsMax = {}
 
 
 class Joined(Message, tag="joined"):
@@ -396,6 +406,19 @@ class Refused(Message, tag="refused"):
 
     reason: Name
     version_id: bytes = b""
+
+
+class StandsIn(Message, tag="stands_in"):
+    """First message of a node that is asked to be the tracker: who is, as far as it knows.
+
+    ``by``: the node that stands in for the tracker, or nobody. If it is the one that was asked,
+    the connection goes on as one with the tracker. ``tracker``: it is with the tracker itself.
+    ``able``: it would stand in if nobody does that comes before it.
+    """
+
+    by: Annotated[str, Meta(max_length=255)] = ""
+    tracker: bool = False
+    able: bool = False
 
 
 # --- node <-> node ------------------------------------------------------------------------------
@@ -566,6 +589,7 @@ FromPlaced = Placing | ReplicaPlaced | NotPlaced
 _encoder = msgspec.msgpack.Encoder()
 _to_tracker: msgspec.msgpack.Decoder[ToTracker] = msgspec.msgpack.Decoder(ToTracker)
 _from_tracker: msgspec.msgpack.Decoder[FromTracker] = msgspec.msgpack.Decoder(FromTracker)
+_stands_in: msgspec.msgpack.Decoder[StandsIn] = msgspec.msgpack.Decoder(StandsIn)
 _between_nodes: msgspec.msgpack.Decoder[BetweenNodes] = msgspec.msgpack.Decoder(BetweenNodes)
 _about_replicas: msgspec.msgpack.Decoder[AboutReplicas] = msgspec.msgpack.Decoder(AboutReplicas)
 _from_admin: msgspec.msgpack.Decoder[FromAdmin] = msgspec.msgpack.Decoder(FromAdmin)
@@ -587,6 +611,11 @@ def decode_to_tracker(data: bytes) -> ToTracker:
 def decode_from_tracker(data: bytes) -> FromTracker:
     """Decode what the tracker sent to a node. Raises BadMessage."""
     return _decode(_from_tracker, data)
+
+
+def decode_stands_in(data: bytes) -> StandsIn:
+    """Decode the first word of a node that was asked to be the tracker. Raises BadMessage."""
+    return _decode(_stands_in, data)
 
 
 def decode_between_nodes(data: bytes) -> BetweenNodes:

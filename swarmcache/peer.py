@@ -22,7 +22,6 @@ from contextlib import AsyncExitStack
 from itertools import islice
 from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import web
 
@@ -39,7 +38,7 @@ from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheErr
 from swarmcache.gossip_records import NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
-from swarmcache.link import Link, connect, serve
+from swarmcache.link import Link, client_session, connect, serve
 from swarmcache.local_protocol import (
     AboutCache,
     AboutNodes,
@@ -54,15 +53,12 @@ from swarmcache.locator import Locator
 from swarmcache.machine_shell import MachineShell
 from swarmcache.members import known_nodes, member_fields
 from swarmcache.messages import (
-    Heartbeat,
     Message,
     NodeAddress,
-    Register,
     Registered,
     Renewed,
     Replicas,
     decode_between_nodes,
-    decode_from_tracker,
     encode,
 )
 from swarmcache.partial import Partial
@@ -128,7 +124,9 @@ from swarmcache.serving import (
 )
 from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
+from swarmcache.stand_in import Candidate
 from swarmcache.status_meter import StatusMeter
+from swarmcache.tracker_client import TrackerClient
 from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 from swarmcache.write_requests import WriteRequests
 
@@ -147,8 +145,6 @@ ANNOUNCED_AT_ONCE = 1000
 BINDS_MAX = 16
 # So long after its start a node knows of all others by gossip, with plenty to spare.
 SETTLED_S = 60.0
-RECONNECT_S = 0.1
-RECONNECT_MAX_S = 1.0
 
 SOURCE_ERRORS = errors.SourceChanged | errors.SourceFailed | errors.LeaseExpired
 
@@ -164,7 +160,6 @@ class Daemon:
         self._read_bytes = 0
         self._uploaded_bytes = 0
         self._links: dict[str, Link] = {}
-        self._tracker_link: Link | None = None
         self.gossip: GossipServer | None = None
         self._announcing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -193,7 +188,7 @@ class Daemon:
 
     def keys_changed(self) -> None:
         """The keyring is another: the tracker is to know."""
-        if self._tracker_link is not None:
+        if self._tracker.link is not None:
             self._shell.handle(KeysChanged())
 
     def _open_cache(self, stack: AsyncExitStack) -> None:
@@ -321,8 +316,12 @@ class Daemon:
         stack.callback(self._stop_machine)
 
     async def _serve(self, stack: AsyncExitStack) -> None:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        self._session = client_session()
         await stack.enter_async_context(self._session)
+        self._tracker = TrackerClient(
+            *(self._config, self._session, self._keyring, self.address, self._candidates),
+            *(self._spawn, self._hear_of_tracker),
+        )
         self._replica_questions = ReplicaQuestions(
             self._cache, self._look_threads, self._session, self._keyring, self.address, self._spawn
         )
@@ -373,7 +372,7 @@ class Daemon:
         stack.callback(self._local.answer_everybody, "the daemon is being stopped")
         if self._datagram_socket is not None:
             await self._start_gossip(self._datagram_socket, stack)
-        self._spawn(self._stay_with_tracker())
+        self._tracker.start()
         self._disk.start()
         stack.push_async_callback(asyncio.to_thread, self._disk.stop)
 
@@ -385,6 +384,7 @@ class Daemon:
             self._cache,
             uploads=lambda: self._chunk_server.uploads,
             downloads=lambda: len(self._state.downloads()),
+            standing_in=lambda: self._tracker.standing_in,
         )
         path = next(each.path for each in self._cache.directories() if not each.lost)
         self.gossip = GossipServer(
@@ -405,14 +405,13 @@ class Daemon:
         stack.push_async_callback(self.gossip.stop)
 
     async def _end_tasks(self) -> None:
+        await self._tracker.stop()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for link in list(self._links.values()):
             await link.wait_closed()
-        if self._tracker_link is not None:
-            await self._tracker_link.wait_closed()
 
     def _stop_machine(self) -> None:
         self._shell.stop()
@@ -451,7 +450,7 @@ class Daemon:
             "data_port": self.address.data_port,
             "name": self.address.name,
             "running_s": round(now_s() - self._started_s, 3),
-            "tracker_connected": self._state.tracker_connected,
+            **self._tracker.status(),
             "received_bytes": dict(self._received_bytes),
             "read_bytes": self._read_bytes,
             "uploaded_bytes": self._uploaded_bytes,
@@ -487,59 +486,28 @@ class Daemon:
 
     # --- the tracker ----------------------------------------------------------------------------
 
-    async def _stay_with_tracker(self) -> None:
-        """Keep one connection to the tracker, as long as the daemon lives."""
-        while True:
-            link = await self._reach_tracker()
-            self._tracker_link = link
-            self._shell.handle(TrackerConnected())
-            reason = "the tracker closed the connection"
-            try:
-                await link.receive(self._tracker_said)
-            except SwarmcacheError as error:
-                reason = f"lost the tracker: {error}"
-            log.warning("%s", reason)
-            self._tracker_link = None
-            self._shell.handle(TrackerLost(reason))
-            await link.wait_closed()
+    def _hear_of_tracker(self, event: TrackerConnected | TrackerLost | TrackerSaid) -> None:
+        told = event.message if isinstance(event, TrackerSaid) else None
+        # A stand-in knows no more of the time, and of others, than this node does.
+        gossip = self.gossip if self._tracker.with_tracker else None
+        if gossip is not None and isinstance(told, Registered | Renewed):
+            gossip.tracker_said(told)
+        self._shell.handle(event)
 
-    async def _reach_tracker(self) -> Link:
-        """Try until there is a connection. Says why there is none, each reason once."""
-        address = self._config.cluster.tracker
-        wait_s = RECONNECT_S
-        former = ""
-        while True:
-            try:
-                link = await connect(
-                    self._session, address, self._keyring, "tracker", self._identity
-                )
-            except SwarmcacheError as error:
-                reason = f"no connection to the tracker: {error}"
-                if reason != former:
-                    log.warning("%s", reason)
-                former = reason
-                self._shell.handle(TrackerLost(reason))
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(wait_s * 2, RECONNECT_MAX_S)
-            else:
-                log.info("connected to the tracker at %s", address)
-                return link
-
-    def _tracker_said(self, data: bytes) -> None:
-        message = decode_from_tracker(data)
-        if self.gossip is not None and isinstance(message, Registered | Renewed):
-            self.gossip.tracker_said(message)
-        self._shell.handle(TrackerSaid(message))
-
-    def _tell_tracker(self, message: Message) -> None:
-        if isinstance(message, Register | Heartbeat):
-            message.key_tags = self._keyring.tags()
-        if self._tracker_link is not None:
-            self._tracker_link.send(encode(message))
+    def _candidates(self) -> list[Candidate]:
+        """Who may stand in for the tracker."""
+        live = self.gossip.live() if self.gossip is not None else []
+        return [
+            Candidate(
+                member.profile.address.node, member.status is not None and member.status.standing_in
+            )
+            for member in live
+            if member.profile is not None
+        ]
 
     async def _announce_replicas(self) -> None:
         async with self._announcing:  # one after the other, or the tracker would mix them up
-            link = self._tracker_link
+            link = self._tracker.link
             if link is None:
                 return
             link.send(encode(Replicas([], more=True)))
@@ -558,6 +526,7 @@ class Daemon:
     def _application(self) -> web.Application:
         application = web.Application()
         application.router.add_get("/v1/peer", self._serve_peer)
+        application.router.add_get("/v1/stand-in", self._tracker.serve)
         application.router.add_get("/v1/holder", self._replica_questions.serve)
         application.router.add_get("/v1/admin", self._cluster_caches.serve)
         application.router.add_get("/v1/prefetch", self._placed.serve)
@@ -622,7 +591,7 @@ class Daemon:
             case TellPeer():
                 self._tell_peer(effect)
             case TellTracker():
-                self._tell_tracker(effect.message)
+                self._tracker.send(effect.message)
             case FetchChunk():
                 self._fetch_chunk(effect)
             case ReadRange():

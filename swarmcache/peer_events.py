@@ -206,7 +206,9 @@ class ManifestLoaded:
 
 @dataclass(slots=True)
 class TrackerConnected:
-    """An authenticated connection to the tracker is up."""
+    """An authenticated connection to the tracker is up, or to a node that stands in for it."""
+
+    stand_in: bool = False
 
 
 @dataclass(slots=True)

@@ -270,6 +270,7 @@ class PeerState:
         self._hits = 0
         self._from_peers_chunks = 0
         self._from_peers_bytes = 0
+        self._stood_in = False  # the last one was not the tracker itself
         self._tracker_reason = "no connection to the tracker yet"
 
     # --- the three calls of every machine -------------------------------------------------------
@@ -788,7 +789,9 @@ class PeerState:
             *(self.address, now_s, leases[:LOADS_MAX], self._disk),
             writes=writes,
             totals=self.totals(),
+            stood_in=self._stood_in and not event.stand_in,
         )
+        self._stood_in = event.stand_in
         self._tell(register, effects)
         self._writes.tracker_connected(now_s, effects)
         self._heartbeat_sent_s = now_s

@@ -16,14 +16,20 @@ FULL_PART = 0.01
 
 
 class StatusMeter:
-    """Looks at one cache. ``uploads`` and ``downloads`` say how many there are just now."""
+    """Looks at one cache. ``uploads`` and ``downloads`` say how many there are just now, and
+    ``standing_in`` whether this node stands in for the tracker."""
 
     def __init__(
-        self, cache: Cache, uploads: Callable[[], int], downloads: Callable[[], int]
+        self,
+        cache: Cache,
+        uploads: Callable[[], int],
+        downloads: Callable[[], int],
+        standing_in: Callable[[], bool],
     ) -> None:
         self._cache = cache
         self._uploads = uploads
         self._downloads = downloads
+        self._standing_in = standing_in
         self._looked_s = -SLOW_S
         self._looked_at = (-1, -1)
         self._pinned_bytes = 0
@@ -35,11 +41,11 @@ class StatusMeter:
         try:
             directories = self._cache.directories()
             if all(each.lost for each in directories):
-                return NodeStatus(disk=DiskHealth.SICK)
+                return self._sick()
             disk = self._cache.status()
             self._look_at_replicas((disk.file_count, disk.used_bytes))
         except LocalError:  # said in the log by those who use the disk
-            return NodeStatus(disk=DiskHealth.SICK)
+            return self._sick()
         full = self._attainable_bytes < FULL_PART * disk.capacity_bytes
         return NodeStatus(
             free_bytes=disk.free_bytes,
@@ -49,7 +55,11 @@ class StatusMeter:
             downloads=self._downloads(),
             disk=DiskHealth.FULL if full else DiskHealth.OK,
             held_digest=self._held_digest,
+            standing_in=self._standing_in(),
         )
+
+    def _sick(self) -> NodeStatus:
+        return NodeStatus(disk=DiskHealth.SICK, standing_in=self._standing_in())
 
     def _look_at_replicas(self, seen: tuple[int, int]) -> None:
         """Now and then, if there are others than before. Raises LocalError."""

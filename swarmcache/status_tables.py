@@ -46,6 +46,8 @@ def _node_renderables(node: Mapping[str, Any]) -> Iterator[RenderableType]:
     connected = sum(1 for peer in peers if peer.get("connected"))
     distrusted = [str(peer.get("node")) for peer in peers if peer.get("distrusted")]
     tracker = "connected" if node.get("tracker_connected") else "not connected"
+    if node.get("stand_in"):
+        tracker = f"away ({node['stand_in']} stands in for it)"
     lines = [
         Text(f"This node: {node.get('address', '?')}, tracker {tracker}, {connected} peers"),
         Text(f"Cache: {_disk_text(node.get('disk') or {})}"),

@@ -71,10 +71,17 @@ class JournalEnd:
 
 
 @dataclass(slots=True)
+class JournalPresent:
+    """Note that the tracker is there: a restarted one must know for how long there was none."""
+
+
+@dataclass(slots=True)
 class ReportStatistics:
     """Tell people what has happened in the last interval, see ``TrackerStatistics``."""
 
     report: dict[str, object]
 
 
-TrackerEffect: TypeAlias = Tell | CloseSession | JournalGrant | JournalEnd | ReportStatistics
+TrackerEffect: TypeAlias = (
+    Tell | CloseSession | JournalGrant | JournalEnd | JournalPresent | ReportStatistics
+)

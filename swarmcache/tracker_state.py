@@ -7,6 +7,7 @@ All state is soft: nodes announce themselves, their downloads, their replicas an
 hold whenever they connect. Only one thing cannot be learnt by waiting for announcements: whether a
 lease is still out whose holder has not come back yet. So grants are journalled, and a restarted
 tracker grants nothing until every lease of the journal was announced again or must have run out.
+What another has granted in its place is not in its journal; see ``handover.py``.
 
 For every chunk of a swarm the tracker knows one *guardian*, a connected node that has it. A chunk
 whose guardian is gone is asked for among the neighbours of that guardian (only they can have it
@@ -33,6 +34,7 @@ from swarmcache.chunks import (
     mask_to_bytes,
     range_mask,
 )
+from swarmcache.handover import LEASE_S, Handover
 from swarmcache.messages import (
     LOADS_MAX,
     LOCATED_NODES_MAX,
@@ -78,6 +80,7 @@ from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
     JournalGrant,
+    JournalPresent,
     NodeConnected,
     NodeLost,
     NodeSaid,
@@ -90,11 +93,9 @@ from swarmcache.tracker_events import (
 from swarmcache.tracker_statistics import ServerStatistics, TrackerStatistics
 from swarmcache.tracker_writes import TrackerWrites, Write
 
-# A dead node's slot is free again after this long; a holder renews three times within it.
 # How often a node is told of some others, so that those who lost sight of one another meet again.
 SEEDS_EVERY_S = 10.0
 SEEDS_AT_ONCE = 3
-LEASE_S = 3.0
 # How much earlier the holder stops: one piece of a chunk from a slow server, and clocks that run at
 # slightly different rates (500 ppm, the worst that NTP corrects, is 1.5 ms here).
 LEASE_MARGIN_S = 0.5
@@ -218,9 +219,11 @@ class TrackerState:
     """The tracker's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
 
     ``earlier_leases`` (lease id -> node) is what the journal says may still be out; lease ids begin
-    at ``first_lease_id``, above all that were ever used. ``statistics_interval_s``: how often
-    ``ReportStatistics`` is returned, if something has happened; None for never. ``wall_offset_s``:
-    by how much the wall clock that the cluster goes by is ahead of the tracker's own.
+    at ``first_lease_id``, above all that were ever used. ``away_s``: for how long there was no
+    tracker; None if there never was one. ``grants_from_s``: for a stand-in, when it may begin to
+    grant. ``statistics_interval_s``: how often ``ReportStatistics`` is returned, if something has
+    happened; None for never. ``slots_told``: see ``Registered``. ``wall_offset_s``: by how much
+    the wall clock that the cluster goes by is ahead of the tracker's own.
     """
 
     def __init__(
@@ -231,11 +234,16 @@ class TrackerState:
         peers_max: int = 40,
         earlier_leases: Mapping[int, str] | None = None,
         first_lease_id: int = 1,
+        away_s: float | None = None,
+        grants_from_s: float = 0.0,
+        slots_told: Mapping[str, int] | None = None,
         statistics_interval_s: float | None = None,
         wall_offset_s: float = 0.0,
         now_s: float = 0.0,
     ) -> None:
         self._rng = rng
+        self._handover = Handover(now_s, away_s, grants_from_s)
+        self._slots_told = dict(slots_told or {})
         self._slots_max = slots_max
         self._wall_offset_s = wall_offset_s
         self._peers_max = peers_max
@@ -263,6 +271,7 @@ class TrackerState:
         """Apply one event; return what must now be done, in order."""
         effects: list[TrackerEffect] = []
         self._statistics.at(now_s)
+        self._handover.at(now_s)
         match event:
             case NodeSaid():
                 self._handle_said(event.session, event.message, now_s, effects)
@@ -282,13 +291,17 @@ class TrackerState:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
         times_s = [server.ledger.next_expiry_s() for server in self._servers.values()]
         times_s += (self._timers.next_at_s(), self._statistics.wake_at_s())
+        times_s.append(self._handover.present_at_s)
         if self._earlier:
             times_s.append(self._quarantine_until_s)
+        if self._handover.holding:
+            times_s.append(self._handover.until_s)
         return min((at_s for at_s in times_s if at_s is not None), default=None)
 
     def check(self) -> None:
         """Assert the invariants."""
         self._timers.check()
+        self._handover.check()
         self._statistics.check(self._replicas)
         for server in self._servers.values():
             server.ledger.check()
@@ -397,6 +410,7 @@ class TrackerState:
             self._lose_node(former, now_s, effects)
             if former.session != session:
                 effects.append(CloseSession(former.session, "the node registered anew"))
+        self._handover.registered(name, message.stood_in, now_s)
         node = Node(session, message.address, now_s, message.clock_s, now_s, message.disk)
         self._sessions[session] = node
         self._nodes[name] = node
@@ -416,6 +430,7 @@ class TrackerState:
         registered = Registered(
             *(LEASE_S, self._until_s(node, now_s), adopted),
             *(self._seeds(node, SEEDS_MAX, now_s), self._wall_offset_s + now_s),
+            slots_max=self._slots_told,
         )
         effects.append(Tell(session, registered))
         self._grant_all(now_s, effects)
@@ -492,10 +507,12 @@ class TrackerState:
         return names[:count]
 
     def _waits(self, version_id: bytes) -> bool:
-        """This swarm has chunks to read and gets no slot, since others have them all."""
+        """This swarm has chunks to read and gets no slot, since others have them all, or may."""
         swarm = self._swarms.get(version_id)
         if swarm is None or not swarm.unread:
             return False
+        if self._handover.holding:
+            return True
         ledger = self._server(swarm.file_server).ledger
         others = [lease for lease in ledger.leases.values() if lease.claim != version_id]
         return not ledger.free and bool(others)
@@ -506,6 +523,7 @@ class TrackerState:
         if self._nodes.get(name) is node:
             del self._nodes[name]
             del self._in_turn[name]
+            self._handover.lost(name, now_s, len(self._nodes))
         self._writes.lose_node(name)
         for version_id in node.replicas:
             self._drop_holder(version_id, name)
@@ -909,7 +927,7 @@ class TrackerState:
 
     def _grant(self, file_server: str, now_s: float, effects: list[TrackerEffect]) -> None:
         """Hand out free slots, as fairly as the queue says."""
-        if self._earlier:
+        if self._earlier or self._handover.holding:
             return
         server = self._server(file_server)
         while server.ledger.free:
@@ -959,6 +977,7 @@ class TrackerState:
         leased = LeasedRange(lease_id, swarm.version_id, swarm.file_server, name, first, count)
         self._ranges[lease_id] = leased
         server.statistics.read_begins()
+        self._handover.granted()
         server.ledger.grant(lease_id, swarm.version_id, name, user, now_s + LEASE_S)
         node.leases.add(lease_id)
         # A holder has one deadline for all its leases, which this one moves.
@@ -975,6 +994,7 @@ class TrackerState:
         lease_id = self._next_lease_id
         self._next_lease_id += 1
         self._server(write.file_server).statistics.write_begins()
+        self._handover.granted()
         self._writes.grant(write, lease_id, now_s, now_s + LEASE_S)
         self._renew(node, now_s)  # see _lease
         effects.append(JournalGrant(lease_id, write.node))
@@ -1078,6 +1098,8 @@ class TrackerState:
     # --- time -----------------------------------------------------------------------------------
 
     def _handle_time(self, now_s: float, effects: list[TrackerEffect]) -> None:
+        if self._handover.present(now_s):
+            effects.append(JournalPresent())
         if self._earlier and now_s >= self._quarantine_until_s:
             effects.extend(JournalEnd(lease_id) for lease_id in self._earlier)
             self._earlier.clear()

@@ -78,6 +78,7 @@ from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
     JournalGrant,
+    JournalPresent,
     NodeConnected,
     NodeLost,
     NodeSaid,
@@ -242,6 +243,7 @@ class Cluster:
         self._wants: dict[int, tuple[str, FileVersion, int, bool, str]] = {}
         self._questions: dict[int, tuple[str, int]] = {}  # node and its life
         self.journal: dict[int, str] = {}
+        self.present_s: float | None = None
         self.lease_ids = 1
         self.tracker_up = True
         self.tracker_life = 0
@@ -440,12 +442,14 @@ class Cluster:
     # --- the tracker -----------------------------------------------------------------------------
 
     def _fresh_tracker(self) -> TrackerState:
+        present_s, self.present_s = self.present_s, self.present_s or self.now_s
         return TrackerState(
             Random(self.rng.random()),
             slots_max=lambda _: self.slots_max,
             peers_max=self.peers_max,
             earlier_leases=dict(self.journal),
             first_lease_id=self.lease_ids,
+            away_s=None if present_s is None else self.now_s - present_s,
             now_s=self.now_s,
         )
 
@@ -492,6 +496,8 @@ class Cluster:
                 self.lease_ids = max(self.lease_ids, effect.lease_id + 1)
             case JournalEnd():
                 self.journal.pop(effect.lease_id, None)
+            case JournalPresent():
+                self.present_s = self.now_s
 
     def _tell_from_tracker(self, session: int, message: FromTracker) -> None:
         if session not in self.sessions:

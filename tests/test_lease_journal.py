@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -102,6 +103,33 @@ def test_a_damaged_journal_or_one_of_another_boot_means_that_some_lease_may_be_o
     earlier = reopened(tmp_path)
 
     assert earlier[UNKNOWN_LEASE_ID] == UNKNOWN_NODE
+
+
+def test_for_how_long_there_was_no_tracker_is_known_unless_the_journal_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_s = 5000.0
+    monkeypatch.setattr(lease_journal, "now_s", lambda: clock_s)
+    first = LeaseJournal(tmp_path)
+    assert first.away_s is None
+    clock_s = 5100.0
+    first.present()
+    first.grant(7, "node1:7381")
+    first.close()
+    clock_s = 5130.25
+
+    second = LeaseJournal(tmp_path)
+    assert second.away_s == 30.25
+    second.close()
+    third = LeaseJournal(tmp_path)
+    assert third.away_s == 30.25, "the second one has not said that it was there"
+    third.close()
+    with (tmp_path / "leases").open("ab") as file:
+        file.write(b"present")
+
+    damaged = LeaseJournal(tmp_path)
+    assert damaged.away_s == math.inf
+    damaged.close()
 
 
 def test_a_half_written_line_ends_no_other_lease(tmp_path: Path) -> None:

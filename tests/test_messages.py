@@ -77,7 +77,9 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.ListType():
             return st.lists(values(kind.item_type), max_size=4)
         case inspect.DictType():
-            return st.dictionaries(st.text(max_size=5), plain, max_size=3)
+            any_value = isinstance(kind.value_type, inspect.AnyType)
+            value = plain if any_value else values(kind.value_type)
+            return st.dictionaries(values(kind.key_type), value, max_size=3)
         case inspect.StructType():
             return structs(kind)
         case _:

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from swarmcache.handover import LEASE_S
 from swarmcache.messages import (
     EndWrite,
     Heartbeat,
@@ -50,7 +51,7 @@ from swarmcache.tracker_events import (
     Tell,
 )
 from swarmcache.tracker_events import TimePassed as TrackerTimePassed
-from swarmcache.tracker_state import LEASE_MARGIN_S, LEASE_S, TrackerState
+from swarmcache.tracker_state import LEASE_MARGIN_S, TrackerState
 from swarmcache.tracker_writes import TURN_S
 from tests.machines import MIB, Cluster, version_of
 from tests.test_machines import ROUGH, Trouble

@@ -1,0 +1,111 @@
+"""Whoever is the tracker for others: connections of nodes around ``TrackerState``.
+
+Shared by the tracker and by a daemon that stands in for it (``tracker_client.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from swarmcache.auth import Keyring
+from swarmcache.lease_journal import LeaseJournal
+from swarmcache.link import Link
+from swarmcache.machine_shell import MachineShell
+from swarmcache.messages import Status, decode_to_tracker, encode
+from swarmcache.tracker_events import (
+    CloseSession,
+    JournalEnd,
+    JournalGrant,
+    JournalPresent,
+    NodeConnected,
+    NodeLost,
+    NodeSaid,
+    ReportStatistics,
+    Tell,
+    TimePassed,
+    TrackerEffect,
+    TrackerEvent,
+)
+from swarmcache.tracker_state import TrackerState
+from swarmcache.tracker_statistics import statistics_line
+
+log = logging.getLogger(__name__)
+
+
+class TrackerServer:
+    """One life of a tracker. ``journal``: None for a stand-in, whose leases run out before there
+    can be another one."""
+
+    def __init__(self, state: TrackerState, journal: LeaseJournal | None, keyring: Keyring) -> None:
+        self._journal = journal
+        self._keyring = keyring
+        self._shell: MachineShell[TrackerEvent, TrackerEffect] = MachineShell(
+            state, self._carry_out, TimePassed()
+        )
+        self._links: dict[int, Link] = {}
+        self._sessions = 0
+        self._closed = False
+        self._shell.handle(TimePassed())
+
+    async def talk(self, link: Link) -> None:
+        """Receive from a node until the connection ends."""
+        if self._closed:
+            await link.wait_closed()
+            return
+        self._sessions += 1
+        session = self._sessions
+        self._links[session] = link
+        self._shell.handle(NodeConnected(session))
+        try:
+            await link.receive(
+                lambda data: self._shell.handle(NodeSaid(session, decode_to_tracker(data)))
+            )
+        finally:
+            del self._links[session]
+            if not self._closed:
+                self._shell.handle(NodeLost(session))
+            await link.wait_closed()
+
+    def close(self) -> None:
+        """End all connections; nothing more is granted or renewed."""
+        self._closed = True
+        self._shell.stop()
+        for link in self._links.values():
+            link.close()
+
+    async def wait_closed(self) -> None:
+        """``close``, and wait until nothing is left of the connections."""
+        self.close()
+        for link in list(self._links.values()):
+            await link.wait_closed()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _carry_out(self, effect: TrackerEffect) -> None:
+        match effect:
+            case Tell():
+                link = self._links.get(effect.session)
+                if isinstance(effect.message, Status):
+                    effect.message.cluster["key_tags"] = self._keyring.tags()
+                if link is not None:
+                    link.send(encode(effect.message))
+            case CloseSession():
+                link = self._links.get(effect.session)
+                if link is not None:
+                    log.warning("closing a connection: %s", effect.reason)
+                    link.close()
+            case ReportStatistics():
+                log.info("%s", statistics_line(effect.report))
+            case JournalGrant() | JournalEnd() | JournalPresent():
+                if self._journal is not None:
+                    _write_down(self._journal, effect)
+
+
+def _write_down(journal: LeaseJournal, effect: JournalGrant | JournalEnd | JournalPresent) -> None:
+    match effect:
+        case JournalGrant():
+            journal.grant(effect.lease_id, effect.node)
+        case JournalEnd():
+            journal.end(effect.lease_id)
+        case JournalPresent():
+            journal.present()
