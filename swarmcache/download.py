@@ -62,13 +62,15 @@ class PeerView:
     """What a download knows of one neighbour.
 
     ``mask``: chunks that it has told of. ``complete``: it has all. ``source``: it may be asked (not
-    distrusted). ``service_s``: how long a chunk from it takes, smoothed.
+    distrusted). ``busy``: it had no upload slot to spare when it came. ``service_s``: how long a
+    chunk from it takes, smoothed.
     """
 
     address: NodeAddress
     mask: int = 0
     complete: bool = False
     source: bool = True
+    busy: bool = False
     flights: set[int] = field(default_factory=set)
     service_s: float = 0.0
     failures: int = 0
@@ -131,10 +133,10 @@ class Download:
 
     # --- neighbours -----------------------------------------------------------------------------
 
-    def add_peer(self, address: NodeAddress, *, source: bool) -> list[TellPeer]:
+    def add_peer(self, address: NodeAddress, *, source: bool, busy: bool = False) -> list[TellPeer]:
         """A neighbour is there (or introduced once more): tells it all that this node holds."""
         if address.node not in self.peers:
-            self.peers[address.node] = PeerView(address, source=source)
+            self.peers[address.node] = PeerView(address, source=source, busy=busy)
         return [TellPeer(address.node, have) for have in self._haves(self.held & ~self._fresh)]
 
     def remove_peer(self, node: str) -> None:
@@ -426,7 +428,8 @@ class Download:
     def _next_request(self, now_s: float) -> FetchChunk | None:
         """The rarest chunk of the peer that has just delivered, or of one that we ask for least.
 
-        Whoever has just delivered has a place free for us; see ``upload_slots.py``.
+        Whoever has just delivered has a place free for us; see ``upload_slots.py``. Who was busy
+        and has delivered nothing yet comes after the others.
         """
         wanted = self._missing & self._picker.available
         if not wanted:
@@ -438,7 +441,9 @@ class Download:
         if not usable:
             return None
         random = self._rng.random
-        loads = [len(peer.flights) + random() for peer in usable]
+        loads = [
+            len(peer.flights) + (peer.busy and not peer.service_s) + random() for peer in usable
+        ]
         return self._ask_rarest(usable[loads.index(min(loads))], wanted, now_s)
 
     def _ask_rarest(self, peer: PeerView, wanted: int, now_s: float) -> FetchChunk:

@@ -83,6 +83,7 @@ from swarmcache.peer_events import (
     HangUp,
     KeysChanged,
     LoadManifest,
+    NodesChanged,
     PeerBusy,
     PeerConnected,
     PeerEffect,
@@ -262,6 +263,7 @@ class Daemon:
             stall_s=self._config.get.stall_s,
             buffers_bytes_max=BUFFERS_BYTES_MAX,
             life=int.from_bytes(os.urandom(7)),
+            uploads_of=self._uploads_of,
         )
         self._shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
             self._state, self._carry_out, TimePassed()
@@ -387,7 +389,7 @@ class Daemon:
             standing_in=lambda: self._tracker.standing_in,
         )
         path = next(each.path for each in self._cache.directories() if not each.lost)
-        self.gossip = GossipServer(
+        gossip = GossipServer(
             sock,
             NodeProfile(
                 self.address,
@@ -398,11 +400,12 @@ class Daemon:
             self._keyring,
             PeersFile(f"{path}/.swarmcache"),
             lambda: self._loop.run_in_executor(self._look_threads, meter.measure),
-            lambda _change: None,
+            lambda change: self._shell.handle(NodesChanged(change.alive, change.dead)),
             rate_max_bytes_per_s=rate_max,
         )
-        await self.gossip.start()
-        stack.push_async_callback(self.gossip.stop)
+        await gossip.start()
+        stack.push_async_callback(gossip.stop)
+        self.gossip = gossip
 
     async def _end_tasks(self) -> None:
         await self._tracker.stop()
@@ -469,6 +472,11 @@ class Daemon:
     def _members(self) -> list[dict[str, Any]] | None:
         """All nodes, as they tell of themselves; None where they do not."""
         return None if self.gossip is None else member_fields(self.gossip.members(), now_s())
+
+    def _uploads_of(self, node: str) -> int:
+        """How many uploads a node has told that it had."""
+        member = None if self.gossip is None else self.gossip.member(node)
+        return 0 if member is None or member.status is None else member.status.uploads
 
     async def _known_nodes(self, named: Sequence[str]) -> tuple[list[KnownNode], str]:
         """All nodes that are known to this one, and why these may not be all.

@@ -244,6 +244,14 @@ class PeerLost:
 
 
 @dataclass(slots=True)
+class NodesChanged:
+    """By gossip: these nodes are alive from now on, those are dead or have left."""
+
+    alive: list[str]
+    dead: list[str]
+
+
+@dataclass(slots=True)
 class PeerSaid:
     """A message from a peer."""
 
@@ -377,6 +385,7 @@ PeerEvent: TypeAlias = (
     | TrackerSaid
     | PeerConnected
     | PeerLost
+    | NodesChanged
     | PeerSaid
     | ChunkArrived
     | ChunkCorrupt

@@ -17,7 +17,7 @@ only when nothing that was asked for it (a chunk, a range, room, putting it in p
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -91,6 +91,7 @@ from swarmcache.peer_events import (
     KeysChanged,
     LoadManifest,
     ManifestLoaded,
+    NodesChanged,
     PeerBusy,
     PeerConnected,
     PeerEffect,
@@ -192,13 +193,15 @@ class Seed:
 class Neighbour:
     """Another node that shares at least one swarm with this one, or did until recently.
 
-    ``versions``: the file versions, and how their swarms cut them (0: not told).
+    ``versions``: the file versions, and how their swarms cut them (0: not told). ``dead``: all
+    others say so, and nothing was heard of it since.
     """
 
     address: NodeAddress
     versions: dict[bytes, int] = field(default_factory=dict)
     up: bool = False
     dialling: bool = False
+    dead: bool = False
     failures: int = 0
 
 
@@ -220,11 +223,16 @@ class NodeLease:
     ran_out: bool = False
 
 
+def _not_known(node: str) -> int:
+    return 0
+
+
 class PeerState:
     """The node's machine: ``handle`` an event, carry out what it returns, ask ``wake_at_s``.
 
     ``window``: chunks of one file in flight; as many as every node has places for uploads.
-    ``life``: a number that no other life of this node's daemon has.
+    ``life``: a number that no other life of this node's daemon has. ``uploads_of``: how many
+    uploads a node has told that it had; 0 where that is not known.
     """
 
     def __init__(
@@ -237,6 +245,7 @@ class PeerState:
         stall_s: float = 5.0,
         buffers_bytes_max: int = 48 << 20,
         life: int = 0,
+        uploads_of: Callable[[str], int] = _not_known,
     ) -> None:
         self.address = address
         self.tracker_connected = False
@@ -244,6 +253,7 @@ class PeerState:
         self._rng = rng
         self._peers_max = peers_max
         self._window = min(window, FLIGHTS_MAX)
+        self._uploads_of = uploads_of
         self._stall_s = stall_s
         self._buffers_bytes_max = buffers_bytes_max
         self._fetching: dict[bytes, Fetching] = {}
@@ -293,7 +303,7 @@ class PeerState:
                 if self._heartbeat_at_s is not None:
                     self._heartbeat_at_s = now_s
                 self._handle_time(now_s, effects)
-            case PeerConnected() | PeerLost():
+            case PeerConnected() | PeerLost() | NodesChanged():
                 self._handle_connection(event, now_s, effects)
             case TrackerConnected() | TrackerLost():
                 self._handle_tracker_connection(event, now_s, effects)
@@ -1017,6 +1027,7 @@ class PeerState:
         if neighbour is None:
             neighbour = self._neighbours[address.node] = Neighbour(address)
         neighbour.address = address
+        neighbour.dead = False  # or else the tracker had no connection with it
         neighbour.versions[version_id] = chunk_size_bytes
         if address.node in self._distrusted and version_id in self._fetching:
             self._tell(ReportCorrupt(version_id, address.node), effects)
@@ -1039,7 +1050,8 @@ class PeerState:
         if fetching is not None:
             if fetching.download is not None:
                 source = node not in self._distrusted
-                told = fetching.download.add_peer(neighbour.address, source=source)
+                busy = self._uploads_of(node) >= self._window
+                told = fetching.download.add_peer(neighbour.address, source=source, busy=busy)
                 effects.extend(told)
             return
         seed = self._seeds.get(version_id)
@@ -1069,30 +1081,60 @@ class PeerState:
             self._timers.set(node, now_s + LINGER_S)
 
     def _handle_connection(
-        self, event: PeerConnected | PeerLost, now_s: float, effects: list[PeerEffect]
+        self,
+        event: PeerConnected | PeerLost | NodesChanged,
+        now_s: float,
+        effects: list[PeerEffect],
     ) -> None:
-        if isinstance(event, PeerConnected):
-            self._handle_connected(event.address, now_s, effects)
-            return
-        neighbour = self._neighbours.get(event.node)
-        if neighbour is None:
-            return
+        match event:
+            case PeerConnected():
+                self._handle_connected(event.address, now_s, effects)
+            case PeerLost():
+                neighbour = self._neighbours.get(event.node)
+                if neighbour is not None:
+                    self._lose(neighbour, now_s, effects)
+            case NodesChanged():
+                self._handle_nodes(event, now_s, effects)
+
+    def _handle_nodes(self, event: NodesChanged, now_s: float, effects: list[PeerEffect]) -> None:
+        """Who is dead is not waited for; who is back is dialled at once.
+
+        Should it be alive after all, it hears that we hang up, or dials, or is introduced again.
+        """
+        for node in event.dead:
+            neighbour = self._neighbours.get(node)
+            if neighbour is not None and not neighbour.dead:
+                neighbour.dead = True
+                if neighbour.up:
+                    effects.append(HangUp(node))
+                if not neighbour.dialling:  # or else that fails soon
+                    self._lose(neighbour, now_s, effects)
+        for node in event.alive:
+            neighbour = self._neighbours.get(node)
+            if neighbour is not None and neighbour.dead:
+                neighbour.dead = False
+                neighbour.failures = 0
+                self._look_after_neighbour(node, effects)
+
+    def _lose(self, neighbour: Neighbour, now_s: float, effects: list[PeerEffect]) -> None:
+        """There is no connection with this neighbour any more."""
+        node = neighbour.address.node
         neighbour.dialling = False
         neighbour.up = False
         for version_id in sorted(neighbour.versions):
             fetching = self._fetching.get(version_id)
             if fetching is None:
-                self._part(event.node, version_id, now_s)
+                self._part(node, version_id, now_s)
             elif fetching.download is not None:
-                fetching.download.remove_peer(event.node)
+                fetching.download.remove_peer(node)
                 self._go_on(version_id, now_s, effects)
         if neighbour.versions:
             neighbour.failures += 1
             wait_s = min(REDIAL_S * 2 ** (neighbour.failures - 1), REDIAL_MAX_S)
-            self._timers.set(event.node, now_s + wait_s)
+            self._timers.set(node, now_s + (REDIAL_MAX_S if neighbour.dead else wait_s))
         else:
-            del self._neighbours[event.node]
-            self._timers.set(event.node, None)
+            del self._neighbours[node]
+            self._timers.set(node, None)
 
     def _handle_connected(
         self, address: NodeAddress, now_s: float, effects: list[PeerEffect]
@@ -1104,6 +1146,7 @@ class PeerState:
         neighbour.address = address
         neighbour.dialling = False
         neighbour.up = True
+        neighbour.dead = False
         neighbour.failures = 0
         if not neighbour.versions:
             self._timers.set(address.node, now_s + LINGER_S)

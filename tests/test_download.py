@@ -330,6 +330,27 @@ def test_no_more_is_asked_for_than_there_is_room() -> None:
     assert asked(download, room=0) == []
 
 
+def test_who_was_busy_is_asked_after_the_others_until_it_has_delivered() -> None:
+    first = set()
+    for seed in range(20):
+        download = fresh(8, seed=seed)
+        download.add_peer(address("a"), source=True, busy=True)
+        announce(download, "a", *range(8))
+        delivered = seed % 2
+        if delivered:
+            (request,) = download.requests(0.0, 1)
+            download.chunk_arrived(request.chunk, "a", 0.1)
+            (request,) = download.requests(0.1, 1)  # of the same one, which has a place free
+            download.chunk_absent(request.chunk, "a", 0.1)
+        for node in "bc":
+            download.add_peer(address(node), source=True)
+            announce(download, node, *range(8))
+        (request,) = download.requests(0.2, 1)
+        first.add((delivered, request.address.node))
+
+    assert first == {(0, "b"), (0, "c"), (1, "a"), (1, "b"), (1, "c")}
+
+
 def test_a_peer_with_another_digest_is_no_holder() -> None:
     download = fresh(1, peers="ab")
     announce(download, "a", 0)

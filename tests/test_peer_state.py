@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from random import Random
 from typing import TypeVar
 
@@ -63,6 +63,7 @@ from swarmcache.peer_events import (
     HoldersWanted,
     LoadManifest,
     ManifestLoaded,
+    NodesChanged,
     PeerConnected,
     PeerEffect,
     PeerEvent,
@@ -119,8 +120,19 @@ def have(file: FileVersion, *chunks: int, complete: bool = False) -> Have:
 class Bench:
     """One machine, its clock, and all that it has wanted so far."""
 
-    def __init__(self, *, connected: bool = True, buffers_bytes_max: int = 1 << 20) -> None:
-        self.state = PeerState(ME, Random(1), buffers_bytes_max=buffers_bytes_max)
+    def __init__(
+        self,
+        *,
+        connected: bool = True,
+        buffers_bytes_max: int = 1 << 20,
+        uploads: Mapping[str, int] | None = None,
+    ) -> None:
+        self.state = PeerState(
+            ME,
+            Random(1),
+            buffers_bytes_max=buffers_bytes_max,
+            uploads_of=lambda node: (uploads or {}).get(node, 0),
+        )
         self.now_s = 100.0
         self.seen: list[PeerEffect] = []
         if connected:
@@ -867,6 +879,72 @@ def test_it_dials_again_later_each_time() -> None:
         waits_s.append(round(bench.now_s - failed_s))
 
     assert waits_s == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_who_is_said_to_be_dead_is_hung_up_and_nothing_more_is_asked_of_it() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+    bench.heard(HIGHER, have(file, 0))
+    bench.meet(LOWER, file)
+
+    effects = bench.tell(NodesChanged([], [HIGHER.node, "somebody:1"]))
+    assert of(HangUp, effects) == [HangUp(HIGHER.node)]
+
+    bench.seen.clear()
+    bench.tell(PeerUnreachable(file.version_id, 0, HIGHER.node, "reset"))
+    assert of(FetchChunk, bench.seen) == []
+    bench.heard(LOWER, have(file, 0))
+    assert [fetch.address for fetch in of(FetchChunk, bench.seen)] == [LOWER]
+
+
+def test_the_dead_are_dialled_only_now_and_then_and_at_once_when_they_are_back() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+    bench.tell(NodesChanged([], [HIGHER.node]))
+    bench.seen.clear()
+
+    for _ in range(29):
+        bench.said(Renewed(bench.now_s + 2.5, [file.version_id]))
+        bench.wait_until(bench.now_s + 1.0)
+    assert of(DialPeer, bench.seen) == []
+
+    assert of(DialPeer, bench.tell(NodesChanged([HIGHER.node], []))) == [DialPeer(HIGHER)]
+    assert of(DialPeer, bench.tell(NodesChanged([HIGHER.node], []))) == []
+
+
+def test_who_connects_or_is_introduced_again_is_not_dead() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+
+    bench.tell(NodesChanged([], [HIGHER.node]))
+    assert of(DialPeer, bench.said(Peers(file.version_id, [HIGHER]))) == [DialPeer(HIGHER)]
+    bench.tell(PeerConnected(HIGHER))
+    assert of(HangUp, bench.tell(NodesChanged([], [HIGHER.node]))) == [HangUp(HIGHER.node)]
+    bench.tell(PeerConnected(HIGHER))
+    bench.heard(HIGHER, have(file, 0))
+    assert [fetch.address for fetch in of(FetchChunk, bench.seen)] == [HIGHER]
+
+
+def test_who_had_no_upload_slot_to_spare_is_asked_after_others() -> None:
+    file = version(chunks=2)
+    for busy in (LOWER, HIGHER):
+        bench = Bench(uploads={busy.node: FLIGHTS_MAX})
+        bench.begin(file)
+        bench.meet(LOWER, file)
+        bench.meet(HIGHER, file)
+        bench.lease(file, 1, 0, 2)  # so nothing is asked before both have told
+        bench.heard(LOWER, have(file, 0, 1))
+        bench.heard(HIGHER, have(file, 0, 1))
+        bench.tell(RangeReadFailed(file.version_id, 1, "stale", False))
+
+        first = of(FetchChunk, bench.seen)[0]
+        assert first.address != busy
 
 
 def test_a_connection_that_no_swarm_needs_is_closed_after_a_while() -> None:
