@@ -280,6 +280,7 @@ class Cluster:
                         raise SimulationFailed(f"the tracker closed a session: {effect.reason}")
                     self.control.lose_session(effect.session, effect.reason)
                 case JournalGrant():
+                    self._check_grant()
                     host.note_grant(effect.lease_id, effect.node)
                 case JournalEnd():
                     host.note_end(effect.lease_id)
@@ -291,6 +292,18 @@ class Cluster:
         if self.strict:
             host.machine.check()
         self.arm_tracker()
+
+    def _check_grant(self) -> None:
+        """A slot is granted: by their own clocks, fewer than all are in use, whoever is stopped or
+        cut off. Raises SimulationFailed."""
+        if not self.strict:
+            return
+        now_s = self.engine.now_s
+        used = sum(not writer.lease_is_over(now_s) for writer in self.writers.pending)
+        for node in self.node_list:
+            used += sum(not reading.lease_is_over(now_s) for reading in node.reading)
+        if used >= self.settings.slots_max:
+            raise SimulationFailed(f"granted at {now_s:.3f} s, when all slots were in use")
 
     def arm_tracker(self) -> None:
         """See to it that the tracker is woken when it wants."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from simulations.engine import SimulationFailed
 from simulations.nodes import Node
 from simulations.settings import ClusterSettings
 from simulations.wires import TRACKER, Cut, Wires
@@ -18,6 +19,7 @@ from swarmcache.messages import (
     MESSAGE_MAX_BYTES,
     BetweenNodes,
     FromTracker,
+    Register,
     ToTracker,
     decode_between_nodes,
     decode_from_tracker,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 HANDSHAKE_S = 5.0
 SILENCE_S = 7.5
 SILENCE_APART_S = 2.0
-# peer.py: between two attempts to reach the tracker, in the mean.
+# peer.py: between two attempts to reach the tracker, at the most.
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
 
@@ -108,6 +110,8 @@ class ControlPlane:
             return
         if self._cluster.strict:
             message = decode_to_tracker(_bounded(data))
+            if isinstance(message, Register):
+                self._check_register(node, message)
         said = NodeSaid(session, message)
         if fault := node.trap("message to tracker late"):
             self.cut_for(Cut(frozenset([node.name]), frozenset([TRACKER])), fault.duration_s)
@@ -115,6 +119,14 @@ class ControlPlane:
             self.lose_session(session, "reset")
             return
         self.wires.send(node.name, TRACKER, self._tracker_message_arrives, said)
+
+    def _check_register(self, node: Node, message: Register) -> None:
+        """A node tells a new tracker, or one that may have taken it for lost, what it reads."""
+        told = {lease.lease_id for lease in message.leases}
+        now_s = self._engine.now_s
+        for reading in node.reading:
+            if reading.effect.lease_id not in told and not reading.lease_is_over(now_s):
+                raise SimulationFailed(f"{node.name} reads, and does not tell the tracker so")
 
     def _tracker_message_arrives(self, said: NodeSaid) -> None:
         if said.session in self._tracker.sessions:
@@ -226,9 +238,10 @@ class ControlPlane:
             self._cluster.hand(node, TrackerLost(f"lost the tracker: {reason}"))
             self.reach_tracker(node, RECONNECT_S)
 
-    def reach_tracker(self, node: Node, wait_s: float) -> None:
-        """Try to connect after this time, and again until it works."""
-        self._engine.at(self._engine.now_s + wait_s, self._try_tracker, (node, node.life, wait_s))
+    def reach_tracker(self, node: Node, wait_s: float, silent_s: float = 0.0) -> None:
+        """Try to connect within this time, and again until it works."""
+        at_s = self._engine.now_s + silent_s + wait_s * node.rng.uniform(0.5, 1.0)
+        self._engine.at(at_s, self._try_tracker, (node, node.life, wait_s))
 
     def _try_tracker(self, attempt: tuple[Node, int, float]) -> None:
         node, life, wait_s = attempt
@@ -244,7 +257,7 @@ class ControlPlane:
         self._cluster.hand(node, TrackerLost("no connection to the tracker"))
         silent = self._tracker.alive or blocked
         wait_s = min(wait_s * 2, RECONNECT_MAX_S)
-        self.reach_tracker(node, wait_s + (HANDSHAKE_S if silent else 0.0))
+        self.reach_tracker(node, wait_s, HANDSHAKE_S if silent else 0.0)
 
     def connect_to_tracker(self, node: Node) -> None:
         """A connection is there now."""

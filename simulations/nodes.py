@@ -44,6 +44,7 @@ class Node:
             spread_s, drift = settings.clock_spread_s, settings.clock_drift
             self.clock = Clock(rng.uniform(0, 2 * spread_s), 1 + rng.uniform(-drift, drift))
         self.disk = Disk(settings.disk_bytes, settings.min_age_s, POLICIES[settings.policy])
+        self.rng = Random(f"{settings.seed} {self.name} pauses")
         self.waiting: dict[int, FileVersion] = {}
         self.gone: set[int] = set()  # requests of clients who did not wait for the answer
         self.answered_s: dict[int, float] = {}

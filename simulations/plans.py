@@ -6,7 +6,7 @@ Everything is drawn before anything happens, so that taking a fault away changes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from simulations.faults import EVENTS, TRAPS, Fault
@@ -124,6 +124,9 @@ def draw(seed: int) -> Plan:
     if rng.random() < 0.05:
         sizes.append(0)
     settings = _draw_settings(rng, seed, nodes, sizes)
+    if theme == "tracker":  # a lease matters while it is out
+        rate = min(settings.file_server_rate, 3e6)
+        settings = replace(settings, file_server_rate=rate, node_rate=rate)
     mixed_cuts = rng.random() < 0.15
     faults = _draw_faults(rng, theme, nodes) + _draw_liar(seed, theme, nodes)
     # Only where no copy can be lost, and every copy is of use, may there be jobs that cannot read.

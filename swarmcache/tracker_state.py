@@ -331,6 +331,8 @@ class TrackerState:
                 known |= leased.mask
         for query_id in swarm.searches:
             known |= self._searches[query_id].wanted
+            ends = self._timers.at_s(f"query {query_id}") is not None
+            assert ends, "a search that ends only if everybody answers"
         for node, member in swarm.members.items():
             assert node in self._nodes, "a member is not connected"
             assert swarm.version_id in self._nodes[node].swarms, "a node forgot its swarm"
