@@ -64,6 +64,7 @@ class Watch:
         self._cluster = cluster
         self._clients = clients
         self._held: dict[tuple[str, bytes], Held] = {}
+        self._held_before: dict[tuple[str, bytes], Held] = {}
         self._told: dict[tuple[str, str, bytes], Told] = {}
         self.all_is_told = False
         self._waits: dict[tuple[str, bytes], tuple[int, int, float]] = {}
@@ -73,7 +74,7 @@ class Watch:
     def _look(self, _: object) -> None:
         cluster = self._cluster
         now_s = cluster.engine.now_s
-        self._held.clear()
+        self._held_before, self._held = self._held, {}
         for node in cluster.node_list:
             self._look_at(node)
             self._look_at_waiting(node, now_s)
@@ -137,9 +138,9 @@ class Watch:
     def _look_at_waiting(self, node: Node, now_s: float) -> None:
         """Nobody waits for long while nothing comes, but for a slot that others have."""
         for version_id, replica in node.disk.replicas.items():
-            self._held[node.name, version_id] = Held(
-                node.life, node.session, frozenset(replica.digests)
-            )
+            of_use = replica.active or replica.published  # or else left of an earlier attempt
+            chunks = frozenset(replica.digests) if of_use else frozenset()
+            self._held[node.name, version_id] = Held(node.life, node.session, chunks)
         for version in set(node.waiting.values()):
             key = (node.name, version.version_id)
             fetching = node.machine.fetching(version.version_id)
@@ -168,12 +169,11 @@ class Watch:
 
     def _look_at_range(self, reader: Node, version_id: bytes, chunks: range) -> None:
         for node in self._cluster.node_list:
-            held = self._held.get((node.name, version_id))
+            # One look may come just before what it sees is told.
+            held = self._held_before.get((node.name, version_id))
             replica = node.disk.replicas.get(version_id)
             if held is None or replica is None or node is reader or not node.alive:
                 continue
-            if not replica.active and not replica.published:
-                continue  # what is left of an earlier attempt, of which nobody is told
             if (held.life, held.session) != (node.life, node.session) or node.session is None:
                 continue
             again = held.chunks.intersection(chunks, replica.digests)

@@ -564,8 +564,14 @@ class TrackerState:
         held = mask_from_bytes(message.held) if layout == swarm.layout and member.trusted else 0
         lost = member.guarded & ~held
         found = held & swarm.unread
-        member.guarded = (member.guarded | found) & held
         swarm.unread ^= found
+        for query_id in sorted(swarm.searches):  # those that were asked may be gone
+            search = self._searches[query_id]
+            found |= held & search.wanted
+            search.wanted &= ~held
+            if not search.wanted:
+                self._end_search(query_id, now_s, effects)
+        member.guarded = (member.guarded | found) & held
         if lost:
             self._take_over(swarm, lost, sorted(member.neighbours), now_s, effects)
         effects.append(Tell(node.session, Joined(version_id, swarm.layout.chunk_size_bytes)))

@@ -6,7 +6,7 @@ Whole plans, since what a seed stands for changes whenever plans are drawn diffe
 from __future__ import annotations
 
 from simulations.faults import Fault
-from simulations.plans import Job, Plan
+from simulations.plans import Copy, Job, Plan
 from simulations.settings import ClusterSettings
 
 FOUND = {
@@ -197,6 +197,60 @@ FOUND = {
             Fault(
                 at_s=6.900494, kind="source changed", node=1, duration_s=1.232595, amount=0.848443
             ),
+        ),
+    ),
+    "chunks that were looked for were read again, though who joined meanwhile held them": Plan(
+        seed=200596,
+        theme="ends of nodes",
+        settings=ClusterSettings(
+            nodes=3,
+            seed=200596,
+            node_rate=1000000.0,
+            file_server_rate=1000000.0,
+            slots_max=2,
+            uploads_max=1,
+            latency_s=0.01,
+            check_every=1,
+            originals=True,
+            piece_bytes=131072,
+            reader_cost=0.05,
+            clock_spread_s=500.0,
+        ),
+        sizes_bytes=(1539161, 2621440, 0),
+        jobs=(
+            Job(at_s=0.034018, node=1, file=1, user="ada", can_read=True, chunk_size_bytes=262144),
+            Job(at_s=0.115145, node=2, file=0, user="bob", can_read=True, chunk_size_bytes=262144),
+            Job(at_s=0.40804, node=1, file=0, user="ada", can_read=True, chunk_size_bytes=262144),
+            Job(at_s=0.594171, node=0, file=0, user="ada", can_read=True, chunk_size_bytes=262144),
+        ),
+        faults=(
+            Fault(
+                at_s=1.485891,
+                kind="daemon killed",
+                node=2,
+                other=1,
+                duration_s=1.335591,
+                amount=0.156837,
+            ),
+            Fault(at_s=2.113111, kind="node lost", node=1, duration_s=1.381341, amount=0.963926),
+            Fault(
+                at_s=7.554508,
+                kind="daemon killed, partial files torn",
+                node=2,
+                duration_s=5.174389,
+                amount=0.04429,
+            ),
+            Fault(
+                at_s=7.656333,
+                kind="daemon killed, partial files torn",
+                duration_s=0.131489,
+                amount=0.833787,
+            ),
+        ),
+        copies=(
+            Copy(at_s=0.612301, node=0, user="bob", size_bytes=2084139),
+            Copy(at_s=2.585161, node=2, user="eve", size_bytes=10477063),
+            Copy(at_s=4.216368, node=1, user="ada", size_bytes=394936),
         ),
     ),
 }

@@ -501,6 +501,21 @@ def test_chunks_of_a_dead_node_are_asked_for_and_read_again_only_when_nobody_has
     assert (lease.first, lease.count) == (3, 1)
 
 
+def test_chunks_that_are_looked_for_are_found_with_who_joins_meanwhile() -> None:
+    bench = Bench(slots_max=1)
+    bench.connect("a", "b", "c")
+    bench.join("a", chunks=4)
+    bench.finish(bench.out()[0])
+    bench.join("b", chunks=4)
+    bench.lose("a")
+    bench.join("c", chunks=4, held=0b0111)
+
+    bench.wait_until(1000.0 + QUERY_S + 0.1, "b", "c")
+
+    (lease,) = bench.out()
+    assert (lease.first, lease.count) == (3, 1)
+
+
 def test_a_neighbour_that_does_not_answer_is_not_waited_for_long() -> None:
     bench = Bench(slots_max=1)
     bench.connect("a", "b", "c")
