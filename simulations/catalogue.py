@@ -16,6 +16,7 @@ SCENARIOS: dict[str, Scenario] = {
     "small_files": workload_scenarios.small_files,
     "working_set": workload_scenarios.working_set,
     "copy_storm": workload_scenarios.copy_storm,
+    "racks": workload_scenarios.racks,
     "churn": scenarios.churn,
     "tracker_restart": disturbed_scenarios.tracker_restart,
     "tracker_lost": disturbed_scenarios.tracker_lost,

@@ -33,6 +33,7 @@ from simulations.file_server import FileServer, FileServerSettings
 from simulations.network import Network
 from simulations.nodes import Node
 from simulations.processes import Processes
+from simulations.racks import racks_of
 from simulations.readings import Readings
 from simulations.settings import FILE_SERVER, USER, ClusterSettings
 from simulations.tracker_host import TrackerHost
@@ -113,6 +114,8 @@ class Cluster:
         self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
         self.on_holders: Callable[[Node, AnswerHolders], None] | None = None
         self.node_list = [Node(index, settings) for index in range(settings.nodes)]
+        for node, rack in zip(self.node_list, racks_of(settings), strict=True):
+            node.rack = rack
         self.nodes = {node.name: node for node in self.node_list}
         self.tracker = TrackerHost(settings)
         self.versions: dict[bytes, FileVersion] = {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from simulations.clocks import Clock
 from simulations.disks import Disk
 from simulations.network import Link
+from simulations.racks import Rack
 from simulations.settings import POLICIES, ClusterSettings
 from swarmcache.chunks import FileVersion
 from swarmcache.messages import NodeAddress
@@ -38,6 +39,7 @@ class Node:
         self.settings = settings
         self.up = Link(f"{self.name} up", settings.node_rate)
         self.down = Link(f"{self.name} down", settings.node_rate)
+        self.rack: Rack | None = None
         self.clock = Clock()
         if settings.clock_spread_s or settings.clock_drift:
             rng = Random(f"{settings.seed} {self.name} clock")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from simulations.disks import content_digest
 from simulations.network import Flow
 from simulations.nodes import Node
+from simulations.racks import between
 from swarmcache.chunks import ChunkLayout
 from swarmcache.peer_events import ChunkRead, RangeReadDone, RangeReadFailed, ReadRange, WriteFailed
 
@@ -55,7 +56,7 @@ class ServerRead(Flow):
         self.readings = readings
         self.reading = reading
         up, down = readings.server.up, reading.node.down
-        super().__init__(up, down, length_bytes, math.inf)
+        super().__init__(up, down, length_bytes, math.inf, between(None, reading.node.rack))
 
     def ended(self, complete: bool) -> None:
         assert complete, "a read without a deadline ended early"

@@ -55,7 +55,8 @@ class Result:
     ``amplification``: bytes read from the file server / size of the file. ``repeats``: chunks that
     came to a node that had them. ``originals``: answers that were not a cached copy. ``hits``:
     requests that met a copy on their own node. ``copies``: files that were copied to the file
-    server, the last one by ``last_copy_s``. Times count from the instant at which the file was
+    server, the last one by ``last_copy_s``. ``into_racks``: bytes that came into racks / what each
+    of them needs once (0 without racks). Times count from the instant at which the file was
     asked for.
     """
 
@@ -86,6 +87,7 @@ class Result:
     hits: int
     copies: int
     last_copy_s: float
+    into_racks: float
     observed: Observed
 
     def as_json(self) -> dict[str, object]:
@@ -98,11 +100,12 @@ class Result:
 def bound_s(size_bytes: int, settings: ClusterSettings) -> float:
     """The time below which no protocol can bring the file to all nodes: the fluid bound.
 
-    The largest of: the file server sends it once; a node receives it once; all uplinks together
-    send it as often as there are nodes. Mundinger, Weber, Weiss, J. Scheduling 2008.
+    The largest of: the file server sends it once; a node and a rack receive it once; all uplinks
+    together send it as often as there are nodes. Mundinger, Weber, Weiss, J. Scheduling 2008.
     """
     uplinks_rate = settings.file_server_rate + settings.nodes * settings.node_rate
     return max(
+        size_bytes / settings.rack_rate,
         size_bytes / settings.file_server_rate,
         size_bytes / settings.node_rate,
         settings.nodes * size_bytes / uplinks_rate,
@@ -225,6 +228,11 @@ class Crowd:
             server.up.carried_bytes,
         )
 
+    def _into_racks(self) -> float:
+        racks = dict.fromkeys(node.rack.down for node in self.cluster.node_list if node.rack)
+        needed_bytes = max(len(racks) * self.version.size_bytes, 1)
+        return sum(link.carried_bytes for link in racks) / needed_bytes
+
     def _measure(self, counted: Sequence[Node]) -> Result:
         cluster, settings = self.cluster, self.cluster.settings
         observed = self._observe(counted)
@@ -257,6 +265,7 @@ class Crowd:
             requests=cluster.requests,
             hits=cluster.hits,
             copies=len(cluster.writers.copied),
+            into_racks=self._into_racks(),
             last_copy_s=max((each - CROWD_AT_S for each in copied_s), default=0.0),
             observed=observed,
         )

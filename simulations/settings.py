@@ -23,6 +23,7 @@ class ClusterSettings:
     path. ``piece_bytes``: what a reader asks of the file server at once; None for whole chunks.
     ``disk_bytes``: the most that the cache of a node may take. ``clock_spread_s``: clocks of nodes
     differ by up to twice this; ``clock_drift``: and run faster or slower by up to this part.
+    ``rack_nodes``: so many share the links of a rack, of ``rack_rate``; 0 for no racks.
     ``policy``: which of ``POLICIES`` says what is evicted.
     """
 
@@ -44,3 +45,5 @@ class ClusterSettings:
     clock_spread_s: float = 0.0
     clock_drift: float = 0.0
     policy: str = "cluster"
+    rack_nodes: int = 0
+    rack_rate: float = math.inf

@@ -14,6 +14,7 @@ from simulations.disks import corrupted
 from simulations.engine import SimulationFailed
 from simulations.network import Flow
 from simulations.nodes import Node
+from simulations.racks import between
 from swarmcache.peer_events import (
     ChunkAbsent,
     ChunkArrived,
@@ -52,7 +53,8 @@ class Fetch(Flow):
         self.held_up_s: float | None = None
         self.digest = b""
         deadline_s = cluster.engine.now_s + effect.deadline_s
-        super().__init__(self.source.up, node.down, effect.length_bytes, deadline_s)
+        via = between(self.source.rack, node.rack)
+        super().__init__(self.source.up, node.down, effect.length_bytes, deadline_s, via)
 
     def ended(self, complete: bool) -> None:
         self.transfers.ended(self, complete)

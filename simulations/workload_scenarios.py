@@ -24,6 +24,9 @@ SKEW = 0.8
 # copy_storm: one node in so many copies a file of this part of SIZE to the file server.
 COPY_EVERY = 4
 COPY_SHARE = 0.25
+# racks: so many nodes in each, whose links together have four times the rate of those of the rack.
+RACK_NODES = 16
+OVERSUBSCRIBED = 4
 
 
 def array_job(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
@@ -82,3 +85,11 @@ def copy_storm(settings: ClusterSettings, size_bytes: int, watch: Watch | None =
         if node.index % COPY_EVERY == 0:
             crowd.copy(node, max(int(size_bytes * COPY_SHARE), 1), "writer")
     return crowd.run(nodes, watch)
+
+
+def racks(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
+    """A flash crowd in racks of 16 nodes, whose links to the others are oversubscribed 4:1."""
+    rack_rate = settings.node_rate * RACK_NODES / OVERSUBSCRIBED
+    settings = replace(settings, rack_nodes=RACK_NODES, rack_rate=rack_rate)
+    crowd = Crowd("racks", settings, size_bytes)
+    return crowd.run(crowd.cluster.node_list, watch)

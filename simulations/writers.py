@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from simulations.engine import SimulationFailed
 from simulations.network import Flow
 from simulations.nodes import Node
+from simulations.racks import between
 from simulations.settings import FILE_SERVER, USER
 from swarmcache.peer_events import (
     AnswerNoSlot,
@@ -77,7 +78,10 @@ class ServerWrite(Flow):
     def __init__(self, writers: Writers, writer: Writer, length_bytes: int) -> None:
         self.writers = writers
         self.writer = writer
-        super().__init__(writer.node.up, writers.server.down, length_bytes, math.inf)
+        node = writer.node
+        super().__init__(
+            node.up, writers.server.down, length_bytes, math.inf, between(node.rack, None)
+        )
 
     def ended(self, complete: bool) -> None:
         assert complete, "a write without a deadline ended early"

@@ -21,6 +21,7 @@ from simulations.network import WORTH_HANDING_OUT, Flow, Link, Network
 from simulations.readings import RangeReading
 from simulations.scenarios import bound_s, flash_crowd
 from simulations.settings import ClusterSettings
+from simulations.workload_scenarios import racks
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.peer_events import ReadRange
 
@@ -74,9 +75,15 @@ class Observed(Flow):
     __slots__ = ("complete", "ended_s", "engine")
 
     def __init__(
-        self, engine: Engine, up: Link, down: Link, length_bytes: int, deadline_s: float = math.inf
+        self,
+        engine: Engine,
+        up: Link,
+        down: Link,
+        length_bytes: int,
+        deadline_s: float = math.inf,
+        via: tuple[Link, ...] = (),
     ) -> None:
-        super().__init__(up, down, length_bytes, deadline_s)
+        super().__init__(up, down, length_bytes, deadline_s, via)
         self.engine = engine
         self.ended_s = math.nan
         self.complete = False
@@ -194,11 +201,12 @@ flow_plans = st.lists(
         st.integers(0, 3),  # uplink
         st.integers(0, 3),  # downlink
         st.integers(1, 1000),  # bytes
+        st.sets(st.integers(0, 3), max_size=2),  # links of racks
     ),
     min_size=1,
     max_size=25,
 )
-link_rates = st.lists(st.floats(1, 1000), min_size=8, max_size=8)
+link_rates = st.lists(st.floats(1, 1000), min_size=12, max_size=12)
 
 
 def _assert_no_link_is_overloaded(every_link: list[Link]) -> None:
@@ -211,15 +219,16 @@ def _assert_no_link_is_overloaded(every_link: list[Link]) -> None:
 @given(flow_plans, link_rates)
 @settings(max_examples=60, deadline=None)
 def test_no_link_ever_carries_more_than_its_rate_and_bytes_are_conserved(
-    plans: list[tuple[float, int, int, int]], rates: list[float]
+    plans: list[tuple[float, int, int, int, set[int]]], rates: list[float]
 ) -> None:
     """What every flow carried, integrated over its rates, is its length when it ends."""
     engine = Engine(100_000)
     network = Network(engine)
     every_link = [Link(f"link {index}", rate) for index, rate in enumerate(rates)]
     flows = []
-    for start_s, up, down, length in plans:
-        flow = Observed(engine, every_link[up], every_link[4 + down], length)
+    for start_s, up, down, length, over in plans:
+        via = tuple(every_link[8 + rack] for rack in sorted(over))
+        flow = Observed(engine, every_link[up], every_link[4 + down], length, via=via)
         flows.append(flow)
         engine.at(start_s, network.start, flow)
     carried: dict[Flow, float] = dict.fromkeys(flows, 0.0)
@@ -234,7 +243,7 @@ def test_no_link_ever_carries_more_than_its_rate_and_bytes_are_conserved(
     for flow in flows:
         assert carried[flow] == pytest.approx(flow.length_bytes, rel=1e-6)
     for link in every_link:
-        ended = [flow for flow in flows if link in (flow.up, flow.down)]
+        ended = [flow for flow in flows if link in flow.links]
         assert link.carried_bytes == sum(flow.length_bytes for flow in ended)
 
 
@@ -259,6 +268,33 @@ def test_no_rate_lies_idle_that_a_flow_could_use(
         if down.free > down.rate * WORTH_HANDING_OUT:
             for moving in down.flows:
                 assert moving.up.free <= moving.up.rate * WORTH_HANDING_OUT
+
+
+def test_what_goes_from_rack_to_rack_shares_the_links_of_the_racks_and_nothing_else_does() -> None:
+    """Two flows leave a rack whose link has 100 B/s; the third stays inside, at its own 100 B/s."""
+    engine = Engine(100)
+    network = Network(engine)
+    rack_up = Link("rack up", 100.0)
+    ups, downs = links(3, 100.0), links(3, 100.0)
+    out = [Observed(engine, ups[each], downs[each], 100, via=(rack_up,)) for each in (0, 1)]
+    inside = Observed(engine, ups[2], downs[2], 100)
+    for flow in (*out, inside):
+        network.start(flow)
+
+    engine.run(math.inf)
+
+    assert [flow.ended_s for flow in out] == [pytest.approx(2.0)] * 2
+    assert inside.ended_s == pytest.approx(1.0)
+    assert rack_up.carried_bytes == 200
+
+
+@pytest.mark.slow
+def test_racks_take_in_more_than_they_need_and_the_bound_counts_their_links() -> None:
+    result = racks(small(nodes=32, check_every=1000), 4 * MiB)
+
+    assert result.into_racks > 1.0
+    assert result.amplification == 1.0
+    assert 0 < result.efficiency < 1
 
 
 # --- clusters -------------------------------------------------------------------------------------
