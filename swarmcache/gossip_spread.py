@@ -74,6 +74,7 @@ NEAR_FINGERS = 5
 FLIGHTS_MAX = 1024
 WAITING_MAX = 4 * STATUSES_MAX
 CLAIMS_SHARE = 4
+CLAIMS_DEBT = 0.5
 BUDGET_S = 2.0
 LIST_MAX = 255
 
@@ -362,11 +363,11 @@ class Spread:
         if waiting is None or self._profile_of(target) is None:
             return
         saved = self._budget.saved(now_s)
-        enough = 0.0 if waiting.claims else 1 / CLAIMS_SHARE
+        enough = -CLAIMS_DEBT if waiting.claims else 1 / CLAIMS_SHARE
         while saved >= enough and not waiting.empty() and len(self._flights) < FLIGHTS_MAX:
             self._send(target, self._load(waiting), 1, now_s, effects)
             saved = self._budget.saved(now_s)
-            enough = 0.0 if waiting.claims else 1 / CLAIMS_SHARE
+            enough = -CLAIMS_DEBT if waiting.claims else 1 / CLAIMS_SHARE
         if waiting.empty():
             return
         self._drop_oldest(waiting)

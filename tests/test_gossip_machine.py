@@ -1,0 +1,361 @@
+"""One gossip machine alone, talked to by hand."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from swarmcache.gossip import RECORD_AGE_MAX_S, REMEMBER_S, Gossip
+from swarmcache.gossip_events import (
+    ConnectTried,
+    DatagramReceived,
+    GossipEffect,
+    GossipEvent,
+    MembersChanged,
+    SendDatagram,
+    TimePassed,
+    TryConnect,
+)
+from swarmcache.gossip_records import (
+    Ack,
+    MemberState,
+    NodeProfile,
+    NodeStatus,
+    Numbered,
+    Ping,
+    PingFor,
+    Received,
+    Rumour,
+    RumourKind,
+    Rumours,
+    Statuses,
+    StatusRecord,
+    decode_payload,
+    encode_ack,
+    encode_nack,
+    encode_numbered,
+    encode_ping,
+    encode_profiles,
+    encode_received,
+    encode_rumours,
+    encode_statuses,
+    node_id,
+    pack_profile,
+    pack_rumour,
+    pack_status,
+    profile_tag,
+    ring_id,
+    status_body,
+)
+from swarmcache.gossip_spread import OVERHEAD_BYTES
+from swarmcache.messages import NodeAddress
+
+EPOCH = 1_000
+SELF = ring_id("self:1")
+NOBODY_ELSE = SELF + 1
+EVERYBODY = SELF
+
+
+def profile_of(name: str) -> NodeProfile:
+    return NodeProfile(NodeAddress(name, 2), "rack", "1", 1 << 40)
+
+
+class Alone:
+    """A machine that knows some others, none of which exists."""
+
+    def __init__(self, others: int, *, budget_bytes_per_s: float = 12_000.0) -> None:
+        self.machine = Gossip(
+            profile_of("self:1"), EPOCH, Random(1), budget_bytes_per_s=budget_bytes_per_s
+        )
+        self.now_s = 0.0
+        self.names = [f"other{number}:1" for number in range(others)]
+        self.effects: list[GossipEffect] = []
+        self.tell(TimePassed())
+        for name in self.names:
+            self.hear(
+                name, self.status(name, 1), encode_profiles(0, [pack_profile(profile_of(name))])
+            )
+
+    def tell(self, event: GossipEvent) -> list[GossipEffect]:
+        effects = self.machine.handle(event, self.now_s)
+        self.machine.check()
+        self.effects += effects
+        return effects
+
+    def hear(self, sender: str, *sections: bytes) -> list[GossipEffect]:
+        return self.tell(DatagramReceived(node_id(sender), b"".join(sections)))
+
+    def status(
+        self,
+        name: str,
+        seq: int,
+        *,
+        epoch: int = EPOCH,
+        age_s: float = 0.0,
+        limit: int | None = None,
+    ) -> bytes:
+        """What ``name`` says of itself, for nobody else."""
+        body = status_body(NodeStatus(), profile_tag(profile_of(name)))
+        record = StatusRecord(ring_id(name), epoch, seq, round(age_s * 10), body)
+        return encode_statuses(SELF + 1 if limit is None else limit, [pack_status(record)])
+
+    def rumour(
+        self,
+        kind: RumourKind,
+        name: str,
+        *,
+        seq: int = 1,
+        age_s: float = 0.0,
+        limit: int = NOBODY_ELSE,
+    ) -> bytes:
+        """What the first one of the others says of ``name``."""
+        origin = ring_id(self.names[0])
+        packed = pack_rumour(Rumour(kind, ring_id(name), EPOCH, seq, origin, round(age_s * 10)))
+        return encode_rumours(limit, [packed])
+
+    def pass_time(self, duration_s: float, *, silent: str | None = None) -> None:
+        """Let it be woken when it wants. All but ``silent`` answer, and help."""
+        until_s = self.now_s + duration_s
+        while (at_s := self.machine.wake_at_s()) is not None and at_s <= until_s:
+            self.now_s = max(at_s, self.now_s)
+            for effect in self.tell(TimePassed()):
+                if isinstance(effect, SendDatagram) and effect.address != silent:
+                    self._answer(effect, silent)
+        self.now_s = until_s
+
+    def _answer(self, effect: SendDatagram, silent: str | None) -> None:
+        for section in decode_payload(effect.payload):
+            match section:
+                case Ping(number):
+                    self.hear(effect.address, encode_ack(number))
+                case PingFor(number, target):
+                    lost = silent is not None and target == ring_id(silent)
+                    self.hear(effect.address, encode_nack(number) if lost else encode_ack(number))
+                case Numbered(number):
+                    self.hear(effect.address, encode_received([number]))
+                case _:
+                    pass
+
+    def state(self, name: str) -> MemberState | None:
+        member = self.machine.member(name)
+        return None if member is None else member.state
+
+
+def sections_to(effects: list[GossipEffect], kind: type) -> list[tuple[str, object]]:
+    """The sections of one kind that are sent, and to whom."""
+    return [
+        (effect.address, section)
+        for effect in effects
+        if isinstance(effect, SendDatagram)
+        for section in decode_payload(effect.payload)
+        if isinstance(section, kind)
+    ]
+
+
+def test_a_record_is_passed_on_as_its_subject_made_it_only_older() -> None:
+    alone = Alone(8)
+    alone.pass_time(1.0)
+    alone.effects.clear()
+
+    alone.hear(alone.names[1], alone.status(alone.names[0], 7, age_s=3.0, limit=EVERYBODY))
+    alone.pass_time(2.0)
+
+    subject = ring_id(alone.names[0])
+    sent = [
+        record
+        for _, section in sections_to(alone.effects, Statuses)
+        if isinstance(section, Statuses)
+        for record in section.records
+        if record.subject == subject
+    ]
+    assert sent and {(record.epoch, record.seq) for record in sent} == {(EPOCH, 7)}
+    assert all(30 < record.age <= 50 for record in sent)
+    member = alone.machine.member(alone.names[0])
+    assert member is not None and member.age_s(alone.now_s) == 5.0
+
+
+def test_what_is_known_already_is_confirmed_and_passed_on_to_nobody() -> None:
+    alone = Alone(8)
+    alone.pass_time(1.0)
+
+    effects = alone.hear(
+        alone.names[1],
+        encode_numbered(5),
+        alone.status(alone.names[0], 1, limit=EVERYBODY),
+    )
+
+    assert sections_to(effects, Received) == [(alone.names[1], Received((5,)))]
+    assert sections_to(effects, Statuses) == []
+
+
+def test_bytes_that_are_no_gossip_are_counted_and_nothing_is_answered() -> None:
+    alone = Alone(2)
+
+    effects = alone.hear(alone.names[0], encode_ping(1, alone.names[0]), b"\xff")
+
+    assert effects == []
+    assert alone.machine.bad_datagrams == 1
+
+
+def test_a_ping_is_answered_to_whoever_it_is() -> None:
+    alone = Alone(0)
+
+    effects = alone.hear("stranger:1", encode_ping(7, "stranger:1"))
+
+    assert sections_to(effects, Ack) == [("stranger:1", Ack(7))]
+
+
+def test_who_is_suspected_and_has_said_something_since_is_cleared_and_the_sender_told() -> None:
+    alone = Alone(3)
+    suspect = alone.names[2]
+    alone.hear(alone.names[0], alone.rumour(RumourKind.SUSPECT, suspect))
+    assert alone.state(suspect) is MemberState.SUSPECT
+
+    alone.now_s += 3.0
+    alone.hear(suspect, alone.status(suspect, 2))
+    assert alone.state(suspect) is MemberState.ALIVE
+    effects = alone.hear(alone.names[0], alone.rumour(RumourKind.SUSPECT, suspect, age_s=3.0))
+
+    assert alone.state(suspect) is MemberState.ALIVE
+    assert [address for address, _ in sections_to(effects, Statuses)] == [alone.names[0]]
+
+
+def test_a_node_that_is_suspected_itself_begins_another_epoch_and_says_so_at_once() -> None:
+    alone = Alone(3)
+
+    effects = alone.hear(alone.names[0], alone.rumour(RumourKind.SUSPECT, "self:1"))
+
+    records = [
+        record
+        for _, section in sections_to(effects, Statuses)
+        if isinstance(section, Statuses)
+        for record in section.records
+    ]
+    assert {(record.subject, record.epoch) for record in records} == {(SELF, EPOCH + 1)}
+
+
+def test_nobody_is_declared_dead_without_being_asked_once_more_also_over_tcp() -> None:
+    alone = Alone(4)
+    suspect = alone.names[2]
+    alone.pass_time(60.0, silent=suspect)
+
+    assert alone.state(suspect) is MemberState.DEAD
+    last = max(i for i, effect in enumerate(alone.effects) if isinstance(effect, MembersChanged))
+    asked = [
+        (i, number.number)
+        for i, effect in enumerate(alone.effects[:last])
+        for _, number in sections_to([effect], Ping)
+        if isinstance(number, Ping) and isinstance(effect, SendDatagram)
+        if effect.address == suspect
+    ]
+    tried = [i for i, e in enumerate(alone.effects) if isinstance(e, TryConnect)]
+    # The last probe began with a ping, and a connection was tried with it.
+    first_of_last = min(i for i, number in asked if number == asked[-1][1])
+    assert any(first_of_last < i < last for i in tried)
+
+
+def connect_all(alone: Alone, node: str) -> None:
+    """The kernel of this node accepts all connections."""
+    for effect in alone.effects:
+        if isinstance(effect, TryConnect) and effect.node == node:
+            alone.tell(ConnectTried(node, ok=True))
+    alone.effects.clear()
+
+
+def test_an_accepted_connection_saves_a_node_as_long_as_it_says_something_now_and_then() -> None:
+    alone = Alone(4)
+    node = alone.names[2]
+
+    for second in range(100):
+        alone.pass_time(1.0, silent=node)
+        connect_all(alone, node)
+        if second < 20:
+            alone.hear(alone.names[0], alone.status(node, second + 2))
+            assert alone.state(node) is MemberState.ALIVE
+
+    assert alone.state(node) is MemberState.DEAD
+
+
+def test_who_was_declared_dead_does_not_come_back_by_an_old_record_however_late() -> None:
+    alone = Alone(3)
+    dead = alone.names[2]
+    alone.hear(alone.names[0], alone.rumour(RumourKind.DEAD, dead, seq=5))
+    assert alone.state(dead) is MemberState.DEAD
+
+    alone.hear(alone.names[1], alone.status(dead, 5))
+    alone.hear(alone.names[1], alone.status(dead, 6, age_s=20.0))
+    assert alone.state(dead) is MemberState.DEAD
+    alone.pass_time(REMEMBER_S + 1.0)
+    assert alone.state(dead) is None
+    alone.hear(alone.names[1], alone.status(dead, 6, age_s=RECORD_AGE_MAX_S + 1))
+
+    assert alone.state(dead) is None
+
+
+@pytest.mark.parametrize(("seq", "epoch", "age_s"), [(6, EPOCH, 0.0), (0, EPOCH + 1, 30.0)])
+def test_a_later_record_or_a_new_life_brings_the_dead_back(
+    seq: int, epoch: int, age_s: float
+) -> None:
+    alone = Alone(3)
+    dead = alone.names[2]
+    alone.hear(alone.names[0], alone.rumour(RumourKind.DEAD, dead, seq=5))
+    alone.now_s += 5.0
+
+    alone.hear(alone.names[1], alone.status(dead, seq, epoch=epoch, age_s=age_s))
+
+    assert alone.state(dead) is MemberState.ALIVE
+
+
+def test_who_has_left_comes_back_with_a_new_life_only() -> None:
+    alone = Alone(3)
+    leaver = alone.names[2]
+    alone.hear(alone.names[0], alone.rumour(RumourKind.LEFT, leaver))
+    alone.now_s += 5.0
+
+    alone.hear(alone.names[1], alone.status(leaver, 99))
+    assert alone.state(leaver) is MemberState.LEFT
+    alone.hear(alone.names[1], alone.status(leaver, 0, epoch=EPOCH + 1))
+
+    assert alone.state(leaver) is MemberState.ALIVE
+
+
+def test_a_node_that_has_slept_accuses_nobody_of_what_it_has_missed() -> None:
+    alone = Alone(6)
+    alone.pass_time(3.0)
+    alone.pass_time(1.2)
+    alone.effects.clear()
+
+    alone.now_s += 30.0
+    alone.tell(TimePassed())
+    assert alone.machine.health > 0
+    alone.pass_time(1.5)
+
+    assert sections_to(alone.effects, Rumours) == []
+
+
+def test_status_keeps_to_the_budget_and_a_death_goes_all_the_same() -> None:
+    alone = Alone(30, budget_bytes_per_s=2_000.0)
+    alone.pass_time(5.0)
+    alone.effects.clear()
+    began_s = alone.now_s
+    for seq in range(2, 80):
+        statuses = [alone.status(name, seq, limit=EVERYBODY) for name in alone.names]
+        for half in (statuses[:15], statuses[15:]):
+            alone.hear(alone.names[seq % 30], *half)
+        alone.pass_time(0.25)
+    spent = sum(
+        len(effect.payload) + OVERHEAD_BYTES
+        for effect in alone.effects
+        if isinstance(effect, SendDatagram)
+    )
+    # What may have been saved before comes on top, and probes and confirmations do not wait.
+    assert spent < 2_000.0 * (alone.now_s - began_s) * 1.25 + 4_000
+
+    alone.effects.clear()
+    death = alone.rumour(RumourKind.DEAD, alone.names[5], seq=99, limit=EVERYBODY)
+    alone.hear(alone.names[0], death)
+    alone.pass_time(0.01)
+
+    told = [address for address, _ in sections_to(alone.effects, Rumours)]
+    assert len(set(told)) == 5
