@@ -159,6 +159,7 @@ class GossipCluster:
             view.bodies = bytearray(bodies)
             del view.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES]
             view.suspected = bytearray(count - 1)
+            view.reaches = bytearray(count - 1)
             view.profiles = profiles[:index] + profiles[index + 1 :]
             view.sums = array("Q", sums)
             view.reachable = node.machine._introduced = count - 1

@@ -184,19 +184,20 @@ class Member:
 
 @dataclass(slots=True)
 class Suspicion:
-    """Of a member: since when, and who has accused it. ``mine``: this node has, and will judge."""
+    """Of a member: since when. ``origins``: who has accused it, and with which ``reach`` this node
+    was told. ``mine``: this node has, and will judge."""
 
     claim: Claim
-    origins: list[int]
+    origins: dict[int, int]
     mine: bool
 
 
 @dataclass(slots=True)
 class Gone:
-    """A former member, dead or left, and who says so."""
+    """A former member, dead or left. ``origins``: as in ``Suspicion``."""
 
     claim: Claim
-    origins: list[int]
+    origins: dict[int, int]
     profile: NodeProfile | None
     body: bytes | None
     made_s: float
@@ -577,6 +578,7 @@ class Gossip:
         view = self._view
         news: list[int] = []
         urgent: list[int] = []
+        reach = view.reach(section.limit)
         for row in section.rows:
             subject = row[0] << 32 | row[1]
             index = view.find(subject)
@@ -585,6 +587,9 @@ class Gossip:
                 seq = row[4] << 16 | row[5]
                 known = view.epochs[index]
                 if epoch < known or (epoch == known and seq <= view.seqs[index]):
+                    if reach > view.reaches[index] and (known, view.seqs[index]) == (epoch, seq):
+                        view.reaches[index] = reach
+                        urgent.append(subject)
                     continue
                 at = index * BODY_BYTES
                 body = row[7]
@@ -596,12 +601,14 @@ class Gossip:
                     view.seqs[index] = seq
                     view.made_s[index] = now_s - row[6] * AGE_UNIT_S
                     view.bodies[at : at + BODY_BYTES] = body
+                    view.reaches[index] = reach
                     news.append(subject)
                     continue
             record = StatusRecord(
                 subject, row[2] << 32 | row[3], row[4] << 16 | row[5], row[6], row[7]
             )
             if self._take_unusual(record, index, sender, now_s):
+                view.reaches[view.find(subject)] = reach
                 urgent.append(subject)
         if news or urgent:
             legs = self._spread.legs(section.limit)
@@ -974,7 +981,7 @@ class Gossip:
         else:
             epoch = view.epochs[index]
         claim = Claim(RumourKind.SUSPECT, subject, epoch, view.seqs[index], self.own_id, now_s)
-        self._suspect(claim, index, now_s)
+        self._suspect(claim, index, ID_BYTES * 8, now_s)
         self._send(subject, _for_one(subject, claim, now_s), effects)
         self._say(claim, self.own_id, now_s)
 
@@ -984,16 +991,15 @@ class Gossip:
         if len(self._rides) < RIDES_MAX:
             self._rides[claim] = RIDES
 
-    def _suspect(self, claim: Claim, index: int, now_s: float) -> None:
+    def _suspect(self, claim: Claim, index: int, reach: int, now_s: float) -> None:
         """Take note of an accusation."""
         subject = claim.subject
         suspicion = self._suspicions.get(subject)
         if suspicion is None:
-            suspicion = self._suspicions[subject] = Suspicion(claim, [claim.origin], mine=False)
+            suspicion = self._suspicions[subject] = Suspicion(claim, {}, mine=False)
             self._view.suspected[index] = 1
             self._spread.view_changed()
-        else:
-            suspicion.origins.append(claim.origin)
+        suspicion.origins[claim.origin] = reach
         suspicion.mine = suspicion.mine or claim.origin == self.own_id
         since_s = suspicion.claim.since_s
         if suspicion.mine:
@@ -1030,10 +1036,10 @@ class Gossip:
         epoch, seq = view.epochs[index], view.seqs[index]
         claim = Claim(RumourKind.DEAD, subject, epoch, seq, self.own_id, now_s)
         self._send(subject, _for_one(subject, claim, now_s), effects)
-        self._bury(claim, index, now_s)
+        self._bury(claim, index, ID_BYTES * 8, now_s)
         self._say(claim, self.own_id, now_s)
 
-    def _bury(self, claim: Claim, index: int, now_s: float) -> None:
+    def _bury(self, claim: Claim, index: int, reach: int, now_s: float) -> None:
         view = self._view
         subject = claim.subject
         profile, body, made_s = view.profiles[index], view.body(index), view.made_s[index]
@@ -1041,19 +1047,13 @@ class Gossip:
             self._clear(subject, index)
         view.remove(index)
         self._unprofiled.pop(subject, None)
-        self._remember(claim, profile, body, made_s, now_s)
+        origins = {claim.origin: reach}
+        self._remember(Gone(claim, origins, profile, body, made_s), now_s)
         self._report_dead(profile)
 
-    def _remember(
-        self,
-        claim: Claim,
-        profile: NodeProfile | None,
-        body: bytes | None,
-        made_s: float,
-        now_s: float,
-    ) -> None:
-        self._gone[claim.subject] = Gone(claim, [claim.origin], profile, body, made_s)
-        self._timers.set(("forget", claim.subject), now_s + REMEMBER_S)
+    def _remember(self, gone: Gone, now_s: float) -> None:
+        self._gone[gone.claim.subject] = gone
+        self._timers.set(("forget", gone.claim.subject), now_s + REMEMBER_S)
         if len(self._gone) > GONE_FACTOR * max(len(self._view), GONE_LEAST):
             self._forget(next(iter(self._gone)))
 
@@ -1064,21 +1064,22 @@ class Gossip:
     def _take_rumours(
         self, section: Rumours, sender: int, now_s: float, effects: list[GossipEffect]
     ) -> None:
+        reach = self._view.reach(section.limit)
         for rumour in section.rumours:
             claim = Claim(*rumour[:5], now_s - rumour.age * AGE_UNIT_S)
             if claim.subject == self.own_id:
                 self._refute(claim.epoch, now_s)
-            elif self._believe(claim, sender, now_s, effects):
+            elif self._believe(claim, reach, sender, now_s, effects):
                 self._say(claim, section.limit, now_s)
 
     def _believe(
-        self, claim: Claim, sender: int, now_s: float, effects: list[GossipEffect]
+        self, claim: Claim, reach: int, sender: int, now_s: float, effects: list[GossipEffect]
     ) -> bool:
-        """Whether this is news, and not outdated by what is known here."""
+        """Whether this is to be passed on: it is news, and not outdated by what is known here."""
         subject = claim.subject
         index = self._view.find(subject)
         if index < 0:
-            return self._believe_of_stranger(claim, now_s)
+            return self._believe_of_stranger(claim, reach, now_s)
         if self._is_outdated(claim, index):
             status = self._packed_at(index, now_s)
             self._replies.append(encode_statuses(stay(sender), [status]))
@@ -1086,14 +1087,12 @@ class Gossip:
                 self._send(subject, _for_one(subject, claim, now_s), effects)
             return False
         if claim.kind is not RumourKind.SUSPECT:
-            self._bury(claim, index, now_s)
+            self._bury(claim, index, reach, now_s)
             return True
         suspicion = self._suspicions.get(subject)
-        if suspicion is not None:
-            known = suspicion.origins
-            if claim.origin in known or len(known) > CONFIRMATIONS:
-                return False
-        self._suspect(claim, index, now_s)
+        if suspicion is not None and not _adds(suspicion.origins, claim.origin, reach):
+            return False
+        self._suspect(claim, index, reach, now_s)
         return True
 
     def _is_outdated(self, claim: Claim, index: int) -> bool:
@@ -1102,23 +1101,28 @@ class Gossip:
             return view.epochs[index] > claim.epoch
         return _clears(view.epochs[index], view.made_s[index], claim)
 
-    def _believe_of_stranger(self, claim: Claim, now_s: float) -> bool:
+    def _believe_of_stranger(self, claim: Claim, reach: int, now_s: float) -> bool:
         if claim.kind is RumourKind.SUSPECT:
             return False
         gone = self._gone.get(claim.subject)
         if gone is None:
             if now_s - claim.since_s > GOSSIP_DEATH_S:
                 return False
-            self._remember(claim, None, None, claim.since_s, now_s)
+            origins = {claim.origin: reach}
+            self._remember(Gone(claim, origins, None, None, claim.since_s), now_s)
             return True
-        if claim.epoch < gone.claim.epoch or claim.origin in gone.origins:
+        if claim.epoch < gone.claim.epoch or not _adds(gone.origins, claim.origin, reach):
             return False
         if claim.epoch > gone.claim.epoch:
             gone.claim = claim
-        if len(gone.origins) > CONFIRMATIONS:
-            return False
-        gone.origins.append(claim.origin)
+        gone.origins[claim.origin] = reach
         return True
+
+
+def _adds(origins: dict[int, int], origin: int, reach: int) -> bool:
+    """Whether it is worth knowing that this one says so as well, or was heard farther away."""
+    known = origins.get(origin)
+    return len(origins) <= CONFIRMATIONS if known is None else reach > known
 
 
 def _for_one(target: int, claim: Claim, now_s: float) -> bytes:

@@ -34,7 +34,7 @@ class View:
     """The members besides this node, alive or suspected. Indexes hold until one comes or goes.
 
     ``version`` grows whenever the ring is another one: a member comes, goes, gets its address.
-    ``reachable``: how many have one.
+    ``reachable``: how many have one. ``reaches``: see ``reach``.
     """
 
     def __init__(self, own_id: int, own_epoch: int) -> None:
@@ -45,6 +45,7 @@ class View:
         self.made_s = array("d")
         self.bodies = bytearray()
         self.suspected = bytearray()
+        self.reaches = bytearray()
         self.profiles: list[NodeProfile | None] = []
         self.sums = array("Q", bytes(8 * BUCKETS))
         self.version = 0
@@ -70,6 +71,7 @@ class View:
         self.made_s.insert(index, made_s)
         self.bodies[index * BODY_BYTES : index * BODY_BYTES] = record.body
         self.suspected.insert(index, 0)
+        self.reaches.insert(index, 0)
         self.profiles.insert(index, profile)
         self.reachable += profile is not None
         self._add_to_sum(record.subject, record.epoch, 1)
@@ -84,6 +86,7 @@ class View:
             del column[index]
         del self.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES]
         del self.suspected[index]
+        del self.reaches[index]
         del self.profiles[index]
         self.version += 1
 
@@ -121,6 +124,11 @@ class View:
         """How far it is from this node to that place on the ring, once around for its own."""
         return (subject - self.own_id) % RING or RING
 
+    def reach(self, limit: int) -> int:
+        """How far it is up to there, in powers of two: 0 for nowhere. Something that is known
+        already is passed on nevertheless, if it comes with a longer reach than before."""
+        return (self.distance(limit) - 1).bit_length()
+
     def onwards(self, start: int) -> Iterator[int]:
         """All indexes in the order of the ring, from the first one at or after ``start``."""
         first = bisect_left(self.ids, start)
@@ -153,7 +161,14 @@ class View:
         count = len(self.ids)
         assert all(a < b for a, b in zip(self.ids, self.ids[1:], strict=False)), "ids out of order"
         assert self.find(self.own_id) < 0, "a node would gossip with itself"
-        for column in (self.epochs, self.seqs, self.made_s, self.suspected, self.profiles):
+        for column in (
+            self.epochs,
+            self.seqs,
+            self.made_s,
+            self.suspected,
+            self.profiles,
+            self.reaches,
+        ):
             assert len(column) == count, "columns of different length"
         reachable = sum(profile is not None for profile in self.profiles)
         assert self.reachable == reachable, "reachable members miscounted"

@@ -18,6 +18,7 @@ from swarmcache.gossip_events import (
     TryConnect,
 )
 from swarmcache.gossip_records import (
+    RING,
     Ack,
     MemberState,
     NodeProfile,
@@ -175,18 +176,21 @@ def test_a_record_is_passed_on_as_its_subject_made_it_only_older() -> None:
     assert member is not None and member.age_s(alone.now_s) == 5.0
 
 
-def test_what_is_known_already_is_confirmed_and_passed_on_to_nobody() -> None:
+def test_what_is_known_already_is_confirmed_and_passed_on_only_farther_than_before() -> None:
     alone = Alone(8)
     alone.pass_time(1.0)
+    half = alone.status(alone.names[0], 2, limit=(SELF + (1 << 46)) % RING)
+    everybody = alone.status(alone.names[0], 2, limit=EVERYBODY)
+    alone.hear(alone.names[1], half)
+    alone.pass_time(2.0)
 
-    effects = alone.hear(
-        alone.names[1],
-        encode_numbered(5),
-        alone.status(alone.names[0], 1, limit=EVERYBODY),
-    )
+    again = alone.hear(alone.names[1], encode_numbered(5), half)
+    farther = alone.hear(alone.names[1], everybody)
+    no_more = alone.hear(alone.names[1], everybody)
 
-    assert sections_to(effects, Received) == [(alone.names[1], Received((5,)))]
-    assert sections_to(effects, Statuses) == []
+    assert sections_to(again, Received) == [(alone.names[1], Received((5,)))]
+    assert sections_to(again, Statuses) == sections_to(no_more, Statuses) == []
+    assert sections_to(farther, Statuses) != []
 
 
 def test_bytes_that_are_no_gossip_are_counted_and_nothing_is_answered() -> None:
