@@ -99,9 +99,9 @@ from swarmcache.gossip_spread import Budget, Claim, Spread, age_units, stay
 from swarmcache.gossip_view import MEMBERS_MAX, View
 from swarmcache.timers import Timers
 
-# Bytes that a node sends at most, on average over some seconds, and what part of that is meant for
-# status. With 1,000 nodes and a status every 10 s they take half of it.
-BUDGET_BYTES_PER_S = 12_000.0
+# Bytes that a node sends at most, and what part of that is meant for status. In ten seconds after a
+# pause it is 16 kB/s at most. With 1,000 nodes and a status every 10 s they take half of it.
+BUDGET_BYTES_PER_S = 13_500.0
 STATUS_BYTES_PER_S = 6_000.0
 # What one status costs each node: 32 bytes, and its part of a datagram that may be lost and
 # repeated.
@@ -141,14 +141,14 @@ OVERDUE_S = 4.0
 PULL_PART = 0.2
 PULL_MAX = 60
 PROFILES_EVERY_S = 0.5
-PROFILES_ASKED = 18
+PROFILES_ASKED = 21
 PROFILE_PEERS = 4
+PROFILE_TRIES = 3
 CONTACT_GONE_S = 30.0
 INTRODUCE_FACTOR = 3
 # Claims also ride on pings and their answers, which have room: so many times, so many in each.
 RIDES = 4
 RIDERS = 4
-NOBODY = -1
 RIDES_MAX = 256
 # Addresses of nodes whose profile is still to come.
 HINTS_MAX = 256
@@ -160,6 +160,8 @@ HELP_NACK_S = 0.4
 HELP_S = 2.0
 LEAVE_COPIES = 3
 SEEDS_MAX = 16
+# So many of them at once: each answers with what it knows.
+CONTACTS_MAX = 4
 # Woken this much too late, the node itself has slept.
 SLEPT_S = 1.0
 assert REMEMBER_S > RECORD_AGE_MAX_S > HUNG_PERIODS * PERIOD_MAX_S
@@ -203,6 +205,16 @@ class Gone:
     made_s: float
 
 
+@dataclass(slots=True)
+class Unprofiled:
+    """A member whose profile is missing. ``sender`` told of it, and has its profile, since nobody
+    passes on a record without. ``limit``: how far this node is to pass it on then."""
+
+    sender: int
+    limit: int
+    tries: int = 0
+
+
 class Gossip:
     """One node. ``epoch``: a number that is higher with each life of the daemon, as milliseconds
     since 1970 are. Feed it ``TimePassed`` first.
@@ -243,7 +255,7 @@ class Gossip:
         self._suspicions: dict[int, Suspicion] = {}
         self._gone: dict[int, Gone] = {}
         self._hints: dict[int, str] = {}
-        self._unprofiled: dict[int, int] = {}  # whose profile is missing: who told of them
+        self._unprofiled: dict[int, Unprofiled] = {}
         self._rides: dict[Claim, int] = {}
         self._accused_s = -math.inf
         self._introduced = 0
@@ -460,7 +472,6 @@ class Gossip:
         """Let everybody know of this node, as far as it knows everybody itself."""
         self._introduced = self._view.reachable
         self._publish(now_s, urgent=True)
-        self._spread.pass_profiles(self._spread.legs(self.own_id), [self.own_id], now_s)
 
     def _set_epoch(self, epoch: int) -> None:
         self._epoch = min(epoch, EPOCH_MAX)
@@ -602,14 +613,22 @@ class Gossip:
                     view.made_s[index] = now_s - row[6] * AGE_UNIT_S
                     view.bodies[at : at + BODY_BYTES] = body
                     view.reaches[index] = reach
-                    news.append(subject)
+                    if view.profiles[index] is not None:
+                        news.append(subject)
+                    else:
+                        self._lack_profile(subject, sender, section.limit, now_s)
                     continue
             record = StatusRecord(
                 subject, row[2] << 32 | row[3], row[4] << 16 | row[5], row[6], row[7]
             )
             if self._take_unusual(record, index, sender, now_s):
-                view.reaches[view.find(subject)] = reach
-                urgent.append(subject)
+                index = view.find(subject)
+                view.reaches[index] = reach
+                profile = view.profiles[index]
+                if profile is not None:
+                    urgent.append(subject)
+                if profile is None or profile_tag(profile) != body_tag(record.body):
+                    self._lack_profile(subject, sender, section.limit, now_s)
         if news or urgent:
             legs = self._spread.legs(section.limit)
             if news and legs:
@@ -634,9 +653,6 @@ class Gossip:
         suspicion = self._suspicions.get(record.subject)
         if suspicion is not None and _clears(record.epoch, made_s, suspicion.claim):
             self._clear(record.subject, index)
-        profile = view.profiles[index]
-        if profile is None or profile_tag(profile) != body_tag(record.body):
-            self._lack_profile(record.subject, sender, now_s)
         return True
 
     def _take_new(self, record: StatusRecord, made_s: float, sender: int, now_s: float) -> bool:
@@ -653,9 +669,7 @@ class Gossip:
                 profile = gone.profile
         self._view.insert(record, made_s, profile)
         self._news += 1
-        if profile is None:
-            self._lack_profile(record.subject, sender, now_s)
-        else:
+        if profile is not None:
             self._report_alive(profile)
         return True
 
@@ -673,50 +687,49 @@ class Gossip:
     # --- profiles -------------------------------------------------------------------------------
 
     def _take_profiles(self, section: Profiles, now_s: float) -> None:
-        news = []
         view = self._view
         for profile in section.profiles:
             subject = ring_id(profile.address.node)
             index = view.find(subject)
             if index < 0 or profile_tag(profile) != body_tag(view.body(index)):
                 continue
-            self._unprofiled.pop(subject, None)
+            missed = self._unprofiled.pop(subject, None)
             known = view.profiles[index]
             if known == profile:
                 continue
             view.set_profile(index, profile)
-            news.append(subject)
             if known is None:
                 self._report_alive(profile)
-        if news:
-            self._spread.pass_profiles(self._spread.legs(section.limit), news, now_s)
+                if missed is not None:
+                    legs = self._spread.legs(missed.limit)
+                    self._spread.pass_statuses(legs, [subject], now_s, urgent=False)
         if self._introduced * INTRODUCE_FACTOR < view.reachable:
             self._introduce(now_s)
 
-    def _lack_profile(self, subject: int, sender: int, now_s: float) -> None:
-        self._unprofiled[subject] = sender
+    def _lack_profile(self, subject: int, sender: int, limit: int, now_s: float) -> None:
+        self._unprofiled[subject] = Unprofiled(sender, limit)
         self._timers.set_by(("profiles", 0), now_s + PROFILES_EVERY_S / 2)
 
     def _ask_for_profiles(self, now_s: float, effects: list[GossipEffect]) -> None:
-        """Of those who told of them, and then of anybody."""
+        """Of those who told of them, and after some tries of anybody."""
         asked: dict[int, list[int]] = {}
-        for subject, sender in list(self._unprofiled.items()):
+        for subject, missing in list(self._unprofiled.items()):
             if self._view.find(subject) < 0:
                 del self._unprofiled[subject]
                 continue
-            peer = sender
-            if self._address_of(peer) is None:
+            peer = missing.sender
+            if missing.tries >= PROFILE_TRIES or self._address_of(peer) is None:
                 others = self._some_members(1)
                 if not others:
                     break
                 peer = others[0]
-            if len(asked) >= PROFILE_PEERS and peer not in asked:
-                peer = self._rng.choice(list(asked))
-            if len(subjects := asked.setdefault(peer, [])) < PROFILES_ASKED:
+            if peer not in asked and len(asked) == PROFILE_PEERS:
+                continue
+            subjects = asked.setdefault(peer, [])
+            if len(subjects) < PROFILES_ASKED:
                 subjects.append(subject)
-                self._unprofiled[subject] = NOBODY  # next time somebody else is asked
-            elif len(asked) >= PROFILE_PEERS:
-                break
+                missing.tries += 1
+                self._unprofiled[subject] = self._unprofiled.pop(subject)  # to the end
         for peer, subjects in asked.items():
             self._send(peer, encode_profiles_wanted(subjects), effects)
         if self._unprofiled:
@@ -731,17 +744,21 @@ class Gossip:
             if self._budget.saved(now_s) < ANSWER_SAVED:
                 return
             part = packed[start : start + PROFILES_MAX]
-            self._send(sender, encode_profiles(stay(sender), part), effects)
+            self._send(sender, encode_profiles(part), effects)
 
     # --- seeds, repair --------------------------------------------------------------------------
 
     def _meet(self, addresses: list[str], now_s: float, effects: list[GossipEffect]) -> None:
-        """Introduce this node to those that it does not take for live members already."""
-        for address in addresses[:SEEDS_MAX]:
-            index = self._view.find(ring_id(address))
-            if address != self._address and (index < 0 or self._view.profiles[index] is None):
-                self._hint(address)
-                self._contact(address, now_s, effects)
+        """Introduce this node to some that it does not take for live members already."""
+        strangers = [
+            address
+            for address in addresses[:SEEDS_MAX]
+            if address != self._address and not self.is_live(address)
+        ]
+        for address in strangers:
+            self._hint(address)
+        for address in strangers[:CONTACTS_MAX]:
+            self._contact(address, now_s, effects)
 
     def _contact(self, address: str, now_s: float, effects: list[GossipEffect]) -> None:
         nobody = stay(ring_id(address))
@@ -751,7 +768,7 @@ class Gossip:
             (
                 encode_ping(self._probes.new_number(), self._address),
                 encode_statuses(nobody, [own]),
-                encode_profiles(nobody, [pack_profile(self.profile)]),
+                encode_profiles([pack_profile(self.profile)]),
                 encode_digests(self._view.sums, answered=False),
             )
         )

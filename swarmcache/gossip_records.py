@@ -351,9 +351,8 @@ class Statuses:
 
 @dataclass(slots=True)
 class Profiles:
-    """To be passed on to all nodes between the receiver and ``limit`` on the ring."""
+    """Answer to ``ProfilesWanted``."""
 
-    limit: int
     profiles: list[NodeProfile]
 
 
@@ -405,7 +404,7 @@ LIST_HEAD_BYTES = _LIST.size
 STATUS_BYTES = STATUS.size
 PROFILE_BYTES = PROFILE.size
 STATUSES_MAX = (PAYLOAD_BYTES_MAX - NUMBER_BYTES - SPREAD_HEAD_BYTES) // STATUS_BYTES
-PROFILES_MAX = (PAYLOAD_BYTES_MAX - NUMBER_BYTES - SPREAD_HEAD_BYTES) // PROFILE_BYTES
+PROFILES_MAX = (PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES) // PROFILE_BYTES
 WANTED_MAX = (PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES) // ID_BYTES
 assert STATUS_BYTES == 32 and PROFILE_BYTES == 160 and RUMOUR_BYTES == 24
 assert _DIGESTS.size <= PAYLOAD_BYTES_MAX
@@ -447,9 +446,9 @@ def encode_statuses(limit: int, records: Sequence[bytes]) -> bytes:
     return _spread(_KIND_STATUSES, limit, records)
 
 
-def encode_profiles(limit: int, profiles: Sequence[bytes]) -> bytes:
+def encode_profiles(profiles: Sequence[bytes]) -> bytes:
     """Of packed profiles."""
-    return _spread(_KIND_PROFILES, limit, profiles)
+    return _LIST.pack(_KIND_PROFILES, len(profiles)) + b"".join(profiles)
 
 
 def encode_profiles_wanted(subjects: Sequence[int]) -> bytes:
@@ -495,9 +494,9 @@ def decode_payload(payload: bytes) -> list[Section]:
 def _decode_section(payload: bytes, at: int) -> tuple[Section, int]:
     """The section that begins there, and where the next one begins."""
     kind = payload[at]
-    if _KIND_RUMOURS <= kind <= _KIND_PROFILES:
+    if kind in (_KIND_RUMOURS, _KIND_STATUSES):
         return _decode_spread(kind, payload, at)
-    if kind in (_KIND_PROFILES_WANTED, _KIND_STATUSES_WANTED, _KIND_RECEIVED):
+    if kind in (_KIND_PROFILES, _KIND_PROFILES_WANTED, _KIND_STATUSES_WANTED, _KIND_RECEIVED):
         return _decode_list(kind, payload, at)
     if kind == _KIND_PING:
         _, number, length = _PING.unpack_from(payload, at)
@@ -532,10 +531,6 @@ def _decode_spread(kind: int, payload: bytes, at: int) -> tuple[Section, int]:
     if kind == _KIND_STATUSES:
         data, at = _take(payload, at, count * STATUS_BYTES)
         return Statuses(limit, list(STATUS.iter_unpack(data))), at
-    if kind == _KIND_PROFILES:
-        data, at = _take(payload, at, count * PROFILE_BYTES)
-        packed = [data[i : i + PROFILE_BYTES] for i in range(0, len(data), PROFILE_BYTES)]
-        return Profiles(limit, [read_profile(each) for each in packed]), at
     data, at = _take(payload, at, count * RUMOUR_BYTES)
     return Rumours(limit, [_read_rumour(*fields) for fields in _RUMOUR.iter_unpack(data)]), at
 
@@ -554,6 +549,10 @@ def _decode_list(kind: int, payload: bytes, at: int) -> tuple[Section, int]:
     if kind == _KIND_RECEIVED:
         data, at = _take(payload, at, 4 * count)
         return Received(struct.unpack(f">{count}I", data)), at
+    if kind == _KIND_PROFILES:
+        data, at = _take(payload, at, count * PROFILE_BYTES)
+        packed = [data[i : i + PROFILE_BYTES] for i in range(0, len(data), PROFILE_BYTES)]
+        return Profiles([read_profile(each) for each in packed]), at
     data, at = _take(payload, at, ID_BYTES * count)
     subjects = [high << 32 | low for high, low in _ID.iter_unpack(data)]
     if kind == _KIND_PROFILES_WANTED:

@@ -14,6 +14,9 @@ Whoever is made responsible for a part confirms it. What is not confirmed is sen
 then given to the next member of that part. What gets lost nevertheless is found by repair
 (``gossip.py``).
 
+A member's address is in its profile, which does not travel along: whoever gets a record of somebody
+unknown asks its sender for it, and passes the record on when it has come.
+
 A *status* waits for others on the same way, longer where many come by; a *claim* (that a node is
 suspected, dead, gone, or there) goes at once. Both have room of their own: claims take a quarter of
 a datagram at most while statuses wait, and statuses never the last quarter of the budget.
@@ -35,7 +38,6 @@ from swarmcache.gossip_records import (
     AGE_UNITS_MAX,
     NUMBER_BYTES,
     PAYLOAD_BYTES_MAX,
-    PROFILE_BYTES,
     RING,
     RUMOUR_BYTES,
     SPREAD_HEAD_BYTES,
@@ -45,10 +47,9 @@ from swarmcache.gossip_records import (
     Rumour,
     RumourKind,
     encode_numbered,
-    encode_profiles,
+    encode_ping,
     encode_rumours,
     encode_statuses,
-    pack_profile,
     pack_rumour,
 )
 from swarmcache.gossip_view import View
@@ -75,7 +76,7 @@ FLIGHTS_MAX = 1024
 WAITING_MAX = 4 * STATUSES_MAX
 CLAIMS_SHARE = 4
 CLAIMS_DEBT = 0.5
-BUDGET_S = 2.0
+BUDGET_S = 1.5
 LIST_MAX = 255
 
 
@@ -142,18 +143,13 @@ class Cargo:
 
     claims: dict[int, dict[Claim, None]] = field(default_factory=dict)
     statuses: dict[int, dict[int, None]] = field(default_factory=dict)
-    profiles: dict[int, dict[int, None]] = field(default_factory=dict)
 
     def empty(self) -> bool:
-        return not (self.claims or self.statuses or self.profiles)
+        return not (self.claims or self.statuses)
 
     def for_one(self, limit: int) -> Cargo:
         """The same, of which the target is to pass nothing on."""
-        return Cargo(
-            _merged(self.claims, limit),
-            _merged(self.statuses, limit),
-            _merged(self.profiles, limit),
-        )
+        return Cargo(_merged(self.claims, limit), _merged(self.statuses, limit))
 
     def status_count(self) -> int:
         return sum(map(len, self.statuses.values()))
@@ -199,6 +195,7 @@ class Spread:
         self._fingers_of = (-1, -1)
         self._silent_version = 0
         self.unconfirmed: list[int] = []
+        self._answering: set[int] = set()
 
     # --- who passes on to whom --------------------------------------------------------------------
 
@@ -275,13 +272,6 @@ class Spread:
             full = cargo.status_count() >= STATUSES_MAX
             self._timers.set_by(("flush", target), now_s if full or urgent else now_s + wait_s)
 
-    def pass_profiles(self, legs: Iterable[Leg], subjects: Iterable[int], now_s: float) -> None:
-        """The profiles of these members go on, at once."""
-        new = dict.fromkeys(subjects)
-        for target, limit, _ in legs:
-            self._cargo(target).profiles.setdefault(limit, {}).update(new)
-            self._timers.set_by(("flush", target), now_s)
-
     def pass_claims(self, legs: Iterable[Leg], claims: Iterable[Claim], now_s: float) -> None:
         """These claims go on, at once."""
         new = dict.fromkeys(claims)
@@ -300,8 +290,10 @@ class Spread:
     def confirmed(self, numbers: Iterable[int]) -> None:
         """These datagrams have arrived."""
         for number in numbers:
-            if self._flights.pop(number, None) is not None:
+            flight = self._flights.pop(number, None)
+            if flight is not None:
                 self._timers.set(("flight", number), None)
+                self._answering.add(flight.target)
 
     def due(self, kind: str, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         """A "flush", "flight" or "silent" has come."""
@@ -330,20 +322,29 @@ class Spread:
                 self._silent_version += 1
                 self.unconfirmed.append(target)
             flight.cargo = flight.cargo.for_one(stay(target))
+        if tries == 1 and target not in self._answering:
+            self._say_where(target, effects)
         if tries < TRIES_MAX + LATE_TRIES_MAX and self._view.find(target) >= 0:
             self._send(target, flight.cargo, tries + 1, now_s, effects)
+
+    def _say_where(self, target: int, effects: list[GossipEffect]) -> None:
+        """It may not know where to send its confirmation: a ping has this node's address."""
+        profile, own = self._profile_of(target), self._profile_of(self._view.own_id)
+        if profile is not None and own is not None:
+            payload = encode_ping(0, own.address.node)
+            self._budget.spend(len(payload))
+            effects.append(SendDatagram(profile.address.node, payload))
 
     def _hand_over(self, flight: Flight, now_s: float) -> None:
         """The next member of each part becomes responsible for what is left of it."""
         cargo = flight.cargo
-        for limit in {*cargo.claims, *cargo.statuses, *cargo.profiles}:
+        for limit in {*cargo.claims, *cargo.statuses}:
             heir = self._next_member(flight.target, limit)
             if heir is None:
                 continue
             legs = [Leg(heir, limit, 0.0)]
             self.pass_claims(legs, cargo.claims.get(limit, ()), now_s)
             self.pass_statuses(legs, cargo.statuses.get(limit, ()), now_s, urgent=True)
-            self.pass_profiles(legs, cargo.profiles.get(limit, ()), now_s)
 
     def _next_member(self, target: int, limit: int) -> int | None:
         view = self._view
@@ -362,28 +363,31 @@ class Spread:
         waiting = self._waiting.pop(target, None)
         if waiting is None or self._profile_of(target) is None:
             return
-        saved = self._budget.saved(now_s)
-        enough = -CLAIMS_DEBT if waiting.claims else 1 / CLAIMS_SHARE
-        while saved >= enough and not waiting.empty() and len(self._flights) < FLIGHTS_MAX:
-            self._send(target, self._load(waiting), 1, now_s, effects)
+        enough = 0.0
+        while not waiting.empty() and len(self._flights) < FLIGHTS_MAX:
             saved = self._budget.saved(now_s)
+            rich = saved >= 1 / CLAIMS_SHARE
             enough = -CLAIMS_DEBT if waiting.claims else 1 / CLAIMS_SHARE
+            if saved < enough:
+                break
+            self._send(target, self._load(waiting, claims_only=not rich), 1, now_s, effects)
         if waiting.empty():
             return
         self._drop_oldest(waiting)
         self._waiting[target] = waiting
         self._timers.set(("flush", target), now_s + max(self._budget.wait_s(enough), WAIT_FAR_S))
 
-    def _load(self, waiting: Cargo) -> Cargo:
+    def _load(self, waiting: Cargo, *, claims_only: bool) -> Cargo:
         """Take out of ``waiting`` what fits into one datagram."""
         cargo = Cargo()
         room = PAYLOAD_BYTES_MAX - NUMBER_BYTES
-        claims_room = room // CLAIMS_SHARE if waiting.statuses else room
+        with_statuses = bool(waiting.statuses) and not claims_only
+        claims_room = room // CLAIMS_SHARE if with_statuses else room
         room -= claims_room - _take(waiting.claims, cargo.claims, RUMOUR_BYTES, claims_room)
-        if waiting.status_count() > STATUSES_MAX:
-            self._freshest_first(waiting)
-        room = _take(waiting.statuses, cargo.statuses, STATUS_BYTES, room)
-        _take(waiting.profiles, cargo.profiles, PROFILE_BYTES, room)
+        if with_statuses:
+            if waiting.status_count() > STATUSES_MAX:
+                self._freshest_first(waiting)
+            _take(waiting.statuses, cargo.statuses, STATUS_BYTES, room)
         return cargo
 
     def _freshest_first(self, waiting: Cargo) -> None:
@@ -420,10 +424,6 @@ class Spread:
         for limit, subjects in cargo.statuses.items():
             records = [self._status_of(subject, now_s) for subject in subjects]
             sections.append(encode_statuses(limit, [each for each in records if each]))
-        for limit, subjects in cargo.profiles.items():
-            profiles = [self._profile_of(subject) for subject in subjects]
-            packed = [pack_profile(each) for each in profiles if each is not None]
-            sections.append(encode_profiles(limit, packed))
         payload = b"".join(sections)
         assert len(payload) <= PAYLOAD_BYTES_MAX, f"a datagram of {len(payload)} bytes"
         self._budget.spend(len(payload))

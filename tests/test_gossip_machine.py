@@ -74,9 +74,7 @@ class Alone:
         self.effects: list[GossipEffect] = []
         self.tell(TimePassed())
         for name in self.names:
-            self.hear(
-                name, self.status(name, 1), encode_profiles(0, [pack_profile(profile_of(name))])
-            )
+            self.hear(name, self.status(name, 1), encode_profiles([pack_profile(profile_of(name))]))
 
     def tell(self, event: GossipEvent) -> list[GossipEffect]:
         effects = self.machine.handle(event, self.now_s)

@@ -106,7 +106,7 @@ def test_all_sections_come_out_as_they_went_in() -> None:
                 encode_received([6, 7]),
                 encode_rumours(8, [pack_rumour(rumour)]),
                 encode_statuses(9, [pack_status(record)]),
-                encode_profiles(10, [pack_profile(PROFILE)]),
+                encode_profiles([pack_profile(PROFILE)]),
                 encode_profiles_wanted([11]),
                 encode_statuses_wanted([12, 1 << 46]),
                 encode_digests(sums, answered=True),
@@ -125,7 +125,7 @@ def test_all_sections_come_out_as_they_went_in() -> None:
         Nack(5),
         Received((6, 7)),
         Rumours(8, [rumour]),
-        Profiles(10, [PROFILE]),
+        Profiles([PROFILE]),
         ProfilesWanted([11]),
         StatusesWanted([12, 1 << 46]),
         Digests(sums, True),
@@ -192,7 +192,7 @@ def test_gossip_with_some_bytes_changed_decodes_or_is_a_bad_message(data: st.Dat
     payload = bytearray(
         encode_numbered(data.draw(NUMBERS))
         + encode_ping(2, "host:1")
-        + encode_profiles(10, [pack_profile(PROFILE)])
+        + encode_profiles([pack_profile(PROFILE)])
         + encode_rumours(8, [pack_rumour(data.draw(RUMOURS))])
         + encode_statuses(9, [pack_status(data.draw(RECORDS))])
         + encode_statuses_wanted([12, 1 << 46])
