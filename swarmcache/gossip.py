@@ -787,13 +787,16 @@ class Gossip:
 
     def _repair(self, now_s: float, effects: list[GossipEffect]) -> None:
         peers = self._some_members(1)
-        soon = self._news >= NEWS_WORTH_REPAIR or not peers
-        self._news = 0
-        self._again("repair", REPAIR_SOON_S if soon else REPAIR_S, now_s)
         for peer in peers:
             self._send(peer, encode_digests(self._view.sums, answered=False), effects)
-        if not peers and self._hints:  # nobody has answered yet
-            self._contact(self._rng.choice(list(self._hints.values())), now_s, effects)
+        strangers = []
+        if self._view.reachable < SEEDS_MAX:  # whoever was asked first may have known nobody either
+            strangers = [each for each in self._hints.values() if not self.is_live(each)]
+        if strangers:
+            self._contact(self._rng.choice(strangers), now_s, effects)
+        soon = self._news >= NEWS_WORTH_REPAIR or strangers
+        self._news = 0
+        self._again("repair", REPAIR_SOON_S if soon else REPAIR_S, now_s)
 
     def _answer_digests(
         self, digests: Digests, sender: int, now_s: float, effects: list[GossipEffect]
