@@ -90,7 +90,7 @@ class Disk:
         candidates = [
             Candidate(
                 *(version_id, replica.layout.size_bytes, replica.last_used_s),
-                elsewhere.get(version_id),
+                elsewhere.get(version_id, 0),
             )
             for version_id, replica in self.replicas.items()
             if self.may_go(replica, now_s)

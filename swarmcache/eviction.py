@@ -27,13 +27,13 @@ AGE_MIN_S = 1.0
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A replica that could go. ``freed_bytes``: what that would give back. ``last_used_s``: the
-    later of the last answer and real use. ``replicas_elsewhere``: how many other nodes have it;
-    None where that is not known."""
+    later of the last answer and real use. ``replicas_elsewhere``: how many other nodes are known to
+    have it."""
 
     version_id: bytes
     freed_bytes: int
     last_used_s: float
-    replicas_elsewhere: int | None = None
+    replicas_elsewhere: int = 0
 
 
 Worth = tuple[float, ...]
@@ -57,7 +57,7 @@ def replicas_elsewhere_first(candidate: Candidate, now_s: float) -> Worth:
     age_s = max(now_s - candidate.last_used_s, AGE_MIN_S)
     _, age_class = math.frexp(age_s)
     return (
-        candidate.replicas_elsewhere == 0 and age_s < WANTED_S,
+        not candidate.replicas_elsewhere and age_s < WANTED_S,
         -age_class,
         not candidate.replicas_elsewhere,
         candidate.last_used_s - now_s,

@@ -184,7 +184,7 @@ class Evictor:
                     break
             elsewhere = self.ask_elsewhere(list(candidates))
             known = [
-                replace(each, replicas_elsewhere=elsewhere.get(version_id))
+                replace(each, replicas_elsewhere=elsewhere.get(version_id, 0))
                 for version_id, each in candidates.items()
             ]
             victims = choose_victims(known, wanted_bytes, time.time(), self._policy)

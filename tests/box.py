@@ -644,6 +644,9 @@ class Box:
         return "\n".join(
             [
                 "umask 022",
+                # Whatever tests beside this one unmount is to be gone, and not kept here.
+                'awk \'$1 ~ "^/dev/loop" && $2 ~ "/(swarmcache-test|pytest)-" {print $2}\''
+                " /proc/self/mounts | xargs --no-run-if-empty umount --lazy",
                 f"echo {host.name} > /proc/sys/kernel/hostname",
                 # Whatever this machine's default is, figures shall be the same everywhere. reno is
                 # the one that every kernel grants a namespace; at round trips as short as these,

@@ -5,7 +5,7 @@
         swarm.start()
         file = swarm.put("corpus", 16 * MIB)
         gets = swarm.get_everywhere(file)
-        holder = swarm.wait_for_reader(seen_from=box.nodes[0])
+        holder = swarm.wait_for_reader()
 
 Nothing here decides what is right; the tests do.
 """
@@ -155,11 +155,12 @@ class Swarm:
         """The node's name in messages and in the status."""
         return f"{node.address}:{Cluster.DAEMON_PORT}"
 
-    def wait_for_reader(self, seen_from: Host) -> Reader:
-        """Another node that holds a lease and has read a part of its range, in a swarm of all.
+    def wait_for_reader(self) -> Reader:
+        """A node that holds a lease and has read a part of its range, in a swarm of all.
 
         The file server must be slow, so that the node is still reading when this returns.
         """
+        seen_from = self.box.nodes[0]
         self.wait_for(
             seen_from,
             lambda status: (
@@ -168,7 +169,7 @@ class Swarm:
             ),
             "one swarm with all nodes in it",
         )
-        hosts = {self.node_id(node): node for node in self.box.nodes if node is not seen_from}
+        hosts = {self.node_id(node): node for node in self.box.nodes}
 
         def reading() -> Reader | None:
             for server in (self.status(seen_from)["cluster"] or {}).get("file_servers", []):

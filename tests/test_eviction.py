@@ -99,7 +99,7 @@ def test_small_ones_are_spared_where_a_bigger_one_has_to_go_anyway() -> None:
 # --- replicas_elsewhere_first ---------------------------------------------------------------------
 
 
-def aged(age_s: float, replicas_elsewhere: int | None, name: bytes = b"") -> Candidate:
+def aged(age_s: float, replicas_elsewhere: int, name: bytes = b"") -> Candidate:
     return Candidate(name, 1, NOW_S - age_s, replicas_elsewhere)
 
 
@@ -111,34 +111,34 @@ def goes_before(first: Candidate, second: Candidate) -> bool:
 def test_where_nothing_is_known_of_other_nodes_the_least_recently_used_go(
     candidates: list[Candidate], wanted_bytes: int
 ) -> None:
-    unknown = [replace(each, replicas_elsewhere=None) for each in candidates]
+    unknown = [replace(each, replicas_elsewhere=0) for each in candidates]
     expected = choose_victims(unknown, wanted_bytes, NOW_S, least_recently_used)
 
     assert choose_victims(unknown, wanted_bytes, NOW_S, replicas_elsewhere_first) == expected
 
 
-@given(ages_s, ages_s, st.integers(1, 9), st.sampled_from([None, 0]))
+@given(ages_s, ages_s, st.integers(1, 9))
 def test_of_equally_old_ones_those_that_other_nodes_have_go_first(
-    exponent_s: float, other_s: float, count: int, unknown_or_none: int | None
+    exponent_s: float, other_s: float, count: int
 ) -> None:
     lower_s = 2.0 ** (int(exponent_s) % 17)
     equally_old = [lower_s * (1 + each / 90_001) for each in (exponent_s, other_s)]
 
-    assert goes_before(aged(equally_old[0], count), aged(equally_old[1], unknown_or_none))
+    assert goes_before(aged(equally_old[0], count), aged(equally_old[1], 0))
 
 
-@given(ages_s, ages_s, st.none() | st.integers(1, 9), st.none() | st.integers(1, 9))
+@given(ages_s, ages_s, st.integers(1, 9), st.integers(1, 9))
 def test_what_is_twice_as_old_goes_first_whoever_has_it(
-    age_s: float, more_s: float, older_count: int | None, younger_count: int | None
+    age_s: float, more_s: float, older_count: int, younger_count: int
 ) -> None:
     younger_s = max(age_s, AGE_MIN_S)
 
     assert goes_before(aged(2 * younger_s + more_s, older_count), aged(younger_s, younger_count))
 
 
-@given(st.floats(0, WANTED_S - 1), ages_s, st.none() | st.integers(1, 9))
+@given(st.floats(0, WANTED_S - 1), ages_s, st.integers(1, 9))
 def test_the_last_replica_of_a_file_wanted_within_the_hour_goes_last(
-    age_s: float, other_s: float, other_count: int | None
+    age_s: float, other_s: float, other_count: int
 ) -> None:
     assert goes_before(aged(other_s, other_count), aged(age_s, 0))
 

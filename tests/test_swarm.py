@@ -215,9 +215,9 @@ def test_a_slot_is_free_soon_after_its_holder_was_killed_and_the_others_finish(
 ) -> None:
     swarm = make_swarm(4, slots_max=1, file_server_mbit=SLOW_MBIT)
     file = swarm.put("corpus", 16 * MIB)
-    watcher = swarm.box.nodes[0]
     gets = swarm.get_everywhere(file)
-    reader = swarm.wait_for_reader(seen_from=watcher)
+    reader = swarm.wait_for_reader()
+    watcher = next(node for node in swarm.box.nodes if node is not reader.node)
 
     reader.node.kill(swarm.cluster.daemons[reader.node.name])
     swarm.wait_for(
@@ -239,9 +239,9 @@ def test_a_holder_that_was_stopped_for_longer_than_its_lease_does_not_read_on(
 ) -> None:
     swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT)
     file = swarm.put("corpus", 24 * MIB)
-    watcher = swarm.box.nodes[0]
     gets = swarm.get_everywhere(file)
-    reader = swarm.wait_for_reader(seen_from=watcher)
+    reader = swarm.wait_for_reader()
+    watcher = next(node for node in swarm.box.nodes if node is not reader.node)
     daemon = swarm.cluster.daemons[reader.node.name]
 
     reader.node.stop(daemon)
@@ -371,7 +371,7 @@ def test_a_tracker_that_was_killed_in_mid_swarm_and_comes_back_costs_nothing_but
     swarm = make_swarm(4, slots_max=2, file_server_mbit=SLOW_MBIT, stall_s=PATIENCE_S)
     file = swarm.put("corpus", 24 * MIB)
     gets = swarm.get_everywhere(file)
-    swarm.wait_for_reader(seen_from=swarm.box.nodes[0])
+    swarm.wait_for_reader()
 
     assert swarm.cluster.tracker is not None
     swarm.box.head.kill(swarm.cluster.tracker)
