@@ -210,7 +210,8 @@ class Watch:
         self.require("connected", node.session is not None, f"{name} is not with the tracker")
         downloads = list(node.machine.downloads())
         self.require("no download left", not downloads, f"{name} still fetches something")
-        self.require("nobody waits", not node.waiting, f"{name} has forgotten a request")
+        waiting = node.waiting or node.batches
+        self.require("nobody waits", not waiting, f"{name} has forgotten a request")
         left = {key: count for key, count in node.under_way.items() if count}
         self.require("nothing under way", not left, f"{name} has something under way for ever")
         self.require("no transfer left", not node.fetches, f"{name} still fetches chunks")

@@ -7,7 +7,7 @@ fault has held up is seen to come right in the end. A job whose daemon is dead w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,15 @@ class Clients:
         self.longest_s = 0.0
         self.reasons: dict[str, int] = {}
         self.on_content: Callable[[Client], None] | None = None
+        # Jobs whose files are being fetched together: since when, and what they want.
+        self.together: dict[int, tuple[float, Node, Sequence[bytes]]] = {}
         cluster.on_answer = self._answered
+        cluster.on_files = self._answered_together
+
+    @property
+    def waiting(self) -> bool:
+        """Some job is not content yet."""
+        return bool(self.pending or self.together)
 
     def want(self, client: Client) -> None:
         """A job begins."""
@@ -62,6 +70,37 @@ class Clients:
     def want_at(self, at_s: float, client: Client) -> None:
         """A job begins at this time."""
         self._cluster.engine.at(at_s, self.want, client)
+
+    def want_together_at(self, at_s: float, node: Node, paths: Sequence[bytes]) -> None:
+        """A job begins at this time that wants small files, all at once."""
+        self._cluster.engine.at(at_s, self._want_together, (node, paths))
+
+    def _want_together(self, wanted: tuple[Node, Sequence[bytes]]) -> None:
+        """As the client does: what does not come together is asked for singly."""
+        node, paths = wanted
+        if node.lost:
+            return
+        self._requests += 1
+        self.together[self._requests] = (self._cluster.engine.now_s, node, paths)
+        current = self._cluster.file_server.current
+        missing = [
+            version
+            for version in map(current.__getitem__, paths)
+            if version.version_id not in node.disk.replicas
+        ]
+        if node.alive and missing:
+            self._cluster.want_files(node, missing, self._requests)
+        else:
+            self._answered_together(node, self._requests)
+
+    def _answered_together(self, node: Node, request: int) -> None:
+        """Not within the call of the machine that has answered."""
+        self._cluster.engine.at(self._cluster.engine.now_s, self._ask_singly, request)
+
+    def _ask_singly(self, request: int) -> None:
+        _, node, paths = self.together.pop(request)
+        for path in paths:
+            self.want(Client(node, path))
 
     def _ask(self, number: int) -> None:
         client = self.pending[number]
@@ -118,4 +157,5 @@ class Clients:
 
     def waiting_since_s(self) -> list[float]:
         """When those asked who have no answer yet."""
-        return [self.pending[number].asked_s for number in self._asked.values()]
+        singly_s = [self.pending[number].asked_s for number in self._asked.values()]
+        return singly_s + [since_s for since_s, _, _ in self.together.values()]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from blake3 import blake3
@@ -45,6 +45,7 @@ from swarmcache.peer_events import (
     AddReplica,
     AnnounceReplicas,
     AnswerCached,
+    AnswerFiles,
     AnswerHolders,
     AnswerNoSlot,
     AnswerOriginal,
@@ -55,6 +56,8 @@ from swarmcache.peer_events import (
     DistrustPeer,
     DropPartial,
     FetchChunk,
+    FetchFiles,
+    FilesWanted,
     FileWanted,
     HangUp,
     LoadManifest,
@@ -112,6 +115,7 @@ class Cluster:
         self.originals = 0
         self.wanted_bytes = 0
         self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
+        self.on_files: Callable[[Node, int], None] | None = None
         self.on_holders: Callable[[Node, AnswerHolders], None] | None = None
         self.node_list = [Node(index, settings) for index in range(settings.nodes)]
         for node, rack in zip(self.node_list, racks_of(settings), strict=True):
@@ -160,6 +164,21 @@ class Cluster:
         size_bytes = chunk_size_bytes or choose_chunk_size(version.size_bytes)
         event = FileWanted(request, version, FILE_SERVER, user, size_bytes, can_read)
         self.hand(node, event)
+
+    def want_files(self, node: Node, versions: Sequence[FileVersion], request: int) -> None:
+        """A local client wants small files together, as far as peers have them; none is cached."""
+        for version in versions:
+            self.versions[version.version_id] = version
+        node.batches.add(request)
+        self.hand(node, FilesWanted(request, list(versions)))
+
+    def batch_ended(self, node: Node, request: int) -> None:
+        """The daemon has answered, or has ended."""
+        if request not in node.batches:
+            raise SimulationFailed(f"{node.name} answered batch {request} twice, or nobody")
+        node.batches.discard(request)
+        if self.on_files is not None:
+            self.on_files(node, request)
 
     def change_source(self, path: bytes) -> FileVersion:
         """Somebody writes this file anew: its size stays, its time does not."""
@@ -371,6 +390,10 @@ class Cluster:
         match effect:
             case FetchChunk():
                 self.transfers.fetch(node, effect)
+            case FetchFiles():
+                self.transfers.fetch_files(node, effect)
+            case AnswerFiles():
+                self.batch_ended(node, effect.request)
             case TellTracker():
                 self.control.say_to_tracker(node, effect.message)
             case DialPeer():

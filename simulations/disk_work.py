@@ -5,13 +5,14 @@ What ``disk_worker.py`` does in threads. Takes no time but ``publish_s`` and wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from simulations.disks import NoRoom, Replica, content_digests
+from simulations.disks import NoRoom, Replica, content_digest, content_digests
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
 from simulations.settings import FILE_SERVER, POLICIES, USER, ClusterSettings
-from swarmcache.chunks import ChunkLayout
+from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, ChunkLayout, FileVersion
 from swarmcache.eviction import replicas_elsewhere_first
 from swarmcache.messages import LOCATE_MAX, Replicas
 from swarmcache.peer_events import (
@@ -187,6 +188,27 @@ class DiskWork:
             if self._settings.originals:
                 durable_s = self._engine.now_s + FSYNC_S
                 self._engine.at(durable_s, self._durable, (node, life, replica))
+
+    def put_in_place(self, node: Node, versions: Sequence[FileVersion]) -> None:
+        """Small files have come, and there is room for them."""
+        for version in versions:
+            version_id = version.version_id
+            layout = ChunkLayout(version.size_bytes, CHUNK_SIZE_MIN_BYTES)
+            node.disk.begin(version_id, layout)
+            replica = node.disk.replicas[version_id]
+            replica.digests[0] = content_digest(version_id, layout, 0)
+            replica.published = True
+            replica.active = False
+            replica.last_used_s = self._engine.now_s
+
+    def files_announced(self, node: Node, version_ids: Sequence[bytes]) -> None:
+        """The machine knows of small files that are in place."""
+        for version_id in version_ids:
+            replica = node.disk.replicas.get(version_id)
+            if replica is not None:
+                replica.settled = True
+                durable_s = self._engine.now_s + FSYNC_S
+                self._engine.at(durable_s, self._durable, (node, node.life, replica))
 
     def _durable(self, written: tuple[Node, int, Replica]) -> None:
         node, life, replica = written

@@ -26,7 +26,7 @@ from swarmcache.upload_slots import UploadSlots
 if TYPE_CHECKING:
     from simulations.faults import Fault
     from simulations.readings import RangeReading
-    from simulations.transfers import Fetch
+    from simulations.transfers import Transfer
 
 
 class Node:
@@ -48,6 +48,7 @@ class Node:
         self.disk = Disk(settings.disk_bytes, settings.min_age_s, POLICIES[settings.policy])
         self.rng = Random(f"{settings.seed} {self.name} pauses")
         self.waiting: dict[int, FileVersion] = {}
+        self.batches: set[int] = set()  # requests for small files together
         self.gone: set[int] = set()  # requests of clients who did not wait for the answer
         self.answered_s: dict[int, float] = {}
         self.alive = True
@@ -78,9 +79,9 @@ class Node:
         self.session: int | None = None
         self.connected: dict[str, int] = {}  # the connection with each peer, as this side sees it
         self.upload_slots = UploadSlots(self.settings.uploads_max)
-        self.uploads_waiting: deque[Fetch] = deque()
-        self.fetches: dict[Fetch, None] = {}
-        self.serving: dict[Fetch, None] = {}
+        self.uploads_waiting: deque[Transfer] = deque()
+        self.fetches: dict[Transfer, None] = {}
+        self.serving: dict[Transfer, None] = {}
         self.reading: dict[RangeReading, None] = {}
         self.distrusted: set[str] = set()
         self.under_way: Counter[bytes] = Counter()

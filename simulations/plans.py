@@ -99,9 +99,17 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """A job on a node that wants all small files at once."""
+
+    at_s: float
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One seed. ``mixed_cuts``: nodes cut files differently, so that some replicas are of no use to
-    others."""
+    others. The last ``small_files`` of the files are small, and wanted ``together`` as well."""
 
     seed: int
     theme: str
@@ -111,6 +119,8 @@ class Plan:
     faults: tuple[Fault, ...]
     mixed_cuts: bool = False
     copies: tuple[Copy, ...] = ()
+    small_files: int = 0
+    together: tuple[Together, ...] = ()
 
 
 def draw(seed: int) -> Plan:
@@ -135,7 +145,31 @@ def draw(seed: int) -> Plan:
     all_read = mixed_cuts or not kept or settings.disk_bytes != float("inf")
     jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts=mixed_cuts, all_read=all_read)
     copies = _draw_copies(seed, settings)
-    return Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts, copies)
+    plan = Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts, copies)
+    return _with_small_files(plan, rng_seed=f"small files {seed}")
+
+
+def _with_small_files(plan: Plan, rng_seed: str) -> Plan:
+    """Drawn apart, so that the rest of a plan is as it was without them."""
+    rng = Random(rng_seed)
+    if rng.random() < 0.5:
+        return plan
+    nodes = range(plan.settings.nodes)
+    sizes = [rng.randint(1, CHUNK_BYTES) for _ in range(rng.randint(2, 6))]
+    first = len(plan.sizes_bytes)
+    jobs = [
+        Job(rng.random() * 2.0, rng.choice(nodes), first + number, "ada", True, CHUNK_BYTES)
+        for number in range(len(sizes))
+    ]
+    spread_s = rng.choice((0.0, 2.0, 6.0))
+    together = [Together(rng.random() * spread_s, rng.choice(nodes)) for _ in range(len(nodes))]
+    return replace(
+        plan,
+        sizes_bytes=(*plan.sizes_bytes, *sizes),
+        jobs=tuple(sorted([*plan.jobs, *jobs], key=lambda job: job.at_s)),
+        small_files=len(sizes),
+        together=tuple(together),
+    )
 
 
 def _draw_settings(rng: Random, seed: int, nodes: int, sizes: Sequence[int]) -> ClusterSettings:

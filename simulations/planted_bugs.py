@@ -378,6 +378,31 @@ BUGS = (
         "self._ledger(write.file_server).renew(write.lease_id, until_s)",
         "pass",
     ),
+    # --- small files that are fetched together ----
+    PlantedBug(
+        "what came in a batch is not announced",
+        "peer_state:PeerState._handle_batch",
+        "self._tell(Replicas(event.version_ids), effects)",
+        "pass",
+    ),
+    PlantedBug(
+        "what a holder has not stays in its batch",
+        "peer_batches:PeerBatches.told_holders",
+        "self._leave(batch, asked)",
+        "pass",
+    ),
+    PlantedBug(
+        "a liar is asked for small files",
+        "peer_batches:PeerBatches.told_holders",
+        "node in distrusted or node in batch.avoided",
+        "False",
+    ),
+    PlantedBug(
+        "a busy holder is not asked again",
+        "peer_batches:PeerBatches._go_on",
+        "batch.question is None and now_s >= batch.ask_at_s",
+        "False",
+    ),
     # --- slots, timers, eviction ----
     PlantedBug(
         "one slot too many",

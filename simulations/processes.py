@@ -97,6 +97,8 @@ class Processes:
         for request in list(node.waiting):
             cluster.answer_without_daemon(node, request)
         cluster.writers.daemon_ended(node)
+        for request in sorted(node.batches):
+            cluster.batch_ended(node, request)
 
     def start(self, node: Node) -> None:
         """A daemon begins, after a boot if need be."""

@@ -109,6 +109,9 @@ class _Run:
         for copy in plan.copies:
             writer = Writer(cluster.node_list[copy.node], copy.size_bytes, copy.user)
             cluster.writers.write_at(copy.at_s, writer)
+        for together in plan.together:
+            node = cluster.node_list[together.node]
+            self.clients.want_together_at(together.at_s, node, paths[-plan.small_files :])
         self._run_until(FAULTS_UNTIL_S)
         if enough and not self.faults.injected:
             self._read_once()
@@ -129,7 +132,7 @@ class _Run:
         self.cluster.engine.stop()
 
     def _content(self, _: object) -> None:
-        if not self.clients.pending and not self.cluster.writers.pending:
+        if not self.clients.waiting and not self.cluster.writers.pending:
             self.cluster.engine.stop()
 
     def _all_content(self, within_s: float) -> None:
@@ -138,7 +141,7 @@ class _Run:
         end_s = engine.now_s + within_s
         engine.at(end_s, self._stop, None)
         writing = self.cluster.writers.pending
-        while (self.clients.pending or writing) and engine.now_s < end_s:
+        while (self.clients.waiting or writing) and engine.now_s < end_s:
             engine.run(math.inf)
         copies = f"{len(writing)} copies are not through, {within_s:g} s after the last fault,"
         self.watch.require("every copy is through", not writing, copies)
@@ -157,7 +160,7 @@ class _Run:
 
     def _read_once(self) -> None:
         total_bytes = sum(self.plan.sizes_bytes)
-        if not self.clients.pending:
+        if not self.clients.waiting:
             read_bytes = self.cluster.file_server.up.carried_bytes
             wanted = {job.file for job in self.plan.jobs}
             total_bytes = sum(self.plan.sizes_bytes[file] for file in wanted)

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from swarmcache.cache_index import CacheIndex, Entry, Replica, Surveyed, Trust
 from swarmcache.chunk_sources import ChunkSource, OpenReplicas
-from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
+from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
 from swarmcache.disk_calls import (
     Stamp,
     disk_errors,
@@ -44,6 +44,7 @@ from swarmcache.disk_calls import (
 )
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
+from swarmcache.file_batch import FileBatch
 from swarmcache.in_use import FileId, UseCheck
 from swarmcache.index_rebuild import MANIFEST, SLICE_FILES, IndexRebuild
 from swarmcache.messages import DiskStatus, ReplicaPlace
@@ -672,6 +673,69 @@ class CacheDir:
         if taken_back is not None:
             chunk_size_bytes = taken_back.chunk_size_bytes
         return self._partials.begin(version, chunk_size_bytes, may_evict=may_evict)
+
+    def begin_batch(
+        self, versions: Sequence[FileVersion], chunk_size_bytes: int, *, may_evict: bool = True
+    ) -> FileBatch | None:
+        """Set room aside for those of some small files of which nothing is here, in whatever form
+        or version; None when there is something of all.
+
+        None of them may be begun meanwhile. Raises NoSpace within the limits set, and LocalError.
+        """
+        self.check_alive()
+        known = self._index.find_all([version.version_id for version in versions])
+        known_paths = self._index.known_paths([version.path for version in versions])
+        wanted = [
+            (version, ChunkLayout(version.size_bytes, chunk_size_bytes))
+            for version in versions
+            if version.version_id not in known
+            and version.path not in known_paths
+            and not self.knows(version.version_id)
+        ]
+        if not wanted:
+            return None
+        return FileBatch(
+            wanted,
+            self._partials.reserve_all(wanted, may_evict=may_evict),
+            self._partials,
+            self._index,
+            self._tree,
+            self._objects_lock,
+            objects_fd=self._objects_fd,
+            partial_fd=self._partial_fd,
+            boot_id=self._boot_id,
+            check_mounted=self._check_mounted,
+            drop=self._drop,
+        )
+
+    def read_files(self, version_ids: Sequence[bytes]) -> list[SmallFile]:
+        """The replicas among these that have a single chunk, to serve them to a peer.
+
+        Raises LocalError when the disk fails.
+        """
+        found = self._index.find_all(version_ids)
+        files = [self._read_file(replica) for replica in found.values()]
+        return [file for file in files if file is not None]
+
+    def _read_file(self, replica: Replica) -> SmallFile | None:
+        """None for one that has more chunks, or is not what the index says; others look into it."""
+        layout = ChunkLayout(replica.stamp.size_bytes, replica.chunk_size_bytes)
+        if layout.chunk_count != 1 or not replica.trusted(self._boot_id):
+            return None
+        manifest = self.manifest(replica.version_id)
+        with disk_errors("read a replica"):
+            try:
+                fd = open_quietly(_object_name(replica.version_id), self._objects_fd)
+            except FileNotFoundError:
+                return None
+            try:
+                data = os.read(fd, layout.size_bytes)
+                as_expected = Stamp.of(os.fstat(fd)) == replica.stamp
+            finally:
+                os.close(fd)
+        if manifest is None or not as_expected or len(data) != layout.size_bytes:
+            return None
+        return SmallFile(replica.version_id, manifest.digests[0], data)
 
     def knows(self, version_id: bytes) -> bool:
         """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""

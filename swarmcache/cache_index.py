@@ -238,6 +238,18 @@ class CacheIndex:
         rows = self._rows(query, version_id)
         return _replica(rows[0]) if rows else None
 
+    def find_all(self, version_ids: Sequence[bytes]) -> dict[bytes, Replica]:
+        """Those of a few replicas that there are."""
+        marks = ", ".join("?" * len(version_ids))
+        query = f"SELECT {_COLUMNS} FROM replica r WHERE version_id IN ({marks})"  # noqa: S608
+        return {row[0]: _replica(row) for row in self._rows(query, *version_ids)}
+
+    def known_paths(self, paths: Sequence[bytes]) -> set[bytes]:
+        """Those of a few sources of which there is a replica, of whatever version."""
+        marks = ", ".join("?" * len(paths))
+        query = f"SELECT path FROM replica WHERE path IN ({marks})"  # noqa: S608 (marks)
+        return {path for (path,) in self._rows(query, *paths)}
+
     def find_for(self, version_id: bytes, user: User) -> tuple[Replica, bool] | None:
         """The replica, and whether the user has a link to it."""
         query = (
@@ -418,6 +430,15 @@ class CacheIndex:
         with self._transaction() as connection:
             connection.execute(_INSERT, _new_row(replica))
 
+    def insert_linked(self, replicas: Sequence[Replica], users: Sequence[User]) -> None:
+        """Add rows, which must not be there yet, and the links that are about to be made."""
+        with self._transaction() as connection:
+            connection.executemany(_INSERT, map(_new_row, replicas))
+            connection.executemany(
+                "INSERT OR IGNORE INTO link VALUES (?, ?, ?)",
+                [(each.version_id, user.uid, user.name) for each in replicas for user in users],
+            )
+
     def insert_found(self, found: Iterable[tuple[Replica, Iterable[User]]]) -> None:
         """Add rows of objects that were found on the disk, and whose links lead to them.
 
@@ -488,6 +509,21 @@ class CacheIndex:
                     " WHERE r.version_id = ? AND o.version_id != r.version_id)",
                     (user.uid, user.name, version_id),
                 )
+
+    def settle_all(self, stamps: Iterable[tuple[bytes, Stamp]], boot_id: bytes) -> None:
+        """New objects are in place, complete and verified: what stat says of each, by version id.
+
+        There is no other version of any of their sources.
+        """
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE replica SET trust = 1, boot_id = ?, size_bytes = ?, mtime_ns = ?,"
+                " ctime_ns = ?, inode = ? WHERE version_id = ?",
+                [
+                    (boot_id, each.size_bytes, each.mtime_ns, each.ctime_ns, each.inode, version_id)
+                    for version_id, each in stamps
+                ],
+            )
 
     def mark_durable(self, inodes: Mapping[bytes, int]) -> None:
         """These objects are on the disk: inode by version id. A doubtful row stays doubtful."""

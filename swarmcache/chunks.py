@@ -94,6 +94,15 @@ class Manifest:
         return hasher.digest()
 
 
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """The whole of a file that has one chunk: its bytes, and the digest that they should have."""
+
+    version_id: bytes
+    digest: bytes
+    data: bytes | memoryview
+
+
 def choose_chunk_size(size_bytes: int) -> int:
     """Chunk size for a file: size / 512, rounded down to a power of two within the limits."""
     wanted = max(size_bytes // CHUNKS_WANTED, 1)

@@ -33,10 +33,11 @@ from typing import TypeVar
 from swarmcache.cache_dir import CacheDir, Damaged, Forgotten, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry, Surveyed
 from swarmcache.chunk_sources import ChunkSource
-from swarmcache.chunks import FileVersion, Manifest
+from swarmcache.chunks import FileVersion, Manifest, SmallFile
 from swarmcache.clock import now_s
 from swarmcache.disk_calls import disk_errors
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
+from swarmcache.file_batch import FileBatch
 from swarmcache.in_use import FileId, OpenFiles
 from swarmcache.messages import DiskStatus, ReplicaPlace
 
@@ -45,6 +46,7 @@ __all__ = [
     "ChunkSource",
     "DirectoryStatus",
     "Entry",
+    "FileBatch",
     "Forgotten",
     "Partial",
     "Removal",
@@ -362,6 +364,47 @@ class Cache:
         if no_space is None and failed is not None and self._directories:
             raise failed
         raise no_space or self._nothing_left()
+
+    def begin_batch(
+        self, versions: Sequence[FileVersion], chunk_size_bytes: int
+    ) -> list[FileBatch]:
+        """See ``CacheDir.begin_batch``: for each directory that some of the files go to.
+
+        Nothing is evicted as long as there is room on another disk, where such files are begun one
+        by one. Raises NoSpace when there is no room for all of them, DiskFailed, LocalError.
+        """
+        self._examine_suspects()
+        if not self._directories:
+            raise self._nothing_left()
+        batches: list[FileBatch] = []
+        with ExitStack() as stack:
+            for directory, some in self._by_place(versions).items():
+                may_evict = len(self._directories) == 1
+                try:
+                    batch = directory.begin_batch(some, chunk_size_bytes, may_evict=may_evict)
+                except DiskFailed:
+                    self._leave_if_lost(directory)
+                    raise
+                if batch is not None:
+                    stack.callback(batch.close)
+                    batches.append(batch)
+            stack.pop_all()
+        return batches
+
+    def _by_place(self, versions: Sequence[FileVersion]) -> dict[CacheDir, list[FileVersion]]:
+        """The files by the directory that each goes to."""
+        if len(self._directories) == 1:
+            return {self._directories[0]: list(versions)}
+        placed: dict[CacheDir, list[FileVersion]] = {}
+        for version in versions:
+            for directory in self._places(version)[:1]:
+                placed.setdefault(directory, []).append(version)
+        return placed
+
+    def read_files(self, version_ids: Sequence[bytes]) -> list[SmallFile]:
+        """See ``CacheDir.read_files``."""
+        found = self._answers(lambda each: each.read_files(version_ids), self._suspect)
+        return [file for files in found for file in files]
 
     def room(self, files: Sequence[tuple[FileVersion, int]]) -> tuple[int, int]:
         """What these files need, out of the room that could be had in all; see ``Room``.

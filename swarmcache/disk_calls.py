@@ -44,6 +44,9 @@ _fallocate.restype = ctypes.c_int
 _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 _fstatfs.restype = ctypes.c_int
+_syncfs = _libc.syncfs
+_syncfs.argtypes = (ctypes.c_int,)
+_syncfs.restype = ctypes.c_int
 _STATFS_BYTES = 256  # struct statfs has 120 on 64-bit Linux; its first member is the type, a long
 _TMPFS_MAGIC = 0x01021994  # linux/magic.h
 
@@ -121,7 +124,7 @@ def sync_file_system(fd: int) -> None:
 
     Raises OSError, since Linux 5.8 also where the kernel could not write earlier.
     """
-    if _libc.syncfs(fd) != 0:
+    if _syncfs(fd) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

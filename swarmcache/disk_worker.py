@@ -189,7 +189,7 @@ class DiskWorker:
             return
         del self._partials[version_id]
         self._handle(FilePublished(version_id))
-        await self._answer_and_make_durable(version_id)
+        await self._answer_and_make_durable([version_id])
 
     async def _add_replica(self, version_id: bytes, make: Coroutine[Any, Any, None]) -> None:
         try:
@@ -198,24 +198,36 @@ class DiskWorker:
             self._handle(ReplicaNotAdded(version_id, str(error)))
             return
         self._handle(ReplicaAdded(version_id))
-        await self._answer_and_make_durable(version_id)
+        await self._answer_and_make_durable([version_id])
 
-    async def _answer_and_make_durable(self, version_id: bytes) -> None:
-        answers = self._end_work(version_id)
+    def files_arrived(self, version_ids: Sequence[bytes]) -> None:
+        """Small files are in place: see to it that they are durable. The machine has been told."""
+        task = self._spawn(self._answer_and_make_durable(version_ids))
+        self._tail |= dict.fromkeys(version_ids, task)
+
+        def ended(_: Task) -> None:
+            for version_id in version_ids:
+                if self._tail.get(version_id) is task:
+                    del self._tail[version_id]
+
+        task.add_done_callback(ended)
+
+    async def _answer_and_make_durable(self, version_ids: Sequence[bytes]) -> None:
+        answers = [answer for version_id in version_ids for answer in self._end_work(version_id)]
         if answers:  # jobs do not share the disk with our fsync
             await asyncio.wait(answers)
-        await self._make_durable(version_id)
+        await self._make_durable(version_ids)
 
-    async def _make_durable(self, version_id: bytes) -> None:
-        """Wait until the copy is durable, or dropped.
+    async def _make_durable(self, version_ids: Sequence[bytes]) -> None:
+        """Wait until the copies are durable, or dropped.
 
         One thread at a time does it, for all that wait: many small files would keep all threads
         busy with an fsync each.
         """
-        self._undurable.add(version_id)
+        self._undurable.update(version_ids)
         async with self._syncing:
-            if version_id not in self._undurable:
-                return  # it went along with another one
+            if self._undurable.isdisjoint(version_ids):
+                return  # they went along with others
             some, self._undurable = self._undurable, set()
             try:
                 await self._in_thread(self._cache.make_durable, sorted(some))

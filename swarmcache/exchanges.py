@@ -4,8 +4,8 @@ Nothing here waits but for files to be opened and looked at: ``Exchanges.advance
 done, and ``fileno`` becomes readable when there is more to do. ``client.py`` waits in the calling
 thread, ``aio.py`` in an event loop.
 
-Files are looked up some at a time, with one message for them all; what is not cached is then asked
-for one by one.
+Files are looked up some at a time, with one message for them all, and the daemon fetches meanwhile
+what it can get together; what is not cached then is asked for one by one.
 
 Standard library only, and little of it: see ``local_socket.py``.
 
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 REQUESTS_MAX = 16  # in flight at once: enough to hide the round trips of small files
 ATTEMPTS_MAX = 3  # the first one, and two more for a source that changes meanwhile
 GRACE_S = 2.0  # how much later than ``timeout_s`` the daemon's own answer may come
-LOOK_UP_FILES = 32  # as many as the daemon takes in one request
-LOOK_UPS_MAX = 2  # in flight at once: while the daemon is busy with one, we open files for the next
+LOOK_UP_FILES = 64  # as many as the daemon takes in one request
+# In flight at once: we open files for the next one while the daemon is busy with another, and it
+# asks for one while it writes what has come for another.
+LOOK_UPS_MAX = 3
 
 
 class Answer(str):
@@ -211,6 +213,15 @@ def open_source(asked: bytes) -> Source:
     except SourceUnreadable:
         os.close(fd)
         raise
+
+
+def is_same(asked: bytes, source: Source) -> bool:
+    """Whether the path leads to the very file version that was opened."""
+    try:
+        found = os.stat(asked)
+    except OSError:
+        return False  # to open it again will tell why
+    return source.version[1:] == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _real_path_of_open(fd: int, asked: bytes) -> bytes:
@@ -400,6 +411,9 @@ class Exchanges:
         settled = False
         while len(opened) < LOOK_UP_FILES and (item := self._next_path()) is not None:
             index, asked = item
+            if opened and self._trees.get(asked) != self._trees.get(opened[0].asked):
+                self._put_off.append(item)  # a request is about files of one tree
+                break
             try:
                 opened.append(Exchange(index, asked, open_source(asked)))
             except SourceUnreadable as error:
@@ -428,10 +442,15 @@ class Exchanges:
             raise DaemonUnavailable(reason_of(error)) from error
         return connection, reused
 
+    def _wait_s(self) -> float | None:
+        """How long the daemon may take."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+
     # --- looking up -----------------------------------------------------------------------------
 
     def _look_up(self, look_up: LookUp) -> None:
-        line = look_up_line(len(look_up.files))
+        wait_s = self._wait_s()
+        line = look_up_line(len(look_up.files), wait_s, self._trees.get(look_up.files[0].asked))
         fds = [exchange.source.fd for exchange in look_up.files]
         try:
             look_up.connection, _ = self._send(line, *fds)
@@ -450,19 +469,36 @@ class Exchanges:
             lines = look_up.connection.receive()
             if not lines:
                 return
-            copies = parse_found(lines[0], len(look_up.files))
+            copies, fetched = parse_found(lines[0], len(look_up.files))
         except (DaemonUnavailable, BadMessage):
             self._forget(look_up).close()
             self._missed += look_up.files
             return
         self._connections.give_back(self._forget(look_up))
-        for exchange, copy in zip(look_up.files, copies, strict=True):
+        for place, (exchange, copy) in enumerate(zip(look_up.files, copies, strict=True)):
             if copy is None or fault_of_copy(copy, exchange.source):
                 self._missed.append(exchange)
-            else:
+            elif place not in fetched:
                 size_bytes = exchange.source.size_bytes
                 answer = Answer(exchange.asked, copy, cached=True, hit=True, size_bytes=size_bytes)
                 self._settle(exchange, answer)
+            elif is_same(exchange.asked, exchange.source):  # as it is now, some seconds later
+                self._settle_fetched(exchange, copy)
+            else:
+                self._missed.append(exchange)
+
+    def _settle_fetched(self, exchange: Exchange, copy: bytes) -> None:
+        size_bytes = exchange.source.size_bytes
+        come = {"size_bytes": size_bytes, "from_peers_bytes": size_bytes}
+        come |= {"from_file_server_bytes": 0, "recovered_bytes": 0, "peers": 1}
+        exchange.progress = Progress(exchange.index, exchange.asked, come)
+        answer = Answer(
+            *(exchange.asked, copy),
+            cached=True,
+            size_bytes=size_bytes,
+            from_peers_bytes=size_bytes,
+        )
+        self._settle(exchange, answer)
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -471,17 +507,15 @@ class Exchanges:
             self._settle_original(exchange, self._fault)
             return
         exchange.attempts += 1
-        now_s = time.monotonic()
-        wait_s = None if self._deadline_s is None else max(0.0, self._deadline_s - now_s)
         tree = self._trees.get(exchange.asked)
-        line = get_line(exchange.source.real_path, wait_s, tree)
+        line = get_line(exchange.source.real_path, self._wait_s(), tree)
         try:
             exchange.connection, exchange.reused = self._send(line, exchange.source.fd)
         except DaemonUnavailable as error:
             self._fault = str(error)
             self._settle_original(exchange, self._fault)
             return
-        exchange.silent_at_s = now_s + SILENCE_S_MAX
+        exchange.silent_at_s = time.monotonic() + SILENCE_S_MAX
         self._in_flight[exchange.connection.fileno()] = exchange
 
     def _give_up(self, late: Exchange | LookUp, fault: str) -> None:

@@ -25,9 +25,10 @@ from swarmcache.errors import BadMessage
 from swarmcache.messages import PLACED_AT_ONCE_MAX
 
 LINE_MAX_BYTES = 64 * 1024
-# Files in one look-up: with more, what is done once for all of them does not count any more (see
-# benchmarks/api.py). An open descriptor of the client and of the daemon for each of them meanwhile.
-LOOK_UP_MAX = 32
+# Files in one look-up: with more, what is done once for all of them does not count any more, be it
+# of hits (see benchmarks/api.py) or of what is fetched, with a question to the tracker and some
+# transactions. An open descriptor of the client and of the daemon for each of them meanwhile.
+LOOK_UP_MAX = 64
 
 PATH_MAX_BYTES = 4096
 # How many nodes and paths one request about the caches of other nodes may name.
@@ -74,9 +75,16 @@ class Get(Request, tag="get"):
 
 
 class LookUp(Request, tag="look_up"):
-    """Tell which of the files whose descriptors come along are cached; fetch nothing."""
+    """Tell which of the files whose descriptors come along are cached.
+
+    ``fetch``: first fetch those that are small and can be had of peers, for ``wait_s`` at most.
+    ``tree`` as for ``Get``.
+    """
 
     count: Annotated[int, Meta(ge=1, le=LOOK_UP_MAX)]
+    fetch: bool = False
+    wait_s: Annotated[float, Meta(ge=0)] | None = None
+    tree: Path | None = None
 
     @property
     def descriptor_count(self) -> int:
@@ -249,11 +257,13 @@ class Cached(Struct, tag_field="answer", tag="cached"):
     held: bool = False
 
 
-class Found(Struct, tag_field="answer", tag="found"):
+class Found(Struct, tag_field="answer", tag="found", omit_defaults=True):
     """Final: for each descriptor, in their order, the verified copy; None where there is none yet,
-    or the file is none to cache: a ``get`` tells why."""
+    or the file is none to cache: a ``get`` tells why. ``fetched``: the places of those that were
+    not there before the request."""
 
     paths: list[bytes | None]
+    fetched: list[int] = []
 
 
 class Original(Struct, tag_field="answer", tag="original"):

@@ -1,9 +1,9 @@
 """Answers what local clients ask of the daemon: files, and how things stand.
 
 For ``get`` a thread examines the descriptor that came along and answers a cached file at once; all
-else is left to the machine. For ``look_up`` one thread does that for many files. What ``peer.py``
-needs of a file that is wanted (the descriptors to read it through, the users to link it for) is
-kept here until the machine has done with it.
+else is left to the machine. Many files at once are the business of ``look_ups.py``. What
+``peer.py`` needs of a file that is wanted (the descriptors to read it through, the users to link it
+for) is kept here until the machine has done with it.
 
 Invariant: every descriptor that was handed over is closed when its request ends, and every copy of
 it when nothing is fetched through it any more.
@@ -31,7 +31,6 @@ from swarmcache.local_protocol import (
     Answer,
     Cached,
     Failed,
-    Found,
     Get,
     LookUp,
     NodeStatus,
@@ -41,8 +40,10 @@ from swarmcache.local_protocol import (
     StatusOf,
 )
 from swarmcache.local_server import LocalConnection
+from swarmcache.look_ups import LookUps
 from swarmcache.peer_events import (
     AnswerCached,
+    AnswerFiles,
     AnswerOriginal,
     AnswerStatus,
     CopyWanted,
@@ -134,6 +135,10 @@ class LocalRequests:
         self._holds = Holds(cache)
         self._counting = threading.Lock()
         self._busy: set[LocalConnection] = set()  # those whose files are looked at or fetched
+        self._look_ups = LookUps(
+            *(cache, examiner, examine_threads, numbers, handle),
+            *(self._count_hits, self._answer_from_thread),
+        )
 
     def take(self, connection: LocalConnection, request: AboutFiles, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
@@ -150,7 +155,8 @@ class LocalRequests:
             case Get():
                 self._examine(connection, fds, self._get_in_thread, connection, request, fds[0])
             case LookUp():
-                self._examine(connection, fds, self._look_up_in_thread, connection, fds)
+                look_up = self._look_ups.look_up_in_thread
+                self._examine(connection, fds, look_up, connection, request, fds)
 
     def _examine(
         self, connection: LocalConnection, fds: list[int], function: Callable[..., None], *args: Any
@@ -160,7 +166,7 @@ class LocalRequests:
         done = self._threads.submit(function, *args)
         done.add_done_callback(lambda done: _close_all(fds) if done.cancelled() else None)
 
-    def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerStatus) -> None:
+    def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerFiles | AnswerStatus) -> None:
         """Give the machine's answer to the client who asked."""
         match effect:
             case AnswerCached():
@@ -168,6 +174,8 @@ class LocalRequests:
                 work.answers.append(self._spawn(self._verify_and_answer(effect.request, work)))
             case AnswerOriginal():
                 self._answer_original(effect.request, effect.reason, retry=effect.source_changed)
+            case AnswerFiles():
+                self._look_ups.answer(effect.request)
             case AnswerStatus():
                 self._answer_status(effect)
 
@@ -187,6 +195,10 @@ class LocalRequests:
         retained = file.retain()
         assert retained, "closed before the work has ended"
         return file
+
+    def users_of_batch(self, request: int) -> list[User]:
+        """For whom small files are fetched together."""
+        return self._look_ups.users(request)
 
     def users_of(self, version_id: bytes) -> Collection[int]:
         """The uids of all who have asked for a file that is being fetched."""
@@ -282,28 +294,6 @@ class LocalRequests:
             os.close(fd)
             self._count_hits(1)
             self._answer_from_thread(connection, Cached(os.fsencode(path), hit=True))
-
-    def _look_up_in_thread(self, connection: LocalConnection, fds: list[int]) -> None:
-        found: list[bytes | None] = [None] * len(fds)
-        try:
-            versions = {place: self._version_of(fd) for place, fd in enumerate(fds)}
-            wanted = {place: version for place, version in versions.items() if version is not None}
-            paths = self._cache.lookup_many(list(wanted.values()), connection.user)
-            for place, path in zip(wanted, paths, strict=True):
-                found[place] = None if path is None else os.fsencode(path)
-        except Exception:
-            log.exception("cannot look up files")  # a bug of ours; they can still be fetched
-        finally:
-            _close_all(fds)
-        self._count_hits(len(found) - found.count(None))
-        self._answer_from_thread(connection, Found(found))
-
-    def _version_of(self, fd: int) -> FileVersion | None:
-        try:
-            return self._examiner.examine(fd).version
-        except SwarmcacheError as error:
-            log.debug("cannot look at a source: %s", error)  # a ``get`` tells its client
-            return None
 
     def _count_hits(self, count: int) -> None:
         with self._counting:

@@ -52,6 +52,7 @@ CONFIG_FILE_BYTES_MAX = 1 << 20
 
 _HIT_STARTS = b'{"answer":"cached","path":"'
 _FOUND_STARTS = b'{"answer":"found","paths":['
+_FETCHED_STARTS = b',"fetched":['
 _HELD = b'"held":true}'
 _HIT_GOES_ON = b'"hit":true'
 
@@ -260,19 +261,30 @@ def release_line(hold: int) -> bytes:
     return b'{"op":"release","hold":%d}\n' % hold
 
 
-def look_up_line(count: int) -> bytes:
-    """The request for the copies of so many files, whose descriptors go with it."""
-    return b'{"op":"look_up","count":%d}\n' % count
+def look_up_line(count: int, wait_s: float | None, tree: bytes | None) -> bytes:
+    """The request for the copies of so many files, whose descriptors go with it. What is small and
+    missing is fetched first, if it can be had of peers."""
+    more = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
+    if tree is not None:
+        more += b',"tree":"%s"' % b2a_base64(tree, newline=False)
+    return b'{"op":"look_up","count":%d,"fetch":true%s}\n' % (count, more)
 
 
-def parse_found(line: bytes, count: int) -> list[bytes | None]:
-    """The copies in the answer to a look-up of so many files. Raises BadMessage."""
-    if not (line.startswith(_FOUND_STARTS) and line.endswith(b"]}")):
+def parse_found(line: bytes, count: int) -> tuple[list[bytes | None], set[int]]:
+    """The copies in the answer to a look-up of so many files, and the places of those that have
+    just come. Raises BadMessage."""
+    paths, found, rest = line.removeprefix(_FOUND_STARTS).partition(b"]")
+    numbers = rest[len(_FETCHED_STARTS) : -2]
+    if not found or rest not in (b"}", _FETCHED_STARTS + numbers + b"]}"):
         raise BadMessage("no answer to a look-up")
-    items = line[len(_FOUND_STARTS) : -2].split(b",")
+    items = paths.split(b",")
     if len(items) != count:
         raise BadMessage(f"{len(items)} copies of {count} files")
-    return [None if item == b"null" else path_of(item[1:-1]) for item in items]
+    try:
+        fetched = {int(number) for number in numbers.split(b",") if number}
+    except ValueError as error:
+        raise BadMessage("a place that is no number") from error
+    return [None if item == b"null" else path_of(item[1:-1]) for item in items], fetched
 
 
 def path_of(text: bytes | str) -> bytes:

@@ -27,6 +27,8 @@ REPLICAS_MAX = 8192
 # at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
 LOCATE_MAX = 1024
 LOCATED_NODES_MAX = 128
+# How many holders are named to whoever asks for many small files: one request goes to each.
+BATCH_HOLDERS_MAX = 4
 # How many file versions one ``FindReplicas`` may name: the answer has a path for each.
 FIND_MAX = 64
 PATH_MAX_BYTES = 4096
@@ -35,9 +37,9 @@ DIGESTS_MAX = 1024
 SURVEYED_MAX = 1024
 # How many ``PlaceReplica`` may be unanswered on one connection: what one request of a client names.
 PLACED_AT_ONCE_MAX = 16
-# 2: ``Locate``, ``Suspected``. 3: leases to write. A message that the other side does not know ends
-# the connection, and with it the leases, so nodes and tracker must know the same ones.
-PROTOCOL_VERSION = 3
+# 2: ``Locate``, ``Suspected``. 3: leases to write. 4: ``WhoHas``. A message that the other side
+# does not know ends the connection, and with it the leases, so both must know the same ones.
+PROTOCOL_VERSION = 4
 LOADS_MAX = 64
 # How many file servers with a setting of their own a node is told of.
 FILE_SERVERS_MAX = 256
@@ -104,6 +106,13 @@ class Holders(Struct, frozen=True):
 
     count: Count
     nodes: Annotated[list[NodeAddress], Meta(max_length=LOCATED_NODES_MAX)] = []
+
+
+class BatchHolder(Struct, frozen=True):
+    """A node that has some of the file versions of a ``WhoHas``; ``held``: a bit for each."""
+
+    address: NodeAddress
+    held: Mask
 
 
 class ReplicaPlace(Struct, frozen=True):
@@ -290,6 +299,13 @@ class Locate(Message, tag="locate"):
     nodes_max: Annotated[int, Meta(ge=0, le=LOCATED_NODES_MAX)] = 0
 
 
+class WhoHas(Message, tag="who_has"):
+    """Asks for nodes from which to fetch these file versions, many from each. They are small."""
+
+    request_id: Count
+    version_ids: Annotated[list[VersionId], Meta(max_length=LOCATE_MAX)]
+
+
 # --- tracker -> node ----------------------------------------------------------------------------
 
 
@@ -399,6 +415,13 @@ class Located(Message, tag="located"):
 
     request_id: Count
     holders: Annotated[list[Holders], Meta(max_length=LOCATE_MAX)]
+
+
+class HeldBy(Message, tag="held_by"):
+    """Answer to ``WhoHas``. No file version is held by two of these nodes; some by none of them."""
+
+    request_id: Count
+    holders: Annotated[list[BatchHolder], Meta(max_length=BATCH_HOLDERS_MAX)]
 
 
 class Refused(Message, tag="refused"):
@@ -565,6 +588,7 @@ ToTracker = (
     | ReportCorrupt
     | StatusRequest
     | Locate
+    | WhoHas
 )
 FromTracker = (
     Registered
@@ -578,6 +602,7 @@ FromTracker = (
     | Suspected
     | Status
     | Located
+    | HeldBy
     | Refused
 )
 BetweenNodes = Have | Gone

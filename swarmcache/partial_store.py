@@ -16,8 +16,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
@@ -77,6 +77,17 @@ class SpaceLimits:
     min_age_s: float
 
 
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Room for small files that are to come: what each will take of the disk, by version id."""
+
+    sizes_bytes: dict[bytes, int]
+
+    def size_of(self, version_id: bytes) -> int:
+        """What one of the files will take."""
+        return self.sizes_bytes[version_id]
+
+
 class PartialStore:
     """All partial files of a cache directory, open or left from before. Thread-safe."""
 
@@ -112,6 +123,8 @@ class PartialStore:
         self._open: dict[bytes, Partial] = {}
         self._reserved_bytes: dict[bytes, int] = {}  # of every partial file, open or not
         self._unallocated: dict[bytes, int] = {}  # what of that the disk has not set aside, at most
+        # Of small files that are put in place at once: the bytes that are left, and how many files.
+        self._batches: dict[Reservation, tuple[int, int]] = {}
         self._half_removed: set[bytes] = set()  # the disk failed in the middle of it
         with disk_errors("look through the partial files"):
             self._account()
@@ -121,8 +134,8 @@ class PartialStore:
         return self._open.get(version_id)
 
     def knows(self, version_id: bytes) -> bool:
-        """Whether there is a partial file, open or left by an earlier life."""
-        return version_id in self._reserved_bytes
+        """Whether there is a partial file, open or left by an earlier life, or the rest of one."""
+        return version_id in self._reserved_bytes or version_id in self._half_removed
 
     def close(self) -> None:
         """Leave all partial files for the next start."""
@@ -141,7 +154,8 @@ class PartialStore:
     def reserved_bytes(self) -> int:
         """What all partial files take or may still take."""
         # Without the lock, which ``begin`` may hold for as long as the disk sets space aside.
-        return sum(list(self._reserved_bytes.values()))
+        batches_bytes = sum(left_bytes for left_bytes, _ in list(self._batches.values()))
+        return sum(list(self._reserved_bytes.values())) + batches_bytes
 
     def stored_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
         """What a replica takes of the disk, with its manifest, in whole blocks."""
@@ -153,8 +167,7 @@ class PartialStore:
 
     def _in_blocks(self, *sizes: int) -> int:
         with disk_errors("ask for the size of a block"):
-            block = os.fstatvfs(self._fd).f_frsize
-        return sum(-(-size // block) * block for size in sizes)
+            return _in_blocks(os.fstatvfs(self._fd).f_frsize, *sizes)
 
     def begin(
         self, version: FileVersion, chunk_size_bytes: int, *, may_evict: bool = True
@@ -168,11 +181,19 @@ class PartialStore:
                 raise
             refusal = error
         wanted_bytes = self.wanted_bytes(version, layout)
+        with self._room_made(version, wanted_bytes, refusal):
+            return self._begin(version, layout)
+
+    @contextmanager
+    def _room_made(
+        self, version: FileVersion, wanted_bytes: int, refusal: NoSpace
+    ) -> Iterator[None]:
+        """Evict for a file version, and let nobody else have that. Raises NoSpace."""
         with self._room_lock:
             self._claim = (version.version_id, wanted_bytes)
             try:
                 self._find_room(version.version_id, wanted_bytes)
-                return self._begin(version, layout)
+                yield
             except NoSpace as reason:
                 reserved_bytes = self.reserved_bytes()
                 fetched = f"{reserved_bytes} bytes are reserved for files that are being fetched, "
@@ -180,6 +201,66 @@ class PartialStore:
                 raise NoSpace(f"{refusal}: {why}") from reason
             finally:
                 self._claim = None
+
+    def reserve_all(
+        self, files: Sequence[tuple[FileVersion, ChunkLayout]], *, may_evict: bool = True
+    ) -> Reservation:
+        """Set room aside, in our account, for small files that will come whole.
+
+        ``hand_over_some`` and ``give_back`` end it. Raises NoSpace, LocalError.
+        """
+        with disk_errors("ask for the size of a block"):
+            block = os.fstatvfs(self._fd).f_frsize
+        sizes = {
+            version.version_id: _in_blocks(
+                block, version.size_bytes, manifest_size_bytes(version, layout)
+            )
+            for version, layout in files
+        }
+        first = files[0][0]
+        wanted_bytes = sum(sizes.values()) + (len(sizes) - 1) * OVERHEAD_BYTES
+        try:
+            return self._reserve_all(first, sizes, wanted_bytes)
+        except NoSpace as error:
+            if not may_evict:
+                raise
+            refusal = error
+        with self._room_made(first, wanted_bytes, refusal):
+            return self._reserve_all(first, sizes, wanted_bytes)
+
+    def _reserve_all(
+        self, first: FileVersion, sizes: dict[bytes, int], wanted_bytes: int
+    ) -> Reservation:
+        with self._lock, disk_errors("ask for free space"):
+            self._require_disk()
+            self._check_room(first, wanted_bytes)
+            reservation = Reservation(sizes)
+            self._batches[reservation] = (sum(sizes.values()), len(sizes))
+            return reservation
+
+    def hand_over_some(
+        self, reservation: Reservation, version_ids: Sequence[bytes], insert: Callable[[], None]
+    ) -> None:
+        """As ``hand_over``, for some of the files of a reservation."""
+        with self._lock:
+            self._require_disk()
+            insert()
+            left_bytes, count = self._batches[reservation]
+            left_bytes -= sum(map(reservation.size_of, version_ids))
+            self._batches[reservation] = (left_bytes, count - len(version_ids))
+
+    def remove_written(self, version_ids: Sequence[bytes]) -> None:
+        """Remove what was written of small files that are not put in place; later what the disk
+        does not let us remove now."""
+        with self._lock:
+            self._half_removed.update(version_ids)
+            with suppress(LocalError):
+                self.tidy()
+
+    def give_back(self, reservation: Reservation) -> None:
+        """What is left of a reservation is not needed."""
+        with self._lock:
+            del self._batches[reservation]
 
     def _begin(self, version: FileVersion, layout: ChunkLayout) -> Partial:
         version_id = version.version_id
@@ -370,8 +451,11 @@ class PartialStore:
         capacity_bytes = disk.f_blocks * disk.f_frsize
         count, taken_bytes = self._replicas()
         taken_bytes += self.reserved_bytes() + UNCOUNTED_MAX_BYTES
-        taken_bytes += (count + len(self._reserved_bytes) + 1) * OVERHEAD_BYTES
+        batches = list(self._batches.values())
+        count += len(self._reserved_bytes) + sum(count for _, count in batches)
+        taken_bytes += (count + 1) * OVERHEAD_BYTES
         unallocated = sum(self._unallocated_now(version_id) for version_id in self._unallocated)
+        unallocated += sum(left_bytes for left_bytes, _ in batches)
         free_bytes = disk.f_bavail * disk.f_frsize - unallocated - UNCOUNTED_MAX_BYTES
         claim = self._claim
         if claim is not None and claim[0] != for_version:
@@ -470,6 +554,10 @@ class PartialStore:
             self._open.pop(version_id, None)
             self._reserved_bytes.pop(version_id, None)
             self._unallocated.pop(version_id, None)
+
+
+def _in_blocks(block: int, *sizes: int) -> int:
+    return sum(-(-size // block) * block for size in sizes)
 
 
 def _taken_bytes(status: os.stat_result) -> int:

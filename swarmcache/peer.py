@@ -27,6 +27,7 @@ from aiohttp import web
 
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, Keyring
+from swarmcache.batch_worker import BatchWorker
 from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
 from swarmcache.cluster_caches import ClusterCaches
@@ -66,6 +67,7 @@ from swarmcache.peer_events import (
     AddReplica,
     AnnounceReplicas,
     AnswerCached,
+    AnswerFiles,
     AnswerHolders,
     AnswerNoSlot,
     AnswerOriginal,
@@ -80,6 +82,8 @@ from swarmcache.peer_events import (
     DistrustPeer,
     DropPartial,
     FetchChunk,
+    FetchFiles,
+    FilesArrived,
     HangUp,
     KeysChanged,
     LoadManifest,
@@ -218,6 +222,7 @@ class Daemon:
         self._chunk_server = ChunkServer(
             self._keyring,
             self._cache.open_source,
+            read_files=self._cache.read_files,
             uploads_max=transfer.uploads_max,
             upload_rate_max_bytes_per_s=transfer.upload_rate_max_bytes_per_s,
             on_uploaded=self._uploaded,
@@ -254,7 +259,6 @@ class Daemon:
             buffers_bytes_max=BUFFERS_BYTES_MAX,
             download_rate_max_bytes_per_s=self._config.transfer.download_rate_max_bytes_per_s,
         )
-        stack.push_async_callback(asyncio.to_thread, self._fetcher.close)
         self._state = PeerState(
             self.address,
             random.Random(os.urandom(16)),
@@ -294,6 +298,7 @@ class Daemon:
             self._config.cache.scrub_rate_bytes_per_s,
             self._config.cache.max_age_s,
         )
+        self._start_batches(stack)
         self._writing = WriteRequests(
             self._cache,
             self._examiner,
@@ -316,6 +321,18 @@ class Daemon:
             verify=self._disk.verify,
         )
         stack.callback(self._stop_machine)
+
+    def _start_batches(self, stack: AsyncExitStack) -> None:
+        self._batches = BatchWorker(
+            self._cache,
+            self._fetcher,
+            self._local.users_of_batch,
+            self._shell.handle,
+            self._files_arrived,
+            self._config.transfer.chunk_size_bytes,
+        )
+        stack.push_async_callback(asyncio.to_thread, self._batches.close)
+        stack.push_async_callback(asyncio.to_thread, self._fetcher.close)
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         self._session = client_session()
@@ -615,7 +632,9 @@ class Daemon:
                 self._spawn(self._announce_replicas())
             case AnswerCached() | AnswerOriginal() if self._placed.asked_for(effect.request):
                 self._placed.carry_out(effect)
-            case AnswerCached() | AnswerOriginal() | AnswerStatus():
+            case FetchFiles():
+                self._batches.carry_out(effect)
+            case AnswerCached() | AnswerOriginal() | AnswerFiles() | AnswerStatus():
                 self._local.carry_out(effect)
             case AnswerHolders():
                 self._holder_questions.carry_out(effect)
@@ -675,6 +694,10 @@ class Daemon:
                 self._shell.handle(PeerUnreachable(*what, str(error)))
             case _:
                 raise error
+
+    def _files_arrived(self, node: str, event: FilesArrived) -> None:
+        self._received_bytes[node] += event.size_bytes
+        self._disk.files_arrived(event.version_ids)
 
     def _read_range(self, effect: ReadRange, source: SharedFile) -> None:
         """Read a leased range, in a thread of its own; releases ``source``."""

@@ -82,6 +82,18 @@ class HoldersWanted:
     nodes_max: int = 0
 
 
+@dataclass(slots=True)
+class FilesWanted:
+    """A local client wants these small files together, as far as peers have them; none is cached.
+
+    Each fits into one chunk. Ends in ``AnswerFiles``; what has not come by then is wanted by the
+    client in the ordinary way.
+    """
+
+    request: int
+    versions: list[FileVersion]
+
+
 # --- events: the cache --------------------------------------------------------------------------
 
 
@@ -308,6 +320,58 @@ class PeerUnreachable:
     reason: str
 
 
+# --- events: small files fetched together, by the number of ``FetchFiles`` ------------------------
+
+
+@dataclass(slots=True)
+class FilesArrived:
+    """These of the files that were asked for are in place and servable.
+
+    The others the holder does not have, or there was something of them on the disk already.
+    """
+
+    fetch: int
+    node: str
+    version_ids: list[bytes]
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class FilesCorrupt:
+    """The holder delivered bytes without the digest that it named itself, of this file version at
+    least; nothing of what came with it is kept."""
+
+    fetch: int
+    node: str
+    version_id: bytes
+
+
+@dataclass(slots=True)
+class HolderBusy:
+    """The holder has no upload slot left just now."""
+
+    fetch: int
+    node: str
+
+
+@dataclass(slots=True)
+class HolderFailed:
+    """Nothing came: connection refused, reset, stalled or past its deadline."""
+
+    fetch: int
+    node: str
+    reason: str
+
+
+@dataclass(slots=True)
+class FilesNotKept:
+    """There is no room here for so many files together, or the disk failed."""
+
+    fetch: int
+    node: str
+    reason: str
+
+
 # --- events: chunks read from the file server ---------------------------------------------------
 
 
@@ -366,6 +430,7 @@ PeerEvent: TypeAlias = (
     | WriterAnswered
     | StatusWanted
     | HoldersWanted
+    | FilesWanted
     | SpaceReserved
     | SpaceRefused
     | ChunksRecovered
@@ -392,6 +457,11 @@ PeerEvent: TypeAlias = (
     | ChunkAbsent
     | PeerBusy
     | PeerUnreachable
+    | FilesArrived
+    | FilesCorrupt
+    | HolderBusy
+    | HolderFailed
+    | FilesNotKept
     | ChunkRead
     | RangeReadDone
     | RangeReadFailed
@@ -456,6 +526,24 @@ class FetchChunk:
     digest: bytes
     address: NodeAddress
     held_chunks: int
+    deadline_s: float
+    stall_s: float
+
+
+@dataclass(slots=True)
+class FetchFiles:
+    """Get small files from one holder, check them, put them in place, durable later.
+
+    ``request``: of ``FilesWanted``, whose user gets links. Room is set aside for all of them first;
+    of what is on the disk in whatever form already, nothing is touched. Ends in exactly one of the
+    five events of small files. ``deadline_s`` and ``stall_s`` as for ``FetchChunk``; they count
+    from when a thread turns to it.
+    """
+
+    fetch: int
+    request: int
+    address: NodeAddress
+    versions: list[FileVersion]
     deadline_s: float
     stall_s: float
 
@@ -593,6 +681,13 @@ class AnswerHolders:
 
 
 @dataclass(slots=True)
+class AnswerFiles:
+    """Answer a ``FilesWanted`` with those of the files that are cached now."""
+
+    request: int
+
+
+@dataclass(slots=True)
 class DistrustPeer:
     """Close the data connections with a peer that delivered wrong bytes."""
 
@@ -606,6 +701,7 @@ PeerEffect: TypeAlias = (
     | HangUp
     | ReserveSpace
     | FetchChunk
+    | FetchFiles
     | ReadRange
     | PublishFile
     | DropPartial
@@ -620,5 +716,6 @@ PeerEffect: TypeAlias = (
     | AnswerNoSlot
     | AnswerStatus
     | AnswerHolders
+    | AnswerFiles
     | DistrustPeer
 )

@@ -11,7 +11,8 @@ Invariants: a request is answered exactly once; every download that somebody wai
 progress, or waits for a slot that the tracker says is taken, or is answered with the original path
 within ``stall_s``; this node reads from a file server only under a lease, and by its own clock
 stops before the tracker may give that lease away; what was fetched of a file version is dropped
-only when nothing that was asked for it (a chunk, a range, room, putting it in place) is under way.
+only when nothing that was asked for it (a chunk, a range, room, putting it in place) is under way;
+a file version is fetched on its own or in a batch, not both at once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from swarmcache.messages import (
     Gone,
     Have,
     Heartbeat,
+    HeldBy,
     HeldLease,
     Holding,
     Join,
@@ -66,10 +68,12 @@ from swarmcache.messages import (
     Suspected,
     WriteLease,
 )
+from swarmcache.peer_batches import BatchEvent, PeerBatches
 from swarmcache.peer_events import (
     AddReplica,
     AnnounceReplicas,
     AnswerCached,
+    AnswerFiles,
     AnswerHolders,
     AnswerOriginal,
     AnswerStatus,
@@ -85,8 +89,14 @@ from swarmcache.peer_events import (
     DistrustPeer,
     DropPartial,
     FilePublished,
+    FilesArrived,
+    FilesCorrupt,
+    FilesNotKept,
+    FilesWanted,
     FileWanted,
     HangUp,
+    HolderBusy,
+    HolderFailed,
     HoldersWanted,
     KeysChanged,
     LoadManifest,
@@ -260,6 +270,7 @@ class PeerState:
         self._seeds: dict[bytes, Seed] = {}
         self._leases: dict[int, NodeLease] = {}
         self._writes = PeerWrites(rng, stall_s)
+        self._batches = PeerBatches()
         self._neighbours: dict[str, Neighbour] = {}
         self._distrusted: set[str] = set()
         self._requests: dict[int, bytes] = {}
@@ -309,6 +320,10 @@ class PeerState:
                 self._handle_tracker_connection(event, now_s, effects)
             case FileWanted() | RequestGone() | StatusWanted() | HoldersWanted():
                 self._handle_client(event, now_s, effects)
+            case FilesWanted():
+                self._want_files(event, now_s, effects)
+            case FilesArrived() | FilesCorrupt() | HolderBusy() | HolderFailed() | FilesNotKept():
+                self._handle_batch(event, now_s, effects)
             case WriteWanted() | WriterAnswered():
                 self._handle_writer(event, now_s, effects)
             case _:
@@ -318,7 +333,8 @@ class PeerState:
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
         at_s = self._timers.next_at_s()
-        for other_s in (self._heartbeat_at_s, self._writes.wake_at_s()):
+        others_s = (self._heartbeat_at_s, self._writes.wake_at_s(), self._batches.wake_at_s())
+        for other_s in others_s:
             if other_s is not None and (at_s is None or other_s < at_s):
                 at_s = other_s
         return at_s
@@ -327,6 +343,7 @@ class PeerState:
         """Assert the invariants."""
         self._timers.check()
         self._writes.check()
+        self._batches.check()
         for request, version_id in self._requests.items():
             assert request in self._fetching[version_id].requests, "a request would be forgotten"
         for version_id, fetching in self._fetching.items():
@@ -471,6 +488,42 @@ class PeerState:
         self._reserve(fetching, effects)
         return fetching
 
+    # --- small files that are fetched together ---------------------------------------------------
+
+    def _want_files(self, event: FilesWanted, now_s: float, effects: list[PeerEffect]) -> None:
+        """What is being fetched already its client will join, file by file."""
+        fresh = {
+            version.version_id: version  # a client may name a file twice
+            for version in event.versions
+            if version.version_id not in self._fetching and version.version_id not in self._busy
+        }
+        wanted = list(fresh.values())[: self._batches.room]
+        if not wanted or not self.tracker_connected:
+            effects.append(AnswerFiles(event.request))
+            return
+        for version in wanted:
+            self._begin(version.version_id)
+        self._batches.want(event.request, wanted, now_s, effects)
+
+    def _handle_batch(self, event: BatchEvent, now_s: float, effects: list[PeerEffect]) -> None:
+        if isinstance(event, FilesArrived):
+            self._misses += len(event.version_ids)
+            self._from_peers_chunks += len(event.version_ids)
+            self._from_peers_bytes += event.size_bytes
+            self._tell(Replicas(event.version_ids), effects)
+        elif isinstance(event, FilesCorrupt):
+            self._distrust(event.node, event.version_id, effects)
+            self._tell(ReportCorrupt(event.version_id, event.node), effects)
+        self._batches.fetch_ended(event, now_s, effects)
+        self._leave_batches(now_s, effects)
+
+    def _leave_batches(self, now_s: float, effects: list[PeerEffect]) -> None:
+        """Whoever has come to want one of these files meanwhile has it, or begins to fetch it."""
+        for version_id, arrived in self._batches.take_ended().items():
+            if arrived:
+                self._answer_blocked(version_id, effects)
+            self._end(version_id, effects)
+
     # --- what is under way ----------------------------------------------------------------------
 
     def _reserve(self, fetching: Fetching, effects: list[PeerEffect]) -> None:
@@ -586,6 +639,11 @@ class PeerState:
 
     def _handle_added(self, version_id: bytes, effects: list[PeerEffect]) -> None:
         self._tell(Replicas([version_id]), effects)
+        self._answer_blocked(version_id, effects)
+        self._end(version_id, effects)
+
+    def _answer_blocked(self, version_id: bytes, effects: list[PeerEffect]) -> None:
+        """The file is in place, and those have it who wanted to fetch it on its own."""
         fetching = self._fetching.get(version_id)
         if fetching is not None:
             assert fetching.blocked, "fetched while a replica was added"
@@ -594,7 +652,6 @@ class PeerState:
             for request in fetching.requests:
                 del self._requests[request]
                 effects.append(AnswerCached(request, version_id))
-        self._end(version_id, effects)
 
     def _handle_disk_failed(
         self,
@@ -785,6 +842,8 @@ class PeerState:
             for request in sorted(self._holder_requests):
                 effects.append(AnswerHolders(request, None, event.reason))
             self._holder_requests.clear()
+            self._batches.tracker_lost(now_s, effects)
+            self._leave_batches(now_s, effects)
             return
         self.tracker_connected = True
         leases = [
@@ -890,6 +949,9 @@ class PeerState:
                 elif asked is not None:
                     reason = "the tracker's answer makes no sense"
                     effects.append(AnswerHolders(message.request_id, None, reason))
+            case HeldBy():
+                self._batches.told_holders(message, self._distrusted, now_s, effects)
+                self._leave_batches(now_s, effects)
 
     def _handle_suspected(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
         """Peers that distrust this node for other reasons may say so again and again."""
@@ -1311,6 +1373,8 @@ class PeerState:
             self._heartbeat_sent_s = now_s
             self._beat(now_s)
         self._writes.look_after(now_s, effects)
+        self._batches.look_after(now_s, effects)
+        self._leave_batches(now_s, effects)
         for key in self._timers.pop_due(now_s):
             if isinstance(key, bytes):
                 self._look_after(key, now_s, effects)

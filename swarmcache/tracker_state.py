@@ -31,20 +31,24 @@ from swarmcache.chunks import (
     ChunkLayout,
     full_mask,
     mask_from_bytes,
+    mask_of,
     mask_to_bytes,
     range_mask,
 )
 from swarmcache.handover import LEASE_S, Handover
 from swarmcache.messages import (
+    BATCH_HOLDERS_MAX,
     LOADS_MAX,
     LOCATED_NODES_MAX,
     PROTOCOL_VERSION,
     SEEDS_MAX,
     WAITING_MAX,
+    BatchHolder,
     DiskStatus,
     EndWrite,
     FromTracker,
     Heartbeat,
+    HeldBy,
     HeldLease,
     Holders,
     Holding,
@@ -72,6 +76,7 @@ from swarmcache.messages import (
     Suspected,
     ToTracker,
     WantWrite,
+    WhoHas,
     WriteLease,
 )
 from swarmcache.slot_ledger import SlotLedger
@@ -115,6 +120,8 @@ NODE_SILENT_S = 30.0
 READ_FAILURES_MAX = 3
 READ_AGAIN_S = 10.0
 CHUNK_COUNT_MAX = 1 << 21
+# Of so many holders of a small file that one is named which has most of the others as well.
+BATCH_DRAWN = 3
 
 
 @dataclass(slots=True)
@@ -388,6 +395,8 @@ class TrackerState:
                 effects.append(Tell(session, Status(message.request_id, self.status(now_s))))
             case Locate():
                 effects.append(Tell(session, self._located(node, message)))
+            case WhoHas():
+                effects.append(Tell(session, self._held_by(node, message)))
 
     def _tell(self, node: str, message: FromTracker, effects: list[TrackerEffect]) -> None:
         effects.append(Tell(self._nodes[node].session, message))
@@ -897,6 +906,29 @@ class TrackerState:
             nodes = [self._nodes[name].address for name in islice(others, nodes_max)]
             found.append(Holders(len(holders) - (own in holders), nodes))
         return Located(message.request_id, found)
+
+    def _held_by(self, node: Node, message: WhoHas) -> HeldBy:
+        """A few nodes that have most of these file versions. Drawn, so that a crowd that asks for
+        the same ones is spread over all who have them, of which there soon are many."""
+        left = {version_id: place for place, version_id in enumerate(message.version_ids)}
+        holders: list[BatchHolder] = []
+        for version_id in message.version_ids:
+            known = self._replicas.get(version_id)
+            if not known or version_id not in left:
+                continue
+            first = int(self._rng.random() * max(len(known) - BATCH_DRAWN + 1, 1))
+            drawn = (self._nodes[name] for name in islice(known, first, first + BATCH_DRAWN))
+            candidates = [each for each in drawn if each is not node and not each.silent]
+            held = [[each for each in left if each in it.replicas] for it in candidates]
+            if not held:
+                continue
+            most = max(held, key=len)
+            mask = mask_of(left.pop(each) for each in most)
+            address = candidates[held.index(most)].address
+            holders.append(BatchHolder(address, mask_to_bytes(mask)))
+            if len(holders) == BATCH_HOLDERS_MAX:
+                break
+        return HeldBy(message.request_id, holders)
 
     def _revoke(self, version_id: bytes, reason: str, effects: list[TrackerEffect]) -> None:
         """The source is no longer this file version: who fetches it drops all that it has of it.

@@ -8,6 +8,13 @@ against the chunk's digest. There are no names and no paths in it::
     request   MAC 16 B, kind u8, version id 32 B, chunk u32, chunks held u32
     response  MAC 16 B, status u8, length u32, then ``length`` bytes
 
+Small files are asked for together. Kind 2 has the BLAKE3 of the ids that follow, and their number,
+in place of version id and chunk. The answer has a digest for each before the bytes of all, which
+lie one after the other; 32 zero bytes stand for a file that is not there::
+
+    request   as above, then the version ids, 32 B each
+    response  as above, but with MAC 16 B and the digests, 32 B each, before the ``length`` bytes
+
 Bytes move in threads only, in bounded numbers: ``sendfile`` on the way out; ``recv_into`` and
 digest on the way in. All of these let go of the GIL. An event loop looks after connections that are
 idle or have not proven who they are, so a stranger cannot hold a thread.
@@ -29,7 +36,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -48,7 +55,13 @@ from swarmcache.auth import (
     Keyring,
     SessionKeys,
 )
-from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, ChunkLayout
+from swarmcache.chunks import (
+    CHUNK_SIZE_MAX_BYTES,
+    CHUNK_SIZE_MIN_BYTES,
+    DIGEST_BYTES,
+    ChunkLayout,
+    SmallFile,
+)
 from swarmcache.errors import (
     AuthenticationFailed,
     ChunkAbsent,
@@ -88,8 +101,12 @@ WAKE_BYTES = 64 * 1024
 RATE_PIECES_PER_S = 10  # with a rate limit, bytes move in about so many pieces a second
 RATE_PIECE_MIN_BYTES = 4096
 
-_KIND_CHUNK = 1
+FILES_MAX = 1024  # small files in one request
+FILES_BYTES_MAX = CHUNK_SIZE_MAX_BYTES  # of all of them: both ends have them in memory at once
+
+_KIND_CHUNK, _KIND_FILES = 1, 2
 _OK, _ABSENT, _BUSY, _ERROR = 0, 1, 2, 3
+_ABSENT_FILE = bytes(DIGEST_BYTES)
 _REQUEST = struct.Struct("!B32sII")
 _RESPONSE = struct.Struct("!BI")
 REQUEST_BYTES = MAC_BYTES + _REQUEST.size
@@ -123,6 +140,28 @@ class ChunkRequest:
     version_id: bytes
     chunk: int
     held_chunks: int
+
+    def encode(self) -> bytes:
+        return _REQUEST.pack(_KIND_CHUNK, self.version_id, self.chunk, self.held_chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class FilesRequest:
+    """Which small files are asked for together. ``ids``: their version ids, one after the other."""
+
+    ids: bytes
+
+    @property
+    def version_ids(self) -> list[bytes]:
+        return [self.ids[at : at + DIGEST_BYTES] for at in range(0, len(self.ids), DIGEST_BYTES)]
+
+    @property
+    def digest(self) -> bytes:
+        """What stands for all of them."""
+        return blake3(self.ids).digest()
+
+    def encode(self) -> bytes:
+        return _REQUEST.pack(_KIND_FILES, self.digest, len(self.ids) // DIGEST_BYTES, 0)
 
 
 class RateLimit:
@@ -226,6 +265,7 @@ class _Inbound:
         self.keys: SessionKeys | None = None
         self.timer: asyncio.TimerHandle | None = None
         self._received = b""
+        self._announced: tuple[bytes, int] | None = None  # the ids of small files come next
 
     @property
     def identity(self) -> bytes:
@@ -244,18 +284,30 @@ class _Inbound:
         frame, self._received = self._received, b""
         return frame
 
-    def next_request(self) -> ChunkRequest | None:
-        """The next request if it is there, else None. Never waits."""
-        frame = self.receive(REQUEST_BYTES)
-        if frame is None:
+    def next_request(self) -> ChunkRequest | FilesRequest | None:
+        """The next request if all of it is there, else None. Never waits."""
+        if self._announced is None:
+            frame = self.receive(REQUEST_BYTES)
+            if frame is None:
+                return None
+            assert self.keys is not None, "requests come after the handshake"
+            if self.acceptor.key not in self._keyring.accepted:
+                raise AuthenticationFailed("the secret of this connection was withdrawn")
+            kind, version_id, number, held_chunks = _REQUEST.unpack(self.keys.open(frame))
+            if kind == _KIND_CHUNK:
+                return ChunkRequest(version_id, number, held_chunks)
+            if kind != _KIND_FILES or not 0 < number <= FILES_MAX:
+                raise RemoteError(f"unknown request of kind {kind}")
+            self._announced = (version_id, number)
+        digest, count = self._announced
+        ids = self.receive(count * DIGEST_BYTES)
+        if ids is None:
             return None
-        assert self.keys is not None, "requests come after the handshake"
-        if self.acceptor.key not in self._keyring.accepted:
-            raise AuthenticationFailed("the secret of this connection was withdrawn")
-        kind, version_id, chunk, held_chunks = _REQUEST.unpack(self.keys.open(frame))
-        if kind != _KIND_CHUNK:
-            raise RemoteError(f"unknown kind of request: {kind}")
-        return ChunkRequest(version_id, chunk, held_chunks)
+        self._announced = None
+        request = FilesRequest(ids)
+        if request.digest != digest:
+            raise RemoteError("the ids of small files were changed on their way")
+        return request
 
     def send_header(self, status: int, length: int, flags: int) -> None:
         assert self.keys is not None, "answers come after the handshake"
@@ -289,12 +341,14 @@ class _LastSource:
 
 
 class ChunkServer:
-    """Serves chunks to peers, in ``uploads_max`` threads.
+    """Serves chunks and small files to peers, in ``uploads_max`` threads.
 
     ``open_source(version_id)`` is called in these threads and returns what can be served of a file
-    version, or None; the source is closed when the peer pauses. ``on_uploaded(version_id,
-    size_bytes, peer_identity)`` is called in these threads after each chunk. ``identity`` says who
-    we are to those who connect. Everything else must be called in the event loop.
+    version, or None; the source is closed when the peer pauses. ``read_files(version_ids)``
+    likewise reads those that are here and have one chunk. ``on_uploaded(version_id, size_bytes,
+    peer_identity)`` is called in these threads after each chunk, or all files of a request.
+    ``identity`` says who we are to those who connect. Everything else must be called in the event
+    loop.
     """
 
     def __init__(
@@ -302,6 +356,7 @@ class ChunkServer:
         keyring: Keyring,
         open_source: Callable[[bytes], ChunkSource | None],
         *,
+        read_files: Callable[[Sequence[bytes]], Sequence[SmallFile]],
         uploads_max: int,
         upload_rate_max_bytes_per_s: float | None,
         on_uploaded: Callable[[bytes, int, bytes], None],
@@ -311,6 +366,7 @@ class ChunkServer:
         self._keyring = keyring
         self._identity = identity
         self._open_source = open_source
+        self._read_files = read_files
         self._on_uploaded = on_uploaded
         self._slots = UploadSlots(uploads_max)
         self._rate = RateLimit(upload_rate_max_bytes_per_s)
@@ -418,7 +474,7 @@ class ChunkServer:
             request = connection.next_request()
             if request is None:
                 return
-            upload = Upload(request.version_id, request.held_chunks)
+            upload = _upload(request)
             if not self._slots.admit(upload):
                 connection.send_header(_BUSY, 0, socket.MSG_DONTWAIT)
                 return
@@ -453,7 +509,9 @@ class ChunkServer:
 
     # In the threads of the pool:
 
-    def _serve(self, connection: _Inbound, upload: Upload, request: ChunkRequest | None) -> bool:
+    def _serve(
+        self, connection: _Inbound, upload: Upload, request: ChunkRequest | FilesRequest | None
+    ) -> bool:
         """Answer requests as long as they come without a pause; whether to keep the connection."""
         connection.sock.setblocking(True)  # uvloop makes it non-blocking whenever it watches it
         poll = select.poll()
@@ -461,14 +519,18 @@ class ChunkServer:
         with closing(_LastSource(self._open_source)) as sources:
             try:
                 while request is not None:
-                    self._answer(connection, sources, request.version_id, request.chunk)
+                    if isinstance(request, ChunkRequest):
+                        self._answer(connection, sources, request.version_id, request.chunk)
+                    else:
+                        self._answer_files(connection, request)
                     if self._slots.waiting:
                         return True  # somebody is to have this place
                     poll.poll(NEXT_REQUEST_MS)
                     request = connection.next_request()
                     if request is not None:
-                        upload.version_id = request.version_id
-                        upload.held_chunks = request.held_chunks
+                        following = _upload(request)
+                        upload.version_id = following.version_id
+                        upload.held_chunks = following.held_chunks
             except (OSError, RemoteError) as error:
                 _log.debug("an upload ended: %s", error)
                 return False
@@ -500,6 +562,40 @@ class ChunkServer:
                 raise ConnectionAbortedError("nothing left to send")
             offset += sent
         self._on_uploaded(version_id, length, connection.identity)
+
+    def _answer_files(self, connection: _Inbound, request: FilesRequest) -> None:
+        """Send what is here of many small files, as much as fits into one answer."""
+        version_ids = request.version_ids
+        try:
+            files = self._read_files(version_ids)
+        except (OSError, SwarmcacheError) as error:
+            _log.warning("cannot serve small files: %s", error)
+            connection.send_header(_ERROR, 0, 0)
+            return
+        here: dict[bytes, SmallFile] = {}
+        length = 0
+        for file in files:
+            if length + len(file.data) <= FILES_BYTES_MAX:
+                here[file.version_id] = file
+                length += len(file.data)
+        sent = [here[version_id] for version_id in version_ids if version_id in here]
+        digests = [here[each].digest if each in here else _ABSENT_FILE for each in version_ids]
+        assert connection.keys is not None, "answers come after the handshake"
+        connection.send_header(_OK, length, socket.MSG_MORE)
+        connection.sock.sendall(connection.keys.seal(b"".join(digests)), socket.MSG_MORE)
+        data = memoryview(b"".join([file.data for file in sent]))
+        while data:
+            piece_bytes = self._rate.piece_bytes(len(data))
+            self._rate.wait_for(piece_bytes)
+            connection.sock.sendall(data[:piece_bytes])
+            data = data[piece_bytes:]
+        self._on_uploaded(request.digest, length, connection.identity)
+
+
+def _upload(request: ChunkRequest | FilesRequest) -> Upload:
+    if isinstance(request, ChunkRequest):
+        return Upload(request.version_id, request.held_chunks)
+    return Upload(request.digest, 0)
 
 
 # --- in: fetching from peers --------------------------------------------------------------------
@@ -562,19 +658,28 @@ class _Outbound:
         self.key = initiator.key
         self._keys = initiator.session_keys()
 
-    def ask(self, request: ChunkRequest, patience: _Patience) -> tuple[int, int]:
+    def ask(self, request: ChunkRequest | FilesRequest, patience: _Patience) -> tuple[int, int]:
         """Send a request and wait for the header of its answer: status and length."""
         assert self._keys is not None, "requests come after the handshake"
-        body = _REQUEST.pack(_KIND_CHUNK, request.version_id, request.chunk, request.held_chunks)
-        self._send(self._keys.seal(body))
+        frame = self._keys.seal(request.encode())
+        self._send(frame + request.ids if isinstance(request, FilesRequest) else frame)
         header = bytearray(RESPONSE_BYTES)
         self._fill(memoryview(header), patience)
         status, length = _RESPONSE.unpack(self._keys.open(bytes(header)))
         return status, length
 
-    def receive_chunk(self, into: memoryview, patience: _Patience, rate: RateLimit) -> bytes:
-        """Fill the buffer from the connection; returns the digest of what came."""
-        hasher = blake3()
+    def receive_digests(self, count: int, patience: _Patience) -> list[bytes]:
+        """What precedes the bytes of small files. Raises AuthenticationFailed."""
+        assert self._keys is not None, "answers come after the handshake"
+        frame = bytearray(MAC_BYTES + count * DIGEST_BYTES)
+        self._fill(memoryview(frame), patience)
+        digests = self._keys.open(bytes(frame))
+        return [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
+
+    def receive_pieces(
+        self, into: memoryview, patience: _Patience, rate: RateLimit
+    ) -> Iterator[memoryview]:
+        """Fill the buffer from the connection; gives each part as soon as it is there."""
         size_bytes = len(into)
         filled = 0
         while filled < size_bytes:
@@ -583,8 +688,14 @@ class _Outbound:
             patience.moved()  # that wait was ours
             piece = into[filled : filled + piece_bytes]
             self._fill(piece, patience)
-            hasher.update(piece)
+            yield piece
             filled += piece_bytes
+
+    def receive_chunk(self, into: memoryview, patience: _Patience, rate: RateLimit) -> bytes:
+        """Fill the buffer from the connection; returns the digest of what came."""
+        hasher = blake3()
+        for piece in self.receive_pieces(into, patience, rate):
+            hasher.update(piece)
         return hasher.digest()
 
     def _send(self, frame: bytes) -> None:
@@ -733,6 +844,14 @@ class _Connections:
             del self._buckets[bucket.peer]
 
 
+class FileCorrupt(ChunkCorrupt):
+    """A small file does not have the digest that its holder named; ``version_id`` says which."""
+
+    def __init__(self, version_id: bytes) -> None:
+        super().__init__(f"wrong bytes of {version_id.hex()}")
+        self.version_id = version_id
+
+
 class _CopyUnreadable(PeerUnavailable):
     """The peer answered, but cannot serve: its connections are good."""
 
@@ -788,6 +907,31 @@ class ChunkFetcher:
             self._fetch, peer, request, length, digest, write, deadline_s, stall_s
         )
 
+    def fetch_files(
+        self,
+        peer: tuple[str, int],
+        files: Sequence[tuple[bytes, int]],
+        take: Callable[[list[SmallFile]], None],
+        deadline_s: float,
+        stall_s: float,
+    ) -> None:
+        """Fetch small files, each given by version id and size, from the data port of a peer.
+
+        Waits for them, so it belongs into a worker thread. ``take`` is called once with those that
+        the peer has, every one of them verified, and must not keep their bytes.
+
+        Raises PeerUnavailable, PeerBusy, ChunkCorrupt as ``fetch`` does, or what ``take`` raises.
+        """
+        assert 0 < len(files) <= FILES_MAX, "too many files for one request"
+        most_bytes = sum(size_bytes for _, size_bytes in files)
+        with self._buffers.lend(most_bytes) as view:
+            with self._told_apart(peer):
+                found = self._receive_files(peer, files, view, _Patience(deadline_s, stall_s))
+            wrong = [file for file in found if blake3(file.data).digest() != file.digest]
+            if wrong:
+                raise FileCorrupt(wrong[0].version_id)
+            take(found)
+
     def forget(self, peer: tuple[str, int]) -> None:
         """Close the idle connections to a peer, and those in use when their chunk is done."""
         self._connections.forget(peer)
@@ -809,23 +953,62 @@ class ChunkFetcher:
         stall_s: float,
     ) -> int:
         with self._buffers.lend(length) as view:
-            patience = _Patience(deadline_s, stall_s)
-            try:
-                got = self._receive(peer, request, view, patience)
-            except (OSError, RemoteError) as error:
-                if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
-                    raise
-                if not isinstance(error, _CopyUnreadable):
-                    # Its other idle connections went the same way (it was cut off, say), and each
-                    # would cost the next request as long.
-                    self._connections.forget(peer)
-                raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
+            with self._told_apart(peer):
+                got = self._receive(peer, request, view, _Patience(deadline_s, stall_s))
             if got != digest:
                 raise ChunkCorrupt(
                     f"chunk {request.chunk} from {peer[0]}:{peer[1]} has another digest"
                 )
             write(view)
         return length
+
+    @contextmanager
+    def _told_apart(self, peer: tuple[str, int]) -> Iterator[None]:
+        """Whatever ends a connection is PeerUnavailable; an answer of the peer is what it is."""
+        try:
+            yield
+        except (OSError, RemoteError) as error:
+            if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
+                raise
+            if not isinstance(error, _CopyUnreadable):
+                # Its other idle connections went the same way (it was cut off, say), and each
+                # would cost the next request as long.
+                self._connections.forget(peer)
+            raise PeerUnavailable(f"{peer[0]}:{peer[1]}: {error}") from error
+
+    def _receive_files(
+        self,
+        peer: tuple[str, int],
+        files: Sequence[tuple[bytes, int]],
+        into: memoryview,
+        patience: _Patience,
+    ) -> list[SmallFile]:
+        """Receive what the peer has of these files. The connection is free again afterwards."""
+        request = FilesRequest(b"".join([version_id for version_id, _ in files]))
+        connection, status, length = self._ask(peer, request, patience)
+        if status != _OK:
+            self._connections.give_back(connection)
+            if status == _BUSY:
+                raise PeerBusy("all upload slots of the peer are taken")
+            raise _CopyUnreadable("the peer cannot read its copies")
+        try:
+            found: list[SmallFile] = []
+            filled = 0
+            digests = connection.receive_digests(len(files), patience)
+            for (version_id, size_bytes), digest in zip(files, digests, strict=True):
+                if digest != _ABSENT_FILE:
+                    view = into[filled : filled + size_bytes]
+                    found.append(SmallFile(version_id, digest, view))
+                    filled += size_bytes
+            if length != filled:
+                raise FileCorrupt(files[0][0])
+            for _ in connection.receive_pieces(into[:filled], patience, self._rate):
+                pass
+        except BaseException:
+            self._connections.drop(connection)
+            raise
+        self._connections.give_back(connection)
+        return found
 
     def _receive(
         self,
@@ -854,7 +1037,7 @@ class ChunkFetcher:
         raise _CopyUnreadable("the peer cannot read its copy")
 
     def _ask(
-        self, peer: tuple[str, int], request: ChunkRequest, patience: _Patience
+        self, peer: tuple[str, int], request: ChunkRequest | FilesRequest, patience: _Patience
     ) -> tuple[_Outbound, int, int]:
         """Ask on an idle connection, or on a new one if the peer has closed those."""
         while True:

@@ -18,7 +18,7 @@ import shlex
 import stat
 import struct
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -137,6 +137,38 @@ class UserTree:
                 raise CacheDirUnusable(f"{shown} is not a file of swarmcache: move it away")
             _hard_link(object_at, scratch_at)
             os.rename(scratch_at[0], name, src_dir_fd=scratch_at[1], dst_dir_fd=parent_fd)
+
+    def link_all(
+        self, user: User, objects: Mapping[bytes, str], objects_fd: int
+    ) -> dict[bytes, LocalError]:
+        """Make the user's hard links to objects, given by name and the real path of the source.
+
+        As ``link`` for each, but nothing gives way to one. Returns why those could not be made that
+        could not. Raises LocalError when the disk fails.
+        """
+        failed: dict[bytes, LocalError] = {}
+        by_directory: dict[bytes, list[bytes]] = {}
+        for path in objects:
+            try:
+                self.path(user, path)
+            except CacheDirUnusable as error:
+                failed[path] = error
+            else:
+                by_directory.setdefault(os.path.dirname(path), []).append(path)
+        for directory, paths in by_directory.items():
+            shown = os.fsdecode(directory)
+            try:
+                with self._lock, ExitStack() as stack, disk_errors(f"make links in {shown}"):
+                    parent_fd, _ = self._walk(stack, user, paths[0], make=True)[-1]
+                    for path in paths:
+                        try:
+                            target = (os.path.basename(path), parent_fd)
+                            _hard_link((objects[path], objects_fd), target)
+                        except FileExistsError as error:
+                            failed[path] = CacheDirUnusable(f"something is in the way: {error}")
+            except CacheDirUnusable as error:
+                failed |= dict.fromkeys(paths, error)
+        return failed
 
     def unlink(self, user: User, real_path: bytes, inode: int) -> None:
         """Remove the user's link if it is one to ``inode``, and directories left empty by that.

@@ -274,6 +274,10 @@ class Recorder:
         do(fd)
         self.records.append(Sync(self._fds[fd]))
 
+    def _syncfs(self, do: Do, fd: int) -> None:
+        do(fd)
+        self.records += [Sync(node) for node in self._nodes.values()]
+
     # --- calls of SQLite ----------------------------------------------------------------------
 
     def _sqlite_open(self, do: Do, path: str, _flags: int) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from swarmcache.cache_dir import CacheDir, Partial, User
 from swarmcache.cache_index import CacheIndex
-from swarmcache.chunks import FileVersion
+from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion, SmallFile
 from swarmcache.errors import CacheDirUnusable, NoSpace
 
 # The scripts import everything from here.
@@ -36,6 +36,7 @@ __all__ = [
     "blake3",
     "change_index",
     "fill",
+    "install_together",
     "killed",
     "left_in_partial",
     "make_old",
@@ -46,6 +47,7 @@ __all__ = [
     "publish",
     "recovered",
     "run_as",
+    "small_file",
     "write",
 ]
 
@@ -87,6 +89,23 @@ def fill(partial: Partial, data: bytes) -> Partial:
 
 def publish(cache: CacheDir, version: FileVersion, data: bytes, *users: User) -> dict[int, str]:
     return fill(cache.begin(version, CHUNK_BYTES), data).publish(users or [ME])
+
+
+def install_together(
+    cache: CacheDir, files: Sequence[tuple[FileVersion, bytes]], users: Sequence[User]
+) -> list[bytes]:
+    """Small files come together from a peer; returns the version ids of those that are kept."""
+    batch = cache.begin_batch([version for version, _ in files], CHUNK_SIZE_MIN_BYTES)
+    if batch is None:
+        return []
+    try:
+        return batch.install([small_file(*file) for file in files], users)
+    finally:
+        batch.close()
+
+
+def small_file(version: FileVersion, data: bytes) -> SmallFile:
+    return SmallFile(version.version_id, blake3(data).digest(), data)
 
 
 def recovered(cache: CacheDir) -> list[bytes]:

@@ -34,7 +34,7 @@ _SQLITE_IOERR_KINDS = {
 # What needs room on the disk, or may need it.
 _ALLOCATING = {
     *("fallocate", "fsync", "ftruncate", "link", "makedirs", "mkdir", "pwrite", "rename"),
-    *("setxattr", "sqlite_shm_map", "sqlite_sync", "sqlite_write", "write"),
+    *("setxattr", "sqlite_shm_map", "sqlite_sync", "sqlite_write", "syncfs", "write"),
 }
 _CHANGING = _ALLOCATING | {
     *("chmod", "fchmod", "removexattr", "rmdir", "unlink", "utime"),

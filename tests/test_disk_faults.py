@@ -18,12 +18,20 @@ from swarmcache.chunks import FileVersion
 from swarmcache.errors import LocalError
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.cache_checks import assert_right, assert_sound
-from tests.disk_helpers import CHUNK_BYTES, ME, a_file, open_cache, write
+from tests.disk_helpers import (
+    CHUNK_BYTES,
+    ME,
+    a_file,
+    install_together,
+    open_cache,
+    small_file,
+    write,
+)
 from tests.faulty_disk import FAULTS, Call, CallCounter, Fault, FaultyDisk, KilledAt
 from tests.watched_disk import Watcher, watched
 
 SIZE_BYTES = 3 * CHUNK_BYTES + 1
-ROOM_BYTES = 4 * (SIZE_BYTES + 4 * CHUNK_BYTES)  # of some files, with all that is counted for each
+ROOM_BYTES = 6 * (SIZE_BYTES + 4 * CHUNK_BYTES)  # of some files, with all that is counted for each
 OTHER = User(os.geteuid(), "other")
 
 # Calls from the same place in the code are let fail twice at most, and where that leaves many, only
@@ -43,7 +51,8 @@ NEWER = a_file(SIZE_BYTES, b"/nfs/new", 4)  # another version of the same source
 GIVEN_UP = a_file(SIZE_BYTES, b"/nfs/given up", 5)
 LEFT = a_file(SIZE_BYTES, b"/nfs/left", 6)
 EVICTING = a_file(SIZE_BYTES, b"/nfs/evicting", 7)  # comes when there is no room left
-ALL = [OLD, BEGUN, NEW, NEWER, GIVEN_UP, LEFT, EVICTING]
+TOGETHER = [a_file(SIZE_BYTES, b"/nfs/together/%d" % number, number) for number in (8, 9)]
+ALL = [OLD, BEGUN, NEW, NEWER, GIVEN_UP, LEFT, EVICTING, *TOGETHER]
 
 
 class Life:
@@ -85,6 +94,8 @@ class Life:
         self.drop(NEW)  # another version of the source comes in its place
         self.attempt(self.get, cache, NEWER, [ME])
         self.attempt(self.make_durable, cache, NEWER)
+        self.attempt(self.get_together, cache, TOGETHER, [ME, OTHER])
+        self.attempt(self.make_all_durable, cache, TOGETHER)
         for end in (Partial.discard, Partial.close):
             version, data = GIVEN_UP if end is Partial.discard else LEFT
             partial = self.attempt(cache.begin, version, CHUNK_BYTES)
@@ -126,6 +137,29 @@ class Life:
             raise
         self.note(cache, file, *published.values())
         cache.manifest(version.version_id)
+
+    def get_together(
+        self, cache: CacheDir, files: list[tuple[FileVersion, bytes]], users: list[User]
+    ) -> None:
+        """As the daemon does with small files from a peer."""
+        for version, _ in files:
+            cache.lookup(version, users[0])
+        install_together(cache, files, users)
+        served = {
+            each.version_id: each for each in cache.read_files([v.version_id for v, _ in files])
+        }
+        for file in files:
+            version, _ = file
+            self.note(cache, file, *[self.attempt(cache.lookup, version, user) for user in users])
+            if version.version_id in served:
+                assert served[version.version_id] == small_file(*file), "a peer gets wrong bytes"
+
+    def make_all_durable(self, cache: CacheDir, files: list[tuple[FileVersion, bytes]]) -> None:
+        try:
+            cache.make_all_durable([version.version_id for version, _ in files])
+        except LocalError:
+            self.drop(*files)
+            raise
 
     def drop(self, *files: tuple[FileVersion, bytes]) -> None:
         """Nobody has a right to these any more."""

@@ -1,7 +1,8 @@
 """``kill -9`` of a real daemon, again and again, in the middle of everything it does.
 
 The cache is on a small disk of its own that holds a part of the files only, so that it must evict
-all the time. Some files are pinned: those must be there for ever once they were answered.
+all the time. Some files are pinned: those must be there for ever once they were answered. A peer
+that is not killed has the small files, so that those come together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ LIFE_S_MAX = 0.7
 JOBS = 4
 DISK_MIB = 96
 MIB = 1 << 20
-SIZES = [3 * MIB + 1] * 12 + [64 * 1024] * 12 + [0]
+SMALL_BYTES = 64 * 1024
+SIZES = [3 * MIB + 1] * 12 + [SMALL_BYTES] * 24 + [0]
+TOGETHER = 8
 PINNED = 8
 CHUNK_BYTES = 256 * 1024
 PATIENCE_S = 60.0
@@ -50,6 +53,7 @@ class Workload:
     answered: set[Path] = field(default_factory=set)
     hits: int = 0
     copies: int = 0
+    together: int = 0
     refused: int = 0
     gone: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -68,14 +72,20 @@ class Workload:
         self.data[path] = random.randbytes(len(self.data[path]) + 1)
         path.write_bytes(self.data[path])
 
+    def small(self) -> list[Path]:
+        """The files that may come together."""
+        return sorted(path for path, data in self.data.items() if 0 < len(data) <= 2 * SMALL_BYTES)
+
+    def file_server(self) -> str:
+        return f'[file_servers.sources]\npaths = ["{self.directory}"]\n'
+
     def settings(self) -> str:
         return f"""
             [cache]
             min_free = "8MiB"
             max_usage = "44MiB"
             min_age = "0s"
-            [file_servers.sources]
-            paths = ["{self.directory}"]
+            {self.file_server()}
         """
 
     def version(self, path: Path) -> FileVersion:
@@ -110,10 +120,15 @@ def jobs_until(node: LocalNode, workload: Workload, ended: threading.Event, rand
     """Jobs that get one file after the other, until the daemon is dead."""
     with Client(bytes(node.socket)) as client:
         while not ended.is_set():
-            path = random.choice(sorted(workload.data))
-            answer = client.get(path, timeout_s=PATIENCE_S)
-            if not ended.is_set():  # or else it is the answer of a client whose daemon is gone
+            paths = random.sample(workload.small(), TOGETHER)
+            if random.random() < 0.5:
+                paths = [random.choice(sorted(workload.data))]
+            answers = client.get_many(paths, timeout_s=PATIENCE_S)
+            if ended.is_set():  # or else they are those of a client whose daemon is gone
+                return
+            for path, answer in zip(paths, answers, strict=True):
                 workload.look_at(path, answer)
+                workload.together += not answer.hit and len(paths) > 1 and answer.cached
 
 
 def live_and_die(node: LocalNode, workload: Workload, random: Random) -> None:
@@ -174,6 +189,7 @@ def test_no_kill_at_any_moment_loses_or_spoils_a_file(place: Path, disk: LoopDis
     root = disk.path / "cache"
     with LocalDaemons(place) as local:
         local.start_tracker()
+        local.start_daemon("b", workload.file_server()).get(*workload.small())
         node = local.start_daemon("a", workload.settings(), root)
         for path in workload.pinned:
             node.get(path)
@@ -189,6 +205,8 @@ def test_no_kill_at_any_moment_loses_or_spoils_a_file(place: Path, disk: LoopDis
         node.end()
     look_inside(root, workload)
 
-    counts = f"{workload.hits} hits, {workload.copies} copies, {workload.refused} without room"
+    counts = f"{workload.hits} hits, {workload.copies} copies, {workload.together} of them together"
+    counts += f", {workload.refused} without room"
     print(f"{CYCLES} kills: {counts}, {workload.gone} evicted before they were opened")
     assert workload.hits + workload.copies > 0
+    assert workload.together > 0

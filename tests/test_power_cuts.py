@@ -22,7 +22,16 @@ from swarmcache.errors import CacheDirUnusable
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.cache_checks import assert_right, assert_sound
 from tests.crash_states import Disk, Mark, Record, Recorder, State, in_order, loose
-from tests.disk_helpers import CHUNK_BYTES, ME, a_file, fill, open_cache, publish, write
+from tests.disk_helpers import (
+    CHUNK_BYTES,
+    ME,
+    a_file,
+    fill,
+    install_together,
+    open_cache,
+    publish,
+    write,
+)
 from tests.watched_disk import watched
 
 SEED = 20_141_006
@@ -34,7 +43,8 @@ SIZE_BYTES = CHUNK_BYTES + 1
 FILE = a_file(SIZE_BYTES, b"/nfs/file", 1)
 NEWER = a_file(SIZE_BYTES, b"/nfs/file", 2)  # another version of the same source
 BESIDE = a_file(SIZE_BYTES, b"/nfs/beside", 3)
-FILES = [FILE, NEWER, BESIDE]
+BELOW = a_file(SIZE_BYTES, b"/nfs/directory/below", 4)
+FILES = [FILE, NEWER, BESIDE, BELOW]
 
 Say = Callable[[object], None]
 Model = Callable[[Recorder, Random], Iterator[State]]
@@ -134,7 +144,23 @@ def evicted(root: Path, say: Say) -> None:
     cache.close()
 
 
-SCENARIOS = [first_life, second_user, newer_version, dropped, resumed, found_rotten, evicted]
+def together(root: Path, say: Say) -> None:
+    """Small files come together."""
+    cache = open_cache(root)
+    list(cache.list_objects())
+    assert install_together(cache, [BESIDE, BELOW], [ME, OTHER]) != []
+    for version, _ in (BESIDE, BELOW):
+        say(("syncing", version.version_id))
+    cache.make_all_durable([BESIDE[0].version_id, BELOW[0].version_id])
+    for version, _ in (BESIDE, BELOW):
+        say(("durable", version.version_id))
+    cache.close()
+
+
+SCENARIOS = [
+    *(first_life, second_user, newer_version, dropped, resumed, found_rotten, evicted),
+    together,
+]
 
 
 # --- what must be true afterwards -----------------------------------------------------------------

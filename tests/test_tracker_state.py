@@ -16,7 +16,9 @@ from swarmcache.handover import LEASE_S
 from swarmcache.messages import (
     LOCATE_MAX,
     LOCATED_NODES_MAX,
+    BatchHolder,
     Heartbeat,
+    HeldBy,
     HeldLease,
     Holders,
     Holding,
@@ -44,6 +46,7 @@ from swarmcache.messages import (
     StatusRequest,
     Suspected,
     ToTracker,
+    WhoHas,
 )
 from swarmcache.tracker_events import (
     CloseSession,
@@ -1039,6 +1042,45 @@ def test_an_answer_about_holders_is_short_enough_to_be_sent() -> None:
         data = messages.encode(answer)
         assert len(data) < messages.MESSAGE_MAX_BYTES
         assert messages.decode_from_tracker(data) == answer
+
+
+def test_for_many_small_files_a_few_holders_are_named_and_each_file_with_one_of_them() -> None:
+    bench = Bench()
+    bench.connect("a", "b", "c", "d")
+    ids = [b"%032d" % number for number in range(8)]
+    bench.say("a", Replicas(ids))
+    bench.say("b", Replicas(ids[:6]))
+    bench.say("c", Replicas(ids[4:7]))
+
+    bench.say("a", WhoHas(1, [*ids, b"n" * 32]))
+    bench.say("d", WhoHas(2, ids))
+    bench.say("d", WhoHas(3, [b"n" * 32]))
+
+    to_a = bench.messages(HeldBy, "a")[0]
+    assert {holder.address.node for holder in to_a.holders} == {"b", "c"}
+    masks = [mask_from_bytes(holder.held) for holder in to_a.holders]
+    assert masks[0] & masks[1] == 0 and masks[0] | masks[1] == 0b01111111
+    to_d, nobody = bench.messages(HeldBy, "d")
+    assert to_d == HeldBy(2, [BatchHolder(NodeAddress("a", 7382), b"\xff")])
+    assert nobody == HeldBy(3, [])
+
+
+def test_a_crowd_that_wants_the_same_small_files_is_spread_over_all_holders() -> None:
+    bench = Bench()
+    holders = [f"h{number:02}" for number in range(20)]
+    ids = [b"%032d" % number for number in range(64)]
+    bench.connect(*holders, "asks")
+    for holder in holders:
+        bench.say(holder, Replicas(ids))
+
+    for number in range(200):
+        bench.say("asks", WhoHas(number, ids))
+
+    answers = bench.messages(HeldBy)
+    assert all(len(answer.holders) == 1 for answer in answers)
+    assert len({answer.holders[0].address.node for answer in answers}) >= 15
+    longest = messages.encode(answers[0])
+    assert messages.decode_from_tracker(longest) == answers[0]
 
 
 names = st.sampled_from(["a", "b", "c"])

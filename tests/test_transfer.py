@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -26,7 +26,7 @@ from swarmcache.auth import (
     Purpose,
     SessionKeys,
 )
-from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, ChunkLayout
+from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, ChunkLayout, SmallFile
 from swarmcache.errors import (
     ChunkAbsent,
     ChunkCorrupt,
@@ -82,11 +82,13 @@ async def serving(
     keyring: Keyring = KEY,
     uploads_max: int = 4,
     rate: float | None = None,
+    read_files: Callable[[Sequence[bytes]], Sequence[SmallFile]] = lambda version_ids: [],
     uploaded: list[tuple[bytes, int, bytes]] | None = None,
 ) -> AsyncIterator[tuple[str, int]]:
     server = ChunkServer(
         keyring,
         open_source,
+        read_files=read_files,
         uploads_max=uploads_max,
         upload_rate_max_bytes_per_s=rate,
         on_uploaded=lambda *what: None if uploaded is None else uploaded.append(what),
@@ -722,3 +724,72 @@ def test_a_rate_limit_lets_small_pieces_pass_at_an_even_pace() -> None:
     assert RateLimit(None).piece_bytes(1 << 24) == 1 << 24
     assert RateLimit(1e6).piece_bytes(1 << 24) == 100_000
     assert RateLimit(10.0).piece_bytes(1 << 24) == transfer.RATE_PIECE_MIN_BYTES
+
+
+# --- small files together ------------------------------------------------------------------------
+
+SMALL = [
+    SmallFile(b"%032d" % number, blake3(data).digest(), data)
+    for number, data in enumerate([b"one", b"two" * 5000, b"three" * 50_000])
+]
+
+
+def sizes_of(files: Sequence[SmallFile]) -> list[tuple[bytes, int]]:
+    return [(file.version_id, len(file.data)) for file in files]
+
+
+async def fetch_together(
+    fetcher: ChunkFetcher, peer: tuple[str, int], files: Sequence[tuple[bytes, int]]
+) -> list[SmallFile]:
+    """What came; the bytes are copied."""
+    came: list[SmallFile] = []
+
+    def take(files: list[SmallFile]) -> None:
+        came.extend(SmallFile(file.version_id, file.digest, bytes(file.data)) for file in files)
+
+    await asyncio.to_thread(fetcher.fetch_files, peer, files, take, 10.0, 5.0)
+    return came
+
+
+async def test_small_files_come_together_and_what_is_not_there_is_left_out(path: Path) -> None:
+    uploaded: list[tuple[bytes, int, bytes]] = []
+    asked: list[list[bytes]] = []
+
+    def read_files(version_ids: Sequence[bytes]) -> list[SmallFile]:
+        asked.append(list(version_ids))
+        return [SMALL[2], SMALL[0]]
+
+    async with serving(
+        lambda _: Source(path, LAYOUT), read_files=read_files, uploaded=uploaded
+    ) as peer:
+        with fetching() as fetcher:
+            assert await fetch_together(fetcher, peer, sizes_of(SMALL)) == [SMALL[0], SMALL[2]]
+            # The connection is good for whatever comes next.
+            await asyncio.wrap_future(fetch(fetcher, peer, 0))
+            assert await fetch_together(fetcher, peer, sizes_of(SMALL)) == [SMALL[0], SMALL[2]]
+    assert asked == [[file.version_id for file in SMALL]] * 2
+    sizes = [size_bytes for _, size_bytes, _ in uploaded]
+    assert sizes == [250_003, len(chunk_bytes(0)), 250_003]
+
+
+@pytest.mark.parametrize("wrong", [b"ONE", b"one more byte", b""])
+async def test_of_small_files_with_wrong_bytes_among_them_none_is_taken(wrong: bytes) -> None:
+    sent = [SmallFile(SMALL[0].version_id, SMALL[0].digest, wrong), SMALL[1]]
+    came: list[SmallFile] = []
+    async with serving(lambda _: None, read_files=lambda _: sent) as peer:
+        with fetching() as fetcher, pytest.raises(transfer.FileCorrupt) as raised:
+            came = await fetch_together(fetcher, peer, sizes_of(SMALL[:2]))
+    assert raised.value.version_id == SMALL[0].version_id
+    assert came == []
+
+
+async def test_a_holder_that_cannot_read_or_is_gone_is_unavailable() -> None:
+    def read_files(_: Sequence[bytes]) -> list[SmallFile]:
+        raise OSError(5, "Input/output error")
+
+    with fetching() as fetcher:
+        async with serving(lambda _: None, read_files=read_files) as peer:
+            with pytest.raises(PeerUnavailable):
+                await fetch_together(fetcher, peer, sizes_of(SMALL))
+        with pytest.raises(PeerUnavailable):
+            await fetch_together(fetcher, peer, sizes_of(SMALL))

@@ -1,9 +1,9 @@
 """Every call that the disk code makes to the kernel, seen and steered by a test.
 
-``watched(watcher)`` puts stand-ins for the modules ``os`` and ``fcntl`` and for the C library's
-``fallocate`` into all loaded modules of swarmcache, and a file system layer ("VFS") of our own
-into SQLite. Each call comes to ``watcher.call`` with what would carry it out, so that a watcher can
-count, record, alter or fail it. Outside of the ``with`` block nothing is changed.
+``watched(watcher)`` puts stand-ins for the modules ``os`` and ``fcntl`` and for ``fallocate`` and
+``syncfs`` of the C library into all loaded modules of swarmcache, and a file system layer ("VFS")
+of our own into SQLite. Each call comes to ``watcher.call`` with what would carry it out, so that a
+watcher can count, record, alter or fail it. Outside of the ``with`` block nothing is changed.
 
 SQLite's part is its documented interface for this (https://sqlite.org/vfs.html), spoken through
 ctypes: a copy of the standard layer whose functions ask the watcher first.
@@ -34,6 +34,7 @@ OS_CALLS = {
     *("fdatasync", "read", "readlink", "symlink", "write"),
 }
 FCNTL_CALLS = {"flock", "fcntl"}
+LIBC_CALLS = ("fallocate", "syncfs")
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -46,7 +47,7 @@ SQLITE_IOERR = 10
 class Watcher(Protocol):
     """Decides what becomes of a call.
 
-    ``name`` is that of the function in ``os`` or ``fcntl``, "fallocate", "read" for what a file
+    ``name`` is that of the function in ``os``, ``fcntl`` or the C library, "read" for what a file
     object reads, or "sqlite_open", "sqlite_write" and so on. ``do`` carries the call out and takes
     the same arguments. Calls of SQLite return its result codes; their first argument is a path.
     """
@@ -113,7 +114,9 @@ def watched(watcher: Watcher) -> Iterator[None]:
         for name, (real, stand_in) in stand_ins.items()
         if vars(module).get(name) is real
     ]
-    replaced.append((disk_calls, "_fallocate", vars(disk_calls)["_fallocate"], _fallocate(watcher)))
+    for name in LIBC_CALLS:
+        real = vars(disk_calls)[f"_{name}"]
+        replaced.append((disk_calls, f"_{name}", real, _of_libc(watcher, name, real)))
     for module, name, _, stand_in in replaced:
         setattr(module, name, stand_in)
     try:
@@ -124,23 +127,23 @@ def watched(watcher: Watcher) -> Iterator[None]:
             setattr(module, name, real)
 
 
-def _fallocate(watcher: Watcher) -> Callable[..., int]:
-    real = vars(disk_calls)["_fallocate"]
+def _of_libc(watcher: Watcher, name: str, real: Callable[..., int]) -> Callable[..., int]:
+    """A function of the C library that tells of a failure by its result and ``errno``."""
 
     def do(*arguments: int) -> None:
         if real(*arguments) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
-    def fallocate(*arguments: int) -> int:
+    def call(*arguments: int) -> int:
         try:
-            watcher.call("fallocate", arguments, {}, do)
+            watcher.call(name, arguments, {}, do)
         except OSError as error:
             ctypes.set_errno(error.errno or errno.EIO)
             return -1
         return 0
 
-    return fallocate
+    return call
 
 
 # --- SQLite ---------------------------------------------------------------------------------------
