@@ -209,7 +209,7 @@ class Prefetch:
         """Returns when the client knows of each node that was asked."""
         nodes, reason = await self._requests.known_nodes(self._request.nodes)
         if reason:
-            self._connection.send(Notice(f"not all nodes are known: {reason}"))
+            self._connection.send(Notice(f"there may be nodes that are not known here: {reason}"))
         if all(each.node != self._own for each in nodes):
             nodes.append(KnownNode(self._own, self._requests.address.name))
         self._names = {each.node: each.name for each in nodes}

@@ -17,8 +17,9 @@ from swarmcache.client import Client
 from swarmcache.commands import run
 from swarmcache.local_protocol import CachedFile, Ls
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
+from tests.box import wait_until
 from tests.disk_helpers import needs_root
-from tests.local_daemons import LocalDaemons, LocalNode
+from tests.local_daemons import PATIENCE_S, LocalDaemons, LocalNode
 
 pytestmark = pytest.mark.slow
 
@@ -237,6 +238,27 @@ def test_a_file_of_this_machine_alone_goes_nowhere(
     assert "it is on a file system that only this machine sees" in err
 
 
+def test_files_are_brought_to_nodes_while_the_tracker_is_away(tmp_path: Path) -> None:
+    """One of the nodes stands in for it."""
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(SIZE_BYTES))
+    settings = f'[file_servers.fs]\npaths = ["{tmp_path}"]\n'
+    with LocalDaemons(tmp_path) as local:
+        tracker = local.start_tracker()
+        nodes = [local.start_daemon(name, settings) for name in "ab"]
+        wait_until(
+            lambda: all(node.status()["node"]["gossip"]["others"] == 1 for node in nodes),
+            PATIENCE_S,
+            "the other node",
+        )
+        tracker.kill()
+
+        done = nodes[0].run("prefetch", "--all", file)
+
+        assert (done.returncode, len(done.stdout.splitlines())) == (0, 2), done.stderr
+        assert all(node.listed(file)[0]["verified"] for node in nodes)
+
+
 def test_without_a_tracker_the_reason_is_told_and_this_node_is_the_only_one(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,5 +269,7 @@ def test_without_a_tracker_the_reason_is_told_and_this_node_is_the_only_one(
         done = node.run("prefetch", "--nodes", "2", file)
 
     assert done.returncode == 3
-    assert b"not all nodes are known: no connection to the tracker" in done.stderr
+    assert (
+        b"there may be nodes that are not known here: no connection to the tracker" in done.stderr
+    )
     assert b"0 of 2 nodes have all files" in done.stderr
