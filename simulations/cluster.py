@@ -36,7 +36,8 @@ from simulations.processes import Processes
 from simulations.racks import racks_of
 from simulations.readings import Readings
 from simulations.settings import FILE_SERVER, USER, ClusterSettings
-from simulations.tracker_host import TrackerHost
+from simulations.stand_ins import StandIns
+from simulations.tracker_host import Host, TrackerHost
 from simulations.transfers import Transfers
 from simulations.writers import Writers
 from swarmcache.chunks import FileVersion, choose_chunk_size
@@ -73,6 +74,7 @@ from swarmcache.peer_events import (
     TellTracker,
 )
 from swarmcache.peer_events import TimePassed as PeerTimePassed
+from swarmcache.stand_in import TrackerReached
 from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
@@ -129,6 +131,9 @@ class Cluster:
         self.writers = Writers(self)
         self.disks = DiskWork(self, settings)
         self.processes = Processes(self)
+        self.stand_ins = StandIns(self)
+        for node in self.node_list:
+            self.stand_ins.begin_daemon(node)
         self._until_check = settings.check_every
 
     # --- what a scenario asks for ----------------------------------------------------------------
@@ -136,7 +141,7 @@ class Cluster:
     def connect_all(self) -> None:
         """Every node connects to the tracker now."""
         for node in self.node_list:
-            self.control.connect_to_tracker(node)
+            self.stand_ins.tell(node, TrackerReached())
 
     def want_file(
         self,
@@ -283,11 +288,13 @@ class Cluster:
             node.armed_s = max(node.clock.when(wake_at_s), math.nextafter(now_s, math.inf))
             self.engine.at(node.armed_s, self._wake, node)
 
-    def tell_tracker(self, event: TrackerEvent) -> None:
-        """Give the tracker an event, carry out what it wants, see when to wake it."""
-        host = self.tracker
+    def _told_tracker(self, late: tuple[Host, TrackerEvent]) -> None:
+        self.tell_tracker(*late)
+
+    def tell_tracker(self, host: Host, event: TrackerEvent) -> None:
+        """Give the tracker, or who stands in, an event; do what it wants, see when to wake it."""
         if host.stopped:
-            host.inbox.append((self.tell_tracker, event))
+            host.inbox.append((self._told_tracker, (host, event)))
         if host.stopped or not host.alive:
             return
         now_s = self.engine.now_s
@@ -296,7 +303,7 @@ class Cluster:
         for effect in effects:
             match effect:
                 case Tell():
-                    self.control.tell_from_tracker(effect.session, effect.message, delivery)
+                    self.control.tell_from_tracker(host, effect.session, effect.message, delivery)
                 case CloseSession():
                     if not self.settings.originals:
                         raise SimulationFailed(f"the tracker closed a session: {effect.reason}")
@@ -307,13 +314,13 @@ class Cluster:
                 case JournalEnd():
                     host.note_end(effect.lease_id)
                 case JournalPresent():
-                    host.present_s = host.clock.read(now_s)
+                    host.note_present(now_s)
         if delivery:
             self.engine.at(now_s + self.settings.latency_s, self.control.deliver, delivery)
         self.machine_events += 1
         if self.strict:
             host.machine.check()
-        self.arm_tracker()
+        self.arm_tracker(host)
 
     def _check_grant(self) -> None:
         """A slot is granted: by their own clocks, fewer than all are in use, whoever is stopped or
@@ -327,23 +334,21 @@ class Cluster:
         if used >= self.settings.slots_max:
             raise SimulationFailed(f"granted at {now_s:.3f} s, when all slots were in use")
 
-    def arm_tracker(self) -> None:
-        """See to it that the tracker is woken when it wants."""
-        host = self.tracker
+    def arm_tracker(self, host: Host) -> None:
+        """See to it that it is woken when it wants."""
         wake_at_s = host.machine.wake_at_s()
         if wake_at_s is not None:
             at_s = host.clock.when(wake_at_s)
             if at_s < host.armed_s:
                 host.armed_s = at_s
-                self.engine.at(max(at_s, self.engine.now_s), self._wake_tracker, None)
+                self.engine.at(max(at_s, self.engine.now_s), self._wake_tracker, host)
 
-    def _wake_tracker(self, _: object) -> None:
-        host = self.tracker
+    def _wake_tracker(self, host: Host) -> None:
         now_s = self.engine.now_s
         if host.armed_s > now_s or not host.alive:
             return
         if host.stopped:
-            host.inbox.append((self._wake_tracker, None))
+            host.inbox.append((self._wake_tracker, host))
             return
         host.armed_s = math.inf
         wake_at_s = host.machine.wake_at_s()
@@ -354,10 +359,10 @@ class Cluster:
             host.woken_s = now_s
             if host.wakes > SPINS_MAX:
                 raise SimulationFailed(f"the tracker is woken again and again at {now_s:.6f} s")
-            self.tell_tracker(TrackerTimePassed())
+            self.tell_tracker(host, TrackerTimePassed())
         else:
             host.armed_s = max(host.clock.when(wake_at_s), math.nextafter(now_s, math.inf))
-            self.engine.at(host.armed_s, self._wake_tracker, None)
+            self.engine.at(host.armed_s, self._wake_tracker, host)
 
     # --- effects ---------------------------------------------------------------------------------
 
@@ -378,12 +383,14 @@ class Cluster:
                 if effect.message is not message:
                     message = effect.message
                     receivers = []
-                    delivery.append((PeerSaid(node.name, control.checked(message)), receivers))
+                    delivery.append(
+                        (PeerSaid(node.name, control.checked(message)), receivers, None)
+                    )
                 receivers.append(nodes[effect.node])
         if delivery:
-            for said, receivers in delivery:
-                assert type(said) is PeerSaid
-                self.trace.message(node.name, encode(said.message), len(receivers))
+            for event, receivers, _ in delivery:
+                assert type(event) is PeerSaid
+                self.trace.message(node.name, encode(event.message), len(receivers))
             self.engine.at(self.engine.now_s + self.settings.latency_s, control.deliver, delivery)
 
     def _carry_out_one(self, node: Node, effect: PeerEffect) -> None:

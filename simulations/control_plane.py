@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
 from simulations.settings import ClusterSettings
+from simulations.tracker_host import Host
 from simulations.wires import TRACKER, Cut, Wires
 from swarmcache.messages import (
     MESSAGE_MAX_BYTES,
@@ -36,6 +37,7 @@ from swarmcache.peer_events import (
     TrackerLost,
     TrackerSaid,
 )
+from swarmcache.stand_in import StandInGone, TrackerGone
 from swarmcache.tracker_events import NodeConnected, NodeLost, NodeSaid
 
 if TYPE_CHECKING:
@@ -46,12 +48,10 @@ if TYPE_CHECKING:
 HANDSHAKE_S = 5.0
 SILENCE_S = 7.5
 SILENCE_APART_S = 2.0
-# peer.py: between two attempts to reach the tracker, at the most.
-RECONNECT_S = 0.1
-RECONNECT_MAX_S = 1.0
 
-# Messages that arrive at the same time: an event and the nodes that it goes to.
-Delivery: TypeAlias = list[tuple[PeerEvent, list[Node]]]
+# Messages that arrive at the same time: an event and the nodes that it goes to; and the session, if
+# it is from the tracker.
+Delivery: TypeAlias = list[tuple[PeerEvent, list[Node], int | None]]
 
 
 class ControlPlane:
@@ -61,9 +61,10 @@ class ControlPlane:
         self._cluster = cluster
         self._engine = cluster.engine
         self._settings = settings
-        self._tracker = cluster.tracker
         self._trace = cluster.trace
         self._links = 0
+        self._hosts: dict[int, Host] = {}  # of each session
+        self._next_session = 0
         self.wires = Wires(cluster.engine, settings.latency_s)
 
     def checked(self, message: BetweenNodes) -> BetweenNodes:
@@ -71,7 +72,7 @@ class ControlPlane:
 
     def deliver(self, delivery: Delivery) -> None:
         hand = self._cluster.hand
-        for event, receivers in delivery:
+        for event, receivers, session in delivery:
             if type(event) is PeerSaid:
                 sender = event.node
                 for node in receivers:
@@ -80,7 +81,7 @@ class ControlPlane:
                         hand(node, event)
             else:
                 for node in receivers:
-                    if node.session is not None:
+                    if node.session == session:
                         hand(node, event)
 
     def say_to_peer(self, node: Node, other: Node, message: BetweenNodes) -> None:
@@ -112,13 +113,14 @@ class ControlPlane:
             message = decode_to_tracker(_bounded(data))
             if isinstance(message, Register):
                 self._check_register(node, message)
-        said = NodeSaid(session, message)
+        host = self._hosts[session]
+        said = (host, NodeSaid(session, message))
         if fault := node.trap("message to tracker late"):
-            self.cut_for(Cut(frozenset([node.name]), frozenset([TRACKER])), fault.duration_s)
+            self.cut_for(Cut(frozenset([node.name]), frozenset([host.name])), fault.duration_s)
         if node.trap("tracker connection reset in a message to it"):
             self.lose_session(session, "reset")
             return
-        self.wires.send(node.name, TRACKER, self._tracker_message_arrives, said)
+        self.wires.send(node.name, host.name, self._tracker_message_arrives, said)
 
     def _check_register(self, node: Node, message: Register) -> None:
         """A node tells a new tracker, or one that may have taken it for lost, what it reads."""
@@ -128,28 +130,31 @@ class ControlPlane:
             if reading.effect.lease_id not in told and not reading.lease_is_over(now_s):
                 raise SimulationFailed(f"{node.name} reads, and does not tell the tracker so")
 
-    def _tracker_message_arrives(self, said: NodeSaid) -> None:
-        if said.session in self._tracker.sessions:
-            self._cluster.tell_tracker(said)
+    def _tracker_message_arrives(self, arrived: tuple[Host, NodeSaid]) -> None:
+        host, said = arrived
+        if said.session in host.sessions:
+            self._cluster.tell_tracker(host, said)
 
-    def tell_from_tracker(self, session: int, message: FromTracker, batch: Delivery) -> None:
+    def tell_from_tracker(
+        self, host: Host, session: int, message: FromTracker, batch: Delivery
+    ) -> None:
         data = encode(message)
-        self._trace.message("tracker", data, 1)
-        node = self._tracker.sessions.get(session)
+        self._trace.message(host.name, data, 1)
+        node = host.sessions.get(session)
         if node is None:
             return
         if self._cluster.strict:
             message = decode_from_tracker(_bounded(data))
         if not node.traps and not self.wires.cut:
-            batch.append((TrackerSaid(message), [node]))
+            batch.append((TrackerSaid(message), [node], session))
             return
         if fault := node.trap("message from tracker late"):
-            self.cut_for(Cut(frozenset([TRACKER]), frozenset([node.name])), fault.duration_s)
+            self.cut_for(Cut(frozenset([host.name]), frozenset([node.name])), fault.duration_s)
         if node.trap("tracker connection reset in a message from it"):
             self.lose_session(session, "reset")
             return
         arriving = (node, session, TrackerSaid(message))
-        self.wires.send(TRACKER, node.name, self._word_of_tracker_arrives, arriving)
+        self.wires.send(host.name, node.name, self._word_of_tracker_arrives, arriving)
 
     def _word_of_tracker_arrives(self, arrived: tuple[Node, int, TrackerSaid]) -> None:
         node, session, said = arrived
@@ -189,10 +194,10 @@ class ControlPlane:
             if name == TRACKER:
                 continue
             node = self._cluster.nodes[name]
-            if node.session is not None and (
-                cut.holds_up(name, TRACKER) or cut.holds_up(TRACKER, name)
-            ):
-                self.lose_session(node.session, "silent", apart_s=SILENCE_APART_S)
+            if node.session is not None:
+                host = self._hosts[node.session].name
+                if cut.holds_up(name, host) or cut.holds_up(host, name):
+                    self.lose_session(node.session, "silent", apart_s=SILENCE_APART_S)
             for other in list(node.connected):
                 if cut.holds_up(name, other) or cut.holds_up(other, name):
                     self.break_link(node, self._cluster.nodes[other])
@@ -217,7 +222,8 @@ class ControlPlane:
     def lose_session(self, session: int, reason: str, *, apart_s: float = 0.0) -> None:
         """The connection of a node with the tracker ends; both notice. ``apart_s``: the one so much
         later than the other, now this one, now that one."""
-        node = self._tracker.sessions.get(session)
+        host = self._hosts[session]
+        node = host.sessions.get(session)
         if node is None:
             return
         tracker_s, node_s = (apart_s, 0.0) if session % 2 else (0.0, apart_s)
@@ -226,44 +232,39 @@ class ControlPlane:
         self._engine.at(notice_s + node_s, self.tracker_lost, (node, session, reason))
 
     def session_lost(self, session: int) -> None:
-        """The tracker notices that a connection has ended."""
-        if self._tracker.sessions.pop(session, None) is not None:
-            self._cluster.tell_tracker(NodeLost(session))
+        """The tracker, or who stands in for it, notices that a connection has ended."""
+        host = self._hosts[session]
+        if host.sessions.pop(session, None) is not None:
+            self._cluster.tell_tracker(host, NodeLost(session))
 
     def tracker_lost(self, lost: tuple[Node, int, str]) -> None:
-        """A node notices it, and connects again."""
+        """A node notices it, and looks for the tracker again."""
         node, session, reason = lost
         if node.session == session:
+            host = self._hosts[session]
             node.session = None
             self._cluster.hand(node, TrackerLost(f"lost the tracker: {reason}"))
-            self.reach_tracker(node, RECONNECT_S)
+            with_tracker = host is self._cluster.tracker
+            gone = TrackerGone() if with_tracker else StandInGone(host.name)
+            self._cluster.stand_ins.tell(node, gone)
 
-    def reach_tracker(self, node: Node, wait_s: float, silent_s: float = 0.0) -> None:
-        """Try to connect within this time, and again until it works."""
-        at_s = self._engine.now_s + silent_s + wait_s * node.rng.uniform(0.5, 1.0)
-        self._engine.at(at_s, self._try_tracker, (node, node.life, wait_s))
+    def begin_session(self, node: Node, host: Host) -> None:
+        """A connection is this node's session now."""
+        session = self._next_session
+        self._next_session += 1
+        node.session = session
+        self._hosts[session] = host
+        host.sessions[session] = node
+        self._cluster.tell_tracker(host, NodeConnected(session))
+        stand_in = host is not self._cluster.tracker
+        self._cluster.hand(node, TrackerConnected(stand_in))
 
-    def _try_tracker(self, attempt: tuple[Node, int, float]) -> None:
-        node, life, wait_s = attempt
-        if node.life != life or not node.alive or node.session is not None:
-            return
-        if node.stopped:
-            node.inbox.append((self._try_tracker, attempt))
-            return
-        blocked = self.wires.blocked(node.name, TRACKER) or self.wires.blocked(TRACKER, node.name)
-        if self._tracker.alive and not self._tracker.stopped and not blocked:
-            self.connect_to_tracker(node)
-            return
-        self._cluster.hand(node, TrackerLost("no connection to the tracker"))
-        silent = self._tracker.alive or blocked
-        wait_s = min(wait_s * 2, RECONNECT_MAX_S)
-        self.reach_tracker(node, wait_s, HANDSHAKE_S if silent else 0.0)
-
-    def connect_to_tracker(self, node: Node) -> None:
-        """A connection is there now."""
-        node.session = self._tracker.new_session(node)
-        self._cluster.tell_tracker(NodeConnected(node.session))
-        self._cluster.hand(node, TrackerConnected())
+    def leave_session(self, node: Node, reason: str) -> None:
+        """The node closes its connection with a stand-in."""
+        session, node.session = node.session, None
+        if session is not None:
+            self._in_a_moment(self.session_lost, session)
+            self._cluster.hand(node, TrackerLost(reason))
 
     def dial(self, node: Node, effect: DialPeer) -> None:
         dialled = (node, node.life, self._cluster.nodes[effect.address.node])

@@ -36,7 +36,7 @@ def tracker_restart(
 
 
 def tracker_lost(settings: ClusterSettings, size_bytes: int, watch: Watch | None = None) -> Result:
-    """A flash crowd in whose middle the tracker is killed for good: who cannot finish is told."""
+    """A flash crowd in whose middle the tracker is killed for good: a node stands in for it."""
     crowd = Crowd("tracker_lost", replace(settings, originals=True), size_bytes, jobs=True)
     for node in crowd.cluster.node_list:
         crowd.want_at(0.0, node, crowd.version.path, keeps_asking=False)

@@ -171,6 +171,18 @@ class Faults:
         self._until(fault, self._processes.tracker_goes_on)
         return True
 
+    def _some_stand_in(self, fault: Fault) -> Node | None:
+        offices = [node for node in self._cluster.node_list if node.office is not None]
+        return offices[fault.other % len(offices)] if offices else None
+
+    def _stand_in_killed(self, node: Node, fault: Fault) -> bool:
+        stand_in = self._some_stand_in(fault)
+        return stand_in is not None and self._daemon_killed(stand_in, fault)
+
+    def _stand_in_stopped(self, node: Node, fault: Fault) -> bool:
+        stand_in = self._some_stand_in(fault)
+        return stand_in is not None and self._daemon_stopped(stand_in, fault)
+
     # --- connections -----------------------------------------------------------------------------
 
     def _session_reset(self, node: Node, fault: Fault) -> bool:
@@ -330,6 +342,8 @@ EVENTS: dict[str, Callable[[Faults, Node, Fault], bool | None]] = {
     "replica removed": Faults._replica_removed,
     "replica rotten": Faults._replica_rotten,
     "source changed": Faults._source_changed,
+    "stand-in killed": Faults._stand_in_killed,
+    "stand-in stopped": Faults._stand_in_stopped,
     "tracker connection reset": Faults._session_reset,
     "tracker killed": Faults._tracker_killed,
     "tracker stopped": Faults._tracker_stopped,

@@ -21,11 +21,13 @@ from simulations.settings import POLICIES, ClusterSettings
 from swarmcache.chunks import FileVersion
 from swarmcache.messages import NodeAddress
 from swarmcache.peer_state import PeerState
+from swarmcache.stand_in import StandIn
 from swarmcache.upload_slots import UploadSlots
 
 if TYPE_CHECKING:
     from simulations.faults import Fault
     from simulations.readings import RangeReading
+    from simulations.tracker_host import StandInHost
     from simulations.transfers import Transfer
 
 
@@ -46,7 +48,6 @@ class Node:
             spread_s, drift = settings.clock_spread_s, settings.clock_drift
             self.clock = Clock(rng.uniform(0, 2 * spread_s), 1 + rng.uniform(-drift, drift))
         self.disk = Disk(settings.disk_bytes, settings.min_age_s, POLICIES[settings.policy])
-        self.rng = Random(f"{settings.seed} {self.name} pauses")
         self.waiting: dict[int, FileVersion] = {}
         self.batches: set[int] = set()  # requests for small files together
         self.gone: set[int] = set()  # requests of clients who did not wait for the answer
@@ -60,6 +61,7 @@ class Node:
         self.life = 0
         # Faults that wait for the next time that something is done here, by kind.
         self.traps: dict[str, list[Fault]] = {}
+        self.stand_in: StandIn  # set by ``StandIns``, for each life anew
         self.on_trap: Callable[[Fault], None] | None = None
         self._begin_life()
 
@@ -77,6 +79,8 @@ class Node:
         self.wakes = 0
         self.woken_s = -1.0
         self.session: int | None = None
+        self.office: StandInHost | None = None  # what it is for others while it stands in
+        self.stand_in_armed_s = math.inf
         self.connected: dict[str, int] = {}  # the connection with each peer, as this side sees it
         self.upload_slots = UploadSlots(self.settings.uploads_max)
         self.uploads_waiting: deque[Transfer] = deque()

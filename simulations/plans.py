@@ -54,7 +54,10 @@ THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("file server slow", "source changed", *_STOPS, "cut to tracker", "writer killed"),
         ("copy", "read", "write of a range", *_LATE),
     ),
-    "everything": (sorted(EVENTS.keys() - {"peer lies"}), sorted(TRAPS)),
+    "everything": (
+        sorted(EVENTS.keys() - {"stand-in killed", "stand-in stopped", "peer lies"}),
+        sorted(TRAPS),
+    ),
 }
 # Traps that cost time, and nothing that was achieved; they are drawn so many times as often as the
 # others, or nothing would be achieved that could be lost.
@@ -74,6 +77,16 @@ MUCH = 60
 LIES = ("peer lies", "chunk corrupted")
 # How often each is drawn: little is to be seen where little goes wrong.
 WEIGHTS = (1, 1, 3, 2, 3, 3, 3, 3, 3, 4)
+
+
+# One seed in so many has no tracker most of the time: for long enough that others stand in for it.
+WITHOUT_TRACKER = "without the tracker"
+WITHOUT_TRACKER_EVERY = 8
+WITHOUT_TRACKER_S = 30.0
+_WHO_STANDS_IN = (
+    *("daemon killed", "daemon stopped", "power cut", "stand-in killed", "stand-in stopped"),
+    *("stand-in killed", "stand-in stopped", "tracker connection reset", "client gone"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,7 @@ class Plan:
     copies: tuple[Copy, ...] = ()
     small_files: int = 0
     together: tuple[Together, ...] = ()
+    faults_until_s: float = FAULTS_UNTIL_S
 
 
 def draw(seed: int) -> Plan:
@@ -146,7 +160,8 @@ def draw(seed: int) -> Plan:
     jobs = _draw_jobs(rng, nodes, len(sizes), mixed_cuts=mixed_cuts, all_read=all_read)
     copies = _draw_copies(seed, settings)
     plan = Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts, copies)
-    return _with_small_files(plan, rng_seed=f"small files {seed}")
+    plan = _with_small_files(plan, rng_seed=f"small files {seed}")
+    return _take_tracker(plan) if seed % WITHOUT_TRACKER_EVERY == 0 else plan
 
 
 def _with_small_files(plan: Plan, rng_seed: str) -> Plan:
@@ -169,6 +184,37 @@ def _with_small_files(plan: Plan, rng_seed: str) -> Plan:
         jobs=tuple(sorted([*plan.jobs, *jobs], key=lambda job: job.at_s)),
         small_files=len(sizes),
         together=tuple(together),
+    )
+
+
+def _take_tracker(plan: Plan) -> Plan:
+    """The same cluster without its tracker, from the beginning on and for much longer."""
+    rng = Random(f"without the tracker {plan.seed}")
+    nodes = plan.settings.nodes
+    lost = rng.choice(("tracker killed", "tracker killed", "tracker stopped", "journal lost"))
+    faults = [Fault(rng.random(), lost, duration_s=rng.uniform(8.0, WITHOUT_TRACKER_S))]
+    for _ in range(rng.randint(0, 6)):
+        fault = Fault(
+            rng.random() * WITHOUT_TRACKER_S,
+            rng.choice(_WHO_STANDS_IN),
+            rng.randrange(nodes),
+            rng.randrange(nodes),
+            rng.expovariate(1 / 6.0),
+            rng.random(),
+        )
+        faults.append(fault)
+    stretch = WITHOUT_TRACKER_S / FAULTS_UNTIL_S
+    jobs = [replace(job, at_s=job.at_s * stretch, can_read=True) for job in plan.jobs]
+    copies = [replace(copy, at_s=copy.at_s * stretch) for copy in plan.copies]
+    together = [replace(each, at_s=each.at_s * stretch) for each in plan.together]
+    return replace(
+        plan,
+        theme=WITHOUT_TRACKER,
+        jobs=tuple(jobs),
+        copies=tuple(copies),
+        faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
+        together=tuple(together),
+        faults_until_s=WITHOUT_TRACKER_S,
     )
 
 

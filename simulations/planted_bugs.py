@@ -288,6 +288,18 @@ BUGS = (
         "now_s",
     ),
     PlantedBug(
+        "a stand-in grants at once",
+        "stand_in:StandIn._begin",
+        "max(self._lost_s + STAND_IN_GRANTS_S, now_s + LEASE_S)",
+        "now_s",
+    ),
+    PlantedBug(
+        "a tracker that was away grants at once",
+        "handover:Handover._hold",
+        "self.until_s = now_s + HANDOVER_S",
+        "pass",
+    ),
+    PlantedBug(
         "the neighbours of a lost guardian are not asked",
         "tracker_state:TrackerState._take_over",
         "not neighbours or not chunks",

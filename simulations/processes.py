@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from simulations.control_plane import RECONNECT_S, SILENCE_S
+from simulations.control_plane import SILENCE_S
 from simulations.nodes import Node
 from simulations.tracker_host import TrackerHost
 
@@ -77,7 +77,14 @@ class Processes:
                 cluster.network.stop(reading.flow)
             cluster.file_server.leave(reading)
         links, session, life = dict(node.connected), node.session, node.life
+        office, node.office = node.office, None
         node.end_life()
+        if office is not None:
+            for each, user in list(office.sessions.items()):
+                self._engine.at(
+                    self._after(notice_s), cluster.control.tracker_lost, (user, each, "ended")
+                )
+        cluster.stand_ins.end_daemon(node)
         for fetch in served:
             if fetch.source_life == life:
                 cluster.network.stop(fetch)
@@ -112,7 +119,7 @@ class Processes:
         for replica in node.disk.replicas.values():
             replica.settled = replica.published
             replica.durable = replica.durable or replica.published
-        self._cluster.control.reach_tracker(node, RECONNECT_S)
+        self._cluster.stand_ins.begin_daemon(node)
 
     def stop(self, node: Node) -> None:
         """SIGSTOP."""
@@ -134,6 +141,9 @@ class Processes:
             self._cluster.control.break_link(node, self._cluster.nodes[name])
         if node.session is not None:
             self._cluster.control.lose_session(node.session, "silent")
+        if node.office is not None:
+            for session in list(node.office.sessions):
+                self._cluster.control.lose_session(session, "silent")
 
     def go_on(self, node: Node) -> None:
         """SIGCONT."""
@@ -177,7 +187,7 @@ class Processes:
         host = self._cluster.tracker
         if not host.alive:
             host.begin_life(self._engine.now_s)
-            self._cluster.arm_tracker()
+            self._cluster.arm_tracker(host)
 
     def stop_tracker(self) -> None:
         """SIGSTOP."""

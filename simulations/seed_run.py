@@ -1,7 +1,7 @@
 """One seed of the campaign: a small cluster that must keep its promises whatever goes wrong.
 
 Every seed goes through the same acts. Jobs ask for files while things go wrong, until
-``FAULTS_UNTIL_S`` or a little later. Then everything works again: all jobs must get cached copies
+``Plan.faults_until_s``. Then everything works again: all jobs must get cached copies
 within ``SETTLE_MAX_S``, and the cluster must come to rest, with nothing left over. In the end
 everybody wants one more file, which must be read once, and somebody wants anew what others have,
 which must not be read at all.
@@ -19,7 +19,7 @@ from simulations.clients import Client, Clients
 from simulations.cluster import Cluster
 from simulations.faults import Fault, Faults
 from simulations.nodes import Node
-from simulations.plans import CHUNK_BYTES, FAULTS_UNTIL_S, Plan, draw
+from simulations.plans import CHUNK_BYTES, Plan, draw
 from simulations.writers import Writer
 from swarmcache.chunks import FileVersion
 from swarmcache.peer_events import AnswerHolders, HoldersWanted
@@ -112,7 +112,7 @@ class _Run:
         for together in plan.together:
             node = cluster.node_list[together.node]
             self.clients.want_together_at(together.at_s, node, paths[-plan.small_files :])
-        self._run_until(FAULTS_UNTIL_S)
+        self._run_until(plan.faults_until_s)
         if enough and not self.faults.injected:
             self._read_once()
         self.faults.end_all()

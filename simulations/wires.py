@@ -2,7 +2,8 @@
 
 Connections are TCP: messages of one connection arrive in order or not at all. So a lost packet is
 seen as a delay, and a cut as a silence that ends in a broken connection; no message inside a
-connection is ever lost, doubled or overtaken. (There are no datagrams in swarmcache yet.)
+connection is ever lost, doubled or overtaken. (Datagrams of the gossip
+are simulated apart, by ``gossip_cluster.py``.)
 
 A *cut* holds up whatever its senders send to its receivers until it ends. A short one is a delay.
 

@@ -15,7 +15,7 @@ from simulations import campaign
 from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
 from simulations.faults import Fault
-from simulations.plans import THEMES, draw
+from simulations.plans import THEMES, WITHOUT_TRACKER, draw
 from simulations.planted_bugs import BUGS, find, planted
 from simulations.seed_run import run_plan
 from simulations.settings import ClusterSettings
@@ -72,7 +72,7 @@ def test_seeds_give_the_same_traces_in_one_process_and_in_several() -> None:
 
 def test_a_seed_is_always_the_same_plan_and_all_themes_are_drawn() -> None:
     assert draw(5) == draw(5)
-    assert {draw(seed).theme for seed in range(200)} == set(THEMES)
+    assert {draw(seed).theme for seed in range(200)} == {*THEMES, WITHOUT_TRACKER}
 
 
 def test_the_smallest_list_of_faults_has_those_that_are_needed_and_no_other() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from simulations.__main__ import main
 from simulations.cluster import Cluster
 from simulations.disks import Replica, content_digest
+from simulations.disturbed_scenarios import tracker_lost
 from simulations.engine import Engine, SimulationFailed
 from simulations.network import WORTH_HANDING_OUT, Flow, Link, Network
 from simulations.readings import RangeReading
@@ -23,6 +24,7 @@ from simulations.scenarios import bound_s, flash_crowd
 from simulations.settings import ClusterSettings
 from simulations.workload_scenarios import racks
 from swarmcache.chunks import ChunkLayout, FileVersion
+from swarmcache.handover import STAND_IN_GRANTS_S
 from swarmcache.peer_events import ReadRange
 
 MiB = 1 << 20
@@ -336,6 +338,16 @@ def test_no_more_nodes_read_than_there_are_slots(slots_max: int) -> None:
     result = flash_crowd(small(slots_max=slots_max, nodes=6, check_every=100), 8 * MiB)
 
     assert result.readers_peak == slots_max
+
+
+@pytest.mark.slow
+def test_a_crowd_that_loses_its_tracker_for_good_is_served_by_a_stand_in() -> None:
+    result = tracker_lost(ClusterSettings(nodes=6, seed=1, slots_max=3), 64 * MiB)
+
+    assert (result.originals, result.amplification, result.requests) == (0, 1.0, 6)
+    assert result.readers_peak <= 3
+    # A stand-in grants after five seconds, and the other half takes no longer than without faults.
+    assert result.last_node_s <= STAND_IN_GRANTS_S + 3 * result.bound_s
 
 
 def test_one_reader_above_the_slots_ends_the_simulation() -> None:
