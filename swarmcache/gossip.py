@@ -100,8 +100,8 @@ from swarmcache.gossip_view import MEMBERS_MAX, View
 from swarmcache.timers import Timers
 
 # Bytes that a node sends at most, and what part of that is meant for status. In ten seconds after a
-# pause it is 16 kB/s at most. With 1,000 nodes and a status every 10 s they take half of it.
-BUDGET_BYTES_PER_S = 13_500.0
+# pause it is 14 kB/s at most. With 1,000 nodes and a status every 10 s they take half of it.
+BUDGET_BYTES_PER_S = 12_000.0
 STATUS_BYTES_PER_S = 6_000.0
 # What one status costs each node: 32 bytes, and its part of a datagram that may be lost and
 # repeated.
