@@ -61,6 +61,7 @@ from swarmcache.peer_events import (
     FileWanted,
     HangUp,
     HoldersWanted,
+    KeysChanged,
     LoadManifest,
     ManifestLoaded,
     NodesChanged,
@@ -793,6 +794,17 @@ def test_heartbeats_come_every_second_while_there_is_work_and_rarely_otherwise()
     assert len(idle) == 3
     assert len(busy) in (4, 5)
     assert [beat.clock_s for beat in busy] == sorted(beat.clock_s for beat in busy)
+
+
+def test_that_the_secrets_are_others_is_told_at_once_and_to_nobody_while_the_tracker_is_away() -> (
+    None
+):
+    bench = Bench()
+    assert len(told(Heartbeat, bench.tell(KeysChanged()))) == 1
+    assert told(Heartbeat, bench.wait_until(bench.now_s + 0.5)) == []
+
+    bench.tell(TrackerLost("it is away"))
+    assert bench.tell(KeysChanged()) == []
 
 
 def test_the_tracker_learns_which_chunks_are_here_when_it_asks() -> None:

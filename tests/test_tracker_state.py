@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from random import Random
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from swarmcache.handover import LEASE_S
 from swarmcache.messages import (
     LOCATE_MAX,
     LOCATED_NODES_MAX,
+    SEEDS_MAX,
     BatchHolder,
     Heartbeat,
     HeldBy,
@@ -75,6 +77,7 @@ MIB = 1 << 20
 FILE = b"f" * 32
 OTHER = b"o" * 32
 SERVER = "nfs01:/export"
+WALL_OFFSET_S = 1_800_000_000.0
 Kind = TypeVar("Kind")
 
 
@@ -98,6 +101,7 @@ class Bench:
             earlier_leases=earlier,
             first_lease_id=100,
             statistics_interval_s=statistics_interval_s,
+            wall_offset_s=WALL_OFFSET_S,
             now_s=self.now_s,
         )
         self.sessions: dict[str, int] = {}
@@ -422,6 +426,39 @@ def test_a_heartbeat_renews_every_lease_of_the_node() -> None:
 
     assert len(bench.leases()) == 2
     assert bench.messages(Renewed)[-1].until_s == pytest.approx(1029.0 + LEASE_S - LEASE_MARGIN_S)
+
+
+def test_who_connects_learns_of_others_and_each_is_named_as_often() -> None:
+    bench = Bench()
+    names = [f"node-{number}" for number in range(40)]
+    bench.connect(*names)
+    named = Counter(seed for each in bench.messages(Registered) for seed in each.seeds)
+
+    assert bench.messages(Registered)[0].seeds == []
+    assert all(len(each.seeds) <= SEEDS_MAX for each in bench.messages(Registered))
+    for number, each in enumerate(bench.messages(Registered)):
+        assert len(each.seeds) == min(number, SEEDS_MAX)
+        assert names[number] not in each.seeds
+    assert min(named[name] for name in names[:20]) > 10
+
+
+def test_nodes_are_told_of_some_others_every_ten_seconds_and_of_none_that_is_gone() -> None:
+    bench = Bench()
+    bench.connect("a", "b", "c")
+    bench.handle(NodeLost(bench.sessions["c"]))
+    bench.told.clear()
+    bench.wait_until(1030.5, "a")
+    seeds = [each.seeds for each in bench.messages(Renewed)]
+
+    assert [some for some in seeds if some] in ([["b"]] * 2, [["b"]] * 3)
+    assert len(seeds) > 20
+
+
+def test_the_tracker_tells_the_time_by_its_wall_clock() -> None:
+    bench = Bench()
+    bench.connect("a")
+
+    assert bench.messages(Registered)[-1].time_s == WALL_OFFSET_S + bench.now_s
 
 
 def test_a_new_lease_prolongs_the_others_of_its_holder_on_both_clocks() -> None:
