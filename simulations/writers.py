@@ -26,6 +26,7 @@ from swarmcache.peer_events import (
     WriterAnswered,
     WriteWanted,
 )
+from swarmcache.peer_writes import PIECE_S
 from swarmcache.write_slot import PATIENCE_S, RETRY_S
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Writer:
         self.rest_bytes = size_bytes
         self.request: int | None = None
         self.until_s = -math.inf
+        self.told_until_s = -math.inf  # as its daemon sees it, before it has heard
         self.unanswered = 0
         self.unlimited = False
         self.over = False
@@ -128,6 +130,7 @@ class Writers:
         if writer.node.alive:
             self._requests += 1
             writer.unanswered = 0
+            writer.told_until_s = -math.inf
             writer.request = self._requests
             self._by_request[writer.request] = writer
             self._cluster.hand(writer.node, WriteWanted(writer.request, FILE_SERVER, writer.user))
@@ -141,10 +144,21 @@ class Writers:
         writer = self._by_request.get(effect.request)
         if writer is not None:
             assert writer.node is node, "the client of another node was told"
+            self._check_promise(writer, effect)
             writer.unanswered += isinstance(effect, AnswerSlot)
             if writer.unanswered > UNANSWERED_MAX:
                 raise SimulationFailed(f"a client on {node.name} does not answer and is told more")
             self._engine.at(self._engine.now_s + LOCAL_S, self._hears, (writer, effect))
+
+    def _check_promise(self, writer: Writer, effect: AnswerSlot | AnswerNoSlot) -> None:
+        """Once a promise has run out the lease is given back, and nothing is promised before all
+        is quiet. Raises SimulationFailed."""
+        if isinstance(effect, AnswerNoSlot) or effect.until_s is None:
+            return
+        ran_out_s = writer.node.clock.read(self._engine.now_s) - writer.told_until_s
+        if 0.0 <= ran_out_s < PIECE_S:
+            raise SimulationFailed(f"a promise that had run out was renewed on {writer.node.name}")
+        writer.told_until_s = effect.until_s
 
     def _hears(self, heard: tuple[Writer, AnswerSlot | AnswerNoSlot]) -> None:
         writer, effect = heard
