@@ -622,6 +622,9 @@ class PeerState:
                 self._disk = event.disk
 
     def _handle_dropped(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        seed = self._seeds.get(version_id)
+        if seed is not None:  # or they would think that it has all, and tell it nothing
+            effects.extend(TellPeer(node, Gone(version_id)) for node in sorted(seed.nodes))
         self._drop_seed(version_id, now_s)
         self._tell(Leave(version_id), effects)
         fetching = self._fetching.get(version_id)
