@@ -8,9 +8,9 @@ BOX_PACKAGES = acl e2fsprogs fuse3 g++ iproute2 munge openssh-sftp-server slurm-
     sshfs xfsprogs
 BOX_COMMANDS = c++ setfacl fusermount3 ip mkfs.ext4 mkfs.xfs munged sbatch slurmctld slurmd tc sshfs
 
-# Many tests wait most of the time, but a cluster in a box keeps some cores busy. Each module stays in
+# One process more than there are cores, since many tests wait most of the time. Each module stays in
 # one process, for its fixtures. "make test TEST_PROCESSES=" for one process, whose output is in order.
-TEST_PROCESSES ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+TEST_PROCESSES ?= --numprocesses $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadfile
 
 APT_INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # Debian splits the means to make virtual environments off from Python.

@@ -35,11 +35,11 @@ ROOM_BYTES = 6 * (SIZE_BYTES + 4 * CHUNK_BYTES)  # of some files, with all that 
 OTHER = User(os.geteuid(), "other")
 
 # Calls from the same place in the code are let fail twice at most, and where that leaves many, only
-# every sixth of them, another sixth for each fault. FAULTS=all takes all (some minutes).
+# every ninth of them, another ninth for each fault. FAULTS=all takes all (some minutes).
 ALL_FAULTS = os.environ.get("FAULTS") == "all"
 SAME_PLACE_MAX = 2
 MANY = 40
-EVERY = 6
+EVERY = 9
 
 Result = TypeVar("Result")
 

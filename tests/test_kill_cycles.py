@@ -28,7 +28,7 @@ from tests.loop_disks import LoopDisk, loop_disk
 pytestmark = [pytest.mark.box, pytest.mark.slow]
 
 # KILL_CYCLES=500 for the whole truth.
-CYCLES = int(os.environ.get("KILL_CYCLES", "20"))
+CYCLES = int(os.environ.get("KILL_CYCLES", "12"))
 SEED = 9
 LOOK_EVERY = 5
 LIFE_S_MAX = 0.7

@@ -36,7 +36,7 @@ from tests.watched_disk import watched
 
 SEED = 20_141_006
 # States of each scenario in each model, chosen at random; CRASH_STATES=all takes all (an hour).
-STATES = os.environ.get("CRASH_STATES", "60")
+STATES = os.environ.get("CRASH_STATES", "40")
 
 OTHER = User(os.geteuid(), "other")
 SIZE_BYTES = CHUNK_BYTES + 1

@@ -36,6 +36,7 @@ from swarmcache.errors import (
     SwarmcacheError,
 )
 from swarmcache.transfer import BufferPool, ChunkFetcher, ChunkRequest, ChunkServer, RateLimit
+from tests.box import wait_until
 
 KEY = Keyring([ClusterKey.from_secret(b"a secret")])
 VERSION = b"v" * 32
@@ -166,7 +167,8 @@ async def test_one_connection_serves_many_chunks_and_rests_between(path: Path) -
             for chunk in (1, 2, 3):
                 await asyncio.wrap_future(fetch(fetcher, peer, chunk))
 
-            assert len(open_descriptors()) <= len(before)
+            # The thread that has sent the last chunk may be about to close its source.
+            wait_until(lambda: len(open_descriptors()) <= len(before), 5.0, "no more descriptors")
 
 
 async def test_no_descriptor_is_left_behind(path: Path) -> None:
