@@ -83,7 +83,8 @@ def test_a_job_goes_to_the_node_that_holds_its_file_though_another_comes_first(s
     file = site.put("held by the third", MIB, site.third)
     job = site.script("one_file.sh", f'DATA=$(swarmcache get "{file}" 2> /dev/null)')
 
-    unplaced = site.slurm.sbatch(site.first, job)
+    # Not the job itself, which would fetch the file, so that node1 held it as well.
+    unplaced = site.slurm.sbatch(site.first, "--wrap=sleep 1000")
     site.slurm.wait_for({unplaced: ("RUNNING", "node1")})
     site.slurm.wait_until_idle()
     placed = site.submit(job)
