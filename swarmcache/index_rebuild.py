@@ -91,46 +91,55 @@ class IndexRebuild:
 
     def _compare(self, first_byte: int) -> Iterator[None]:
         """All version ids that begin with this byte: one directory of objects."""
-        try:
-            fd = os.open(f"{first_byte:02x}", _DIRECTORY, dir_fd=self._objects_fd)
-        except FileNotFoundError:
-            fd = -1
-        try:
-            names = set(os.listdir(fd)) if fd >= 0 else set()
-            listed = {version_id.hex() for version_id in self._index.listed(first_byte)}
-            objects = {name for name in names if _NAME.fullmatch(name)}
-            manifests = {n.removesuffix(MANIFEST) for n in names if n.endswith(MANIFEST)}
+        names = self._names(f"{first_byte:02x}")
+        listed = {version_id.hex() for version_id in self._index.listed(first_byte)}
+        objects = {name for name in names if _NAME.fullmatch(name)}
+        manifests = {n.removesuffix(MANIFEST) for n in names if n.endswith(MANIFEST)}
+        yield
+        halves = (objects ^ manifests) | (listed - objects - manifests)
+        for batch in _batches(halves):
+            self._remove_halves(batch)
             yield
-            halves = (objects ^ manifests) | (listed - objects - manifests)
-            for batch in _batches(halves):
-                self._remove_halves(fd, batch)
-                yield
-            for batch in _batches((objects & manifests) - listed):
-                self._enter(fd, batch)
-                yield
+        for batch in _batches((objects & manifests) - listed):
+            self._enter(batch)
+            yield
+
+    def _names(self, directory: str) -> set[str]:
+        try:
+            fd = os.open(directory, _DIRECTORY, dir_fd=self._objects_fd)
+        except FileNotFoundError:  # until the first object comes to it
+            return set()
+        try:
+            return set(os.listdir(fd))
         finally:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
+
+    def _inode(self, path: str) -> int | None:
+        """Inode of an object or manifest as of now; None when there is none."""
+        try:
+            return Stamp.of(os.stat(path, dir_fd=self._objects_fd, follow_symlinks=False)).inode
+        except FileNotFoundError:
+            return None
 
     # --- pairs without a row ------------------------------------------------------------------
 
-    def _enter(self, fd: int, names: Sequence[str]) -> None:
-        found = {name: self._look_at(fd, name) for name in names}
+    def _enter(self, names: Sequence[str]) -> None:
+        found = {name: self._look_at(name) for name in names}
         with self._lock:
             same = []
             for name, pair in found.items():
                 if pair is None:
-                    self._remove_pair(fd, name)
-                elif _inode(fd, name) == pair.replica.stamp.inode:
+                    self._remove_pair(name)
+                elif self._inode(_path(name)) == pair.replica.stamp.inode:
                     same.append((pair.replica, pair.users))
             self._index.insert_found(same)
         self.found_count += len(same)
 
-    def _look_at(self, fd: int, name: str) -> Found | None:
+    def _look_at(self, name: str) -> Found | None:
         """None when the two do not belong together, or one has gone meanwhile."""
         try:
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            manifest_fd = os.open(name + MANIFEST, _READ, dir_fd=fd)
+            status = os.stat(_path(name), dir_fd=self._objects_fd, follow_symlinks=False)
+            manifest_fd = os.open(_path(name) + MANIFEST, _READ, dir_fd=self._objects_fd)
         except FileNotFoundError:
             return None
         try:
@@ -164,44 +173,43 @@ class IndexRebuild:
 
     # --- what can never be served -------------------------------------------------------------
 
-    def _remove_halves(self, fd: int, names: Sequence[str]) -> None:
+    def _remove_halves(self, names: Sequence[str]) -> None:
         with self._lock:
             for name in names:
-                object_there = _inode(fd, name) is not None
-                manifest_there = _inode(fd, name + MANIFEST) is not None
+                object_there = self._inode(_path(name)) is not None
+                manifest_there = self._inode(_path(name) + MANIFEST) is not None
                 if object_there and manifest_there:
                     continue  # put in place just now
                 replica = self._index.find(bytes.fromhex(name))
                 if replica is not None:
                     self._drop(replica)
                 self.removed_count += replica is not None or object_there or manifest_there
-                self._unlink(fd, name)
+                self._unlink(name)
 
-    def _remove_pair(self, fd: int, name: str) -> None:
+    def _remove_pair(self, name: str) -> None:
         """Called with the lock held. It stays if it was entered meanwhile."""
-        if self._index.find(bytes.fromhex(name)) is None and _inode(fd, name) is not None:
-            self._unlink(fd, name)
+        if self._index.find(bytes.fromhex(name)) is None and self._inode(_path(name)) is not None:
+            self._unlink(name)
             self.removed_count += 1
 
-    def _unlink(self, fd: int, name: str) -> None:
-        if fd < 0:
-            return
+    def _unlink(self, name: str) -> None:
+        path = _path(name)
         with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            status = os.stat(path, dir_fd=self._objects_fd, follow_symlinks=False)
             if status.st_nlink > 1:
                 # Whose links these are, only the manifest could tell.
                 self._orphans[name] = Stamp.of(status).inode
                 return
-        unlink_if_there(name, fd)
-        unlink_if_there(name + MANIFEST, fd)
+        unlink_if_there(path, self._objects_fd)
+        unlink_if_there(path + MANIFEST, self._objects_fd)
 
     def _remove_orphans(self) -> None:
         """Their links are gone now. One that was taken back or put in place meanwhile stays."""
         for name, inode in self._orphans.items():
-            path = f"{name[:2]}/{name}"
+            path = _path(name)
             with self._lock:
                 unlisted = self._index.find(bytes.fromhex(name)) is None
-                if unlisted and _inode(self._objects_fd, path) == inode:
+                if unlisted and self._inode(path) == inode:
                     unlink_if_there(path, self._objects_fd)
                     unlink_if_there(path + MANIFEST, self._objects_fd)
 
@@ -212,9 +220,6 @@ def _batches(names: Collection[str]) -> Iterator[Sequence[str]]:
         yield ordered[start : start + SLICE_FILES]
 
 
-def _inode(fd: int, name: str) -> int | None:
-    """Inode of a file in a directory; None when there is none, or no directory."""
-    try:
-        return Stamp.of(os.stat(name, dir_fd=fd, follow_symlinks=False)).inode if fd >= 0 else None
-    except FileNotFoundError:
-        return None
+def _path(name: str) -> str:
+    """Where the object of this name is, below the directory of all objects."""
+    return f"{name[:2]}/{name}"

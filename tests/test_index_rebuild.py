@@ -193,6 +193,28 @@ def test_halves_are_removed_and_what_is_not_ours_is_left_alone(
     cache.close()
 
 
+def test_the_first_object_of_a_directory_may_come_while_that_is_compared(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory was not there yet, and the row is."""
+    cache = open_cache(root)
+    version, data = a_file(CHUNK_BYTES)
+    rows_of = CacheIndex.listed
+
+    def listed(index: CacheIndex, first_byte: int) -> set[bytes]:
+        if first_byte == version.version_id[0]:
+            publish(cache, version, data)
+        return rows_of(index, first_byte)
+
+    monkeypatch.setattr(CacheIndex, "listed", listed)
+    list_objects(cache)
+
+    path = cache.lookup(version, ME)
+    assert path is not None
+    assert Path(path).read_bytes() == data
+    cache.close()
+
+
 def test_a_row_whose_files_are_gone_goes_too(root: Path) -> None:
     cache = open_cache(root)
     version, data = a_file(5000)
