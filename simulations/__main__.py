@@ -16,7 +16,7 @@ from simulations import campaign, compare, gossip_command, planted_bugs, plots
 from simulations.catalogue import SCENARIOS
 from simulations.cluster import Cluster
 from simulations.engine import SimulationFailed
-from simulations.options import add_cluster_options, cluster_settings, quantity
+from simulations.options import add_cluster_options, add_run_options, cluster_settings, quantity
 from simulations.scenarios import Result, Watch
 from simulations.settings import POLICIES
 from swarmcache.quantities import format_size, parse_count
@@ -100,14 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--nodes", type=quantity(parse_count), default=100, help="how many want the file")
     add_cluster_options(parser)
     option("--policy", choices=list(POLICIES), default="cluster", help="what is evicted first")
-    option(
-        "--check-every",
-        type=quantity(parse_count),
-        default=10_000,
-        help="events between two times that a machine checks its invariants",
-    )
-    option("--plot", metavar="FILE.png", help="draw how it went (needs matplotlib)")
-    option("--json", action="store_true", help="one line of JSON, equal for equal seeds")
+    add_run_options(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ from simulations import gossip_plots, plots
 from simulations.engine import SimulationFailed
 from simulations.gossip_cluster import GossipSettings
 from simulations.gossip_scenarios import GOSSIP_SCENARIOS, GossipResult
-from simulations.options import quantity
+from simulations.options import add_run_options, quantity
 from swarmcache.quantities import parse_count, parse_duration
 
 
@@ -61,14 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a status at least so often; long ones make long runs of the failure detector cheap",
     )
     option("--duration", type=quantity(parse_duration), help="if not what is usual")
-    option(
-        "--check-every",
-        type=quantity(parse_count),
-        default=10_000,
-        help="events between two times that a machine checks its invariants",
-    )
-    option("--plot", metavar="FILE.png", help="draw how it went (needs matplotlib)")
-    option("--json", action="store_true", help="one line of JSON, equal for equal seeds")
+    add_run_options(parser)
     return parser
 
 

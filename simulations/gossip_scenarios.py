@@ -214,33 +214,30 @@ def change(settings: GossipSettings, duration_s: float) -> GossipResult:
 
 def leave(settings: GossipSettings, duration_s: float) -> GossipResult:
     """Nodes leave, one after the other: how long until all know, and whether one comes back."""
-    run = Run(settings)
-    run.run(min(SETTLE_S, duration_s))
-    known = []
-    gone = run.rng.sample(run.cluster.nodes, TRIES)
-    for node in gone:
-        run.run(run.rng.random())
-        run.cluster.tell(node, Leaving())
-        run.cluster.kill(node)
-        known.append(run.wait_for(run.cluster.live(), _misses(node), CRASH_MAX_S))
-    figures = _spread("leave", known, settings.nodes - 3)
-    returned = _watch_for(run, gone, duration_s)
-    return run.result("leave", {**figures, "came_back": returned, **run.sent(SETTLE_S)}, known)
+    return _end_some("leave", settings, duration_s, announced=True)
 
 
 def crash(settings: GossipSettings, duration_s: float) -> GossipResult:
     """Daemons are killed, one after the other: how long until all know."""
+    return _end_some("crash", settings, duration_s, announced=False)
+
+
+def _end_some(
+    scenario: str, settings: GossipSettings, duration_s: float, *, announced: bool
+) -> GossipResult:
     run = Run(settings)
     run.run(min(SETTLE_S, duration_s))
     known = []
     gone = run.rng.sample(run.cluster.nodes, TRIES)
     for node in gone:
         run.run(run.rng.random())
+        if announced:
+            run.cluster.tell(node, Leaving())
         run.cluster.kill(node)
         known.append(run.wait_for(run.cluster.live(), _misses(node), CRASH_MAX_S))
-    figures = _spread("crash", known, settings.nodes - 3)
+    figures = _spread(scenario, known, settings.nodes - 3)
     returned = _watch_for(run, gone, duration_s)
-    return run.result("crash", {**figures, "came_back": returned, **run.sent(SETTLE_S)}, known)
+    return run.result(scenario, {**figures, "came_back": returned, **run.sent(SETTLE_S)}, known)
 
 
 def stalls(settings: GossipSettings, duration_s: float) -> GossipResult:

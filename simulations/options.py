@@ -49,6 +49,19 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How closely it is watched, and what is shown of it."""
+    option = parser.add_argument
+    option(
+        "--check-every",
+        type=quantity(parse_count),
+        default=10_000,
+        help="events between two times that a machine checks its invariants",
+    )
+    option("--plot", metavar="FILE.png", help="draw how it went (needs matplotlib)")
+    option("--json", action="store_true", help="one line of JSON, equal for equal seeds")
+
+
 def cluster_settings(
     asked: argparse.Namespace, nodes: int, *, check_every: int = 10_000, policy: str = "cluster"
 ) -> ClusterSettings:

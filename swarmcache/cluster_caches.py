@@ -24,8 +24,8 @@ from aiohttp import web
 from swarmcache.auth import Keyring
 from swarmcache.cache_requests import keep_alive, sees_all
 from swarmcache.disk import Cache, Forgotten, Surveyed
-from swarmcache.errors import BadMessage, LocalError, PeerUnavailable, SwarmcacheError
-from swarmcache.link import Link, connect, serve
+from swarmcache.errors import LocalError, PeerUnavailable, SwarmcacheError
+from swarmcache.link import Link, connect_to_node, serve
 from swarmcache.local_protocol import (
     AboutNodes,
     Answer,
@@ -56,7 +56,6 @@ from swarmcache.messages import (
     encode,
 )
 from swarmcache.path_digests import PathMatcher, path_digest
-from swarmcache.quantities import HostPort
 
 ASKED_AT_ONCE = 32
 # A page is a few files to look at, or to take away; a disk that others keep busy takes longer.
@@ -158,11 +157,7 @@ class ClusterCaches:
         self, node: str, question: Question
     ) -> AsyncIterator[ReplicasSurveyed | ReplicasForgotten]:
         """What another node answers. Raises RemoteError."""
-        try:
-            address = HostPort.parse(node)
-        except ValueError as error:
-            raise BadMessage(f"not an address: {node!r}") from error
-        link = await connect(self._session, address, self._keyring, "admin", self._identity)
+        link = await connect_to_node(self._session, node, self._keyring, "admin", self._identity)
         inbox: asyncio.Queue[ToAdmin] = asyncio.Queue()
 
         async def receive() -> None:

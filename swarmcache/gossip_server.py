@@ -14,11 +14,12 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 from swarmcache.auth import Keyring
+from swarmcache.background import BackgroundTasks
 from swarmcache.clock import now_s
 from swarmcache.datagram_auth import ClusterTime, DatagramAuth, Opened
 from swarmcache.datagrams import Address, Datagrams
@@ -80,7 +81,8 @@ class GossipServer:
         self._rate_max_bytes_per_s = rate_max_bytes_per_s
         self._tracker_heard_s = -math.inf
         self._connects = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks("gossip")
+        self._spawn = self._background.spawn
         self._resources = AsyncExitStack()
 
     async def start(self) -> None:
@@ -103,7 +105,7 @@ class GossipServer:
             stack.push_async_callback(self._datagrams.stop)
             self._resolver = Resolver(self._datagrams.family, self._spawn)
             stack.callback(self._resolver.close)
-            stack.push_async_callback(self._end_tasks)
+            stack.push_async_callback(self._background.end)
             self._shell.handle(TimePassed())
             self._shell.handle(StatusMeasured(await self._measure()))
             self._shell.handle(SeedsKnown(self._file.peers))
@@ -121,8 +123,7 @@ class GossipServer:
             log.warning("cannot write down the other nodes: %s", error)
         self._file.close()
 
-    # --- what others may ask, in the event loop
-    # ------------------------------------------------------
+    # --- what others may ask, in the event loop -------------------------------------------------
 
     def members(self) -> list[Member]:
         """All that are known, this node included; see ``Gossip.members``."""
@@ -244,20 +245,3 @@ class GossipServer:
     def _leave(self) -> None:
         self._shell.handle(Leaving())
         self._shell.stop()
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a task of the gossip failed", exc_info=task.exception())
-
-    async def _end_tasks(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

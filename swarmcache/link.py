@@ -28,7 +28,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
-from swarmcache.messages import MESSAGE_MAX_BYTES
+from swarmcache.messages import MESSAGE_MAX_BYTES, NodeAddress
 from swarmcache.quantities import HostPort
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,32 @@ async def connect(
         raise PeerHangs(f"{address} does not answer") from error
     except (aiohttp.ClientError, OSError) as error:
         raise PeerUnavailable(f"{address}: {error}") from error
+
+
+async def connect_to_node(
+    session: aiohttp.ClientSession,
+    node: str,
+    keyring: Keyring,
+    purpose: Purpose,
+    identity: bytes,
+    *,
+    timeout_s: float | None = None,
+) -> Link:
+    """``connect`` to a node by its advertised address. Raises BadMessage also if it is none."""
+    try:
+        address = HostPort.parse(node)
+    except ValueError as error:
+        raise BadMessage(f"not an address: {node!r}") from error
+    return await connect(session, address, keyring, purpose, identity, timeout_s=timeout_s)
+
+
+async def node_behind(link: Link) -> NodeAddress:
+    """Which node the other side has proven to be. Raises BadMessage, the link being closed then."""
+    try:
+        return msgspec.msgpack.decode(link.identity, type=NodeAddress)
+    except msgspec.MsgspecError as error:
+        await link.wait_closed()
+        raise BadMessage(f"not a node: {error}") from error
 
 
 async def serve(

@@ -16,7 +16,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from itertools import islice
@@ -27,6 +27,7 @@ from aiohttp import web
 
 from swarmcache import errors
 from swarmcache.auth import IDENTITY_MAX_BYTES, Keyring
+from swarmcache.background import BackgroundTasks
 from swarmcache.batch_worker import BatchWorker
 from swarmcache.cache_requests import CacheRequests
 from swarmcache.clock import now_s
@@ -35,11 +36,11 @@ from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
-from swarmcache.errors import BadMessage, ConfigError, LocalError, SwarmcacheError
+from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.gossip_records import NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
-from swarmcache.link import Link, client_session, connect, serve
+from swarmcache.link import Link, client_session, connect_to_node, node_behind, serve
 from swarmcache.local_protocol import (
     AboutCache,
     AboutNodes,
@@ -167,7 +168,8 @@ class Daemon:
         self._links: dict[str, Link] = {}
         self.gossip: GossipServer | None = None
         self._announcing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks("daemon")
+        self._spawn = self._background.spawn
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         self._started_s = now_s()
         self._resources = AsyncExitStack()
@@ -426,27 +428,13 @@ class Daemon:
 
     async def _end_tasks(self) -> None:
         await self._tracker.stop()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.end()
         for link in list(self._links.values()):
             await link.wait_closed()
 
     def _stop_machine(self) -> None:
         self._shell.stop()
         self._state.lease_until_s = 0.0  # whoever reads under a lease stops
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a task of the daemon failed", exc_info=task.exception())
 
     def _take_request(
         self, connection: LocalConnection, request: AnyRequest, fds: list[int]
@@ -562,9 +550,10 @@ class Daemon:
 
     async def _dial(self, address: NodeAddress) -> None:
         try:
-            host_port = HostPort.parse(address.node)
-            link = await connect(self._session, host_port, self._keyring, "peer", self._identity)
-        except (SwarmcacheError, ValueError) as error:
+            link = await connect_to_node(
+                self._session, address.node, self._keyring, "peer", self._identity
+            )
+        except SwarmcacheError as error:
             log.info("cannot reach %s: %s", address.node, error)
             self._shell.handle(PeerLost(address.node, str(error)))
             return
@@ -572,11 +561,7 @@ class Daemon:
 
     async def _talk(self, link: Link) -> None:
         """Receive from a peer until the connection ends."""
-        try:
-            address = msgspec.msgpack.decode(link.identity, type=NodeAddress)
-        except msgspec.MsgspecError as error:
-            await link.wait_closed()
-            raise BadMessage(f"not a node: {error}") from error
+        address = await node_behind(link)
         node = address.node
         former = self._links.get(node)
         self._links[node] = link

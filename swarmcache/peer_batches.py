@@ -112,7 +112,7 @@ class PeerBatches:
             node = holder.address.node
             if node in distrusted or node in batch.avoided:
                 continue
-            places = [place for place in chunks_in(mask_from_bytes(holder.held))]
+            places = chunks_in(mask_from_bytes(holder.held))
             ids = [asked[place] for place in places if place < len(asked)]
             wanted = [batch.open[each] for each in ids if each in batch.open]
             for some in _portions(wanted):

@@ -25,9 +25,9 @@ from swarmcache.cache_requests import keep_alive
 from swarmcache.chunks import choose_chunk_size
 from swarmcache.disk import User
 from swarmcache.disk_calls import SharedFile
-from swarmcache.errors import BadMessage, LocalError, PeerUnavailable, SwarmcacheError
+from swarmcache.errors import LocalError, PeerUnavailable, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
-from swarmcache.link import Link, connect
+from swarmcache.link import Link, connect_to_node
 from swarmcache.local_protocol import (
     End,
     Failed,
@@ -51,7 +51,6 @@ from swarmcache.messages import (
 )
 from swarmcache.placed_replicas import PlacedReplicas
 from swarmcache.placement import KnownNode, Placement, rank
-from swarmcache.quantities import HostPort
 from swarmcache.source_file import SourceExaminer, SourceFile
 
 log = logging.getLogger(__name__)
@@ -178,11 +177,7 @@ class PrefetchRequests:
 
     async def connect(self, node: str) -> Link:
         """A connection to a node that is to take replicas. Raises RemoteError."""
-        try:
-            address = HostPort.parse(node)
-        except ValueError as error:
-            raise BadMessage(f"not an address: {node!r}") from error
-        return await connect(self._session, address, self._keyring, "prefetch", self._identity)
+        return await connect_to_node(self._session, node, self._keyring, "prefetch", self._identity)
 
 
 class Prefetch:

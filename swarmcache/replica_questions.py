@@ -23,7 +23,7 @@ from aiohttp import web
 from swarmcache.auth import Keyring
 from swarmcache.disk import Cache
 from swarmcache.errors import BadMessage, LocalError
-from swarmcache.link import Link, connect, serve
+from swarmcache.link import Link, connect_to_node, serve
 from swarmcache.local_server import user_name
 from swarmcache.messages import (
     FindReplicas,
@@ -33,7 +33,6 @@ from swarmcache.messages import (
     decode_about_replicas,
     encode,
 )
-from swarmcache.quantities import HostPort
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +62,9 @@ class ReplicaQuestions:
 
     async def ask(self, address: NodeAddress, user: str, version_ids: Sequence[bytes]) -> Places:
         """What another node holds of these. Raises RemoteError."""
-        try:
-            host_port = HostPort.parse(address.node)
-        except ValueError as error:
-            raise BadMessage(f"not an address: {address.node!r}") from error
-        link = await connect(self._session, host_port, self._keyring, "holder", self._identity)
+        link = await connect_to_node(
+            self._session, address.node, self._keyring, "holder", self._identity
+        )
         answers: list[Places] = []
 
         def take(data: bytes) -> None:

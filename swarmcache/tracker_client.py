@@ -19,8 +19,8 @@ from aiohttp import web
 from swarmcache.auth import Keyring
 from swarmcache.clock import now_s
 from swarmcache.config import Config
-from swarmcache.errors import BadMessage, PeerHangs, SwarmcacheError
-from swarmcache.link import Link, connect, serve
+from swarmcache.errors import PeerHangs, SwarmcacheError
+from swarmcache.link import Link, connect, connect_to_node, node_behind, serve
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import (
     Heartbeat,
@@ -33,7 +33,6 @@ from swarmcache.messages import (
     encode,
 )
 from swarmcache.peer_events import TimePassed, TrackerConnected, TrackerLost, TrackerSaid
-from swarmcache.quantities import HostPort
 from swarmcache.stand_in import (
     CONNECT_S,
     AskNode,
@@ -143,11 +142,7 @@ class TrackerClient:
         return await serve(request, self._keyring, "stand-in", self._identity, self._answer)
 
     async def _answer(self, link: Link) -> None:
-        try:
-            asking = msgspec.msgpack.decode(link.identity, type=NodeAddress)
-        except msgspec.MsgspecError as error:
-            await link.wait_closed()
-            raise BadMessage(f"not a node: {error}") from error
+        asking = await node_behind(link)
         link.send(encode(self._machine.answer(asking.node, now_s())))
         if self._server is not None:
             await self._server.talk(link)
@@ -243,12 +238,11 @@ class TrackerClient:
     async def _ask(self, node: str) -> None:
         """Ask a node who is the tracker; if it is that one, the connection may be the session."""
         try:
-            address = HostPort.parse(node)
-            link = await connect(
-                *(self._http, address, self._keyring, "stand-in", self._identity),
+            link = await connect_to_node(
+                *(self._http, node, self._keyring, "stand-in", self._identity),
                 timeout_s=CONNECT_S,
             )
-        except (SwarmcacheError, ValueError) as error:
+        except SwarmcacheError as error:
             log.info("%s cannot be asked who is the tracker: %s", node, error)
             self._shell.handle(NodeSilent(node))
             return

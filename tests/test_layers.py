@@ -24,6 +24,7 @@ LAYERS = {
         "__main__",
         "aio",
         "api",
+        "background",
         "batch_worker",
         "bundle_get",
         "bundles",
