@@ -175,10 +175,15 @@ def _files_in_use(but: int | None = None) -> tuple[set[FileId], set[int]]:
 
 def _open_in(directory: str) -> Iterator[FileId]:
     for name in os.listdir(directory):
-        with _gone_or_hidden():
+        try:
             status = os.stat(f"{directory}/{name}")
-            if stat.S_ISREG(status.st_mode):
-                yield status.st_dev, status.st_ino
+        except OSError as error:
+            # Gone, hidden, or on a disk or file server that fails. That is not ours: the caller has
+            # just looked at the files that it asks about.
+            log.debug("cannot see what %s/%s is: %s", directory, name, error)
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield status.st_dev, status.st_ino
 
 
 def _mapped_in(maps: Path) -> Iterator[int]:

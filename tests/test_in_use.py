@@ -18,6 +18,7 @@ from swarmcache import in_use
 from swarmcache.in_use import OpenFiles, UseCheck
 from tests.box import wait_until
 from tests.disk_helpers import needs_root
+from tests.loop_disks import loop_disk
 
 NAME, OTHER_NAME = "object", "users link"
 
@@ -189,6 +190,26 @@ def test_what_other_processes_have_open_or_mapped_is_seen(
         assert open_files.among([file]) == {file}
     with open(directory / NAME, "rb"):
         assert open_files.among([file]) == set(), "this process does not count"
+
+
+@pytest.mark.box
+@pytest.mark.slow
+def test_a_file_that_somebody_has_open_on_a_failing_disk_hides_no_other(
+    directory: Path, check: Callable[[], bool], tmp_path: Path
+) -> None:
+    status = (directory / NAME).stat()
+    file = (status.st_dev, status.st_ino)
+    with loop_disk(tmp_path, "xfs", 320) as disk:
+        other = disk.path / "other"
+        other.touch()
+        with process(other):
+            disk.shut_down()
+            with pytest.raises(OSError, match="Input/output error"):
+                other.stat()
+            assert check()
+            with process(directory / NAME):
+                assert not check()
+                assert OpenFiles().among([file]) == {file}
 
 
 def test_proc_is_not_looked_through_for_every_question(
