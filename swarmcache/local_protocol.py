@@ -16,7 +16,7 @@ costs no imports; here are the types with which everybody else validates what th
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -481,58 +481,47 @@ OfPrefetch = Placed | NodeSilent | Notice | Transferred | Working | End | Failed
 Answer = OfNodes | OfPrefetch | OfFiles | CachedFile | Outcome | OfPlaces | OfWriting
 
 AboutFile = CachedFile | Outcome
+OfCache = AboutFile | Working | End | Failed
+Decoded = TypeVar("Decoded")
 
-_requests = msgspec.json.Decoder(AnyRequest)
-_answers = msgspec.json.Decoder(AboutFile | Working | End | Failed)
-_place_answers = msgspec.json.Decoder(OfPlaces)
-_node_answers = msgspec.json.Decoder(OfNodes)
-_prefetch_answers = msgspec.json.Decoder(OfPrefetch)
+_requests: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
+_answers: msgspec.json.Decoder[OfCache] = msgspec.json.Decoder(OfCache)
+_place_answers: msgspec.json.Decoder[OfPlaces] = msgspec.json.Decoder(OfPlaces)
+_node_answers: msgspec.json.Decoder[OfNodes] = msgspec.json.Decoder(OfNodes)
+_prefetch_answers: msgspec.json.Decoder[OfPrefetch] = msgspec.json.Decoder(OfPrefetch)
 _encoder = msgspec.json.Encoder()
 
 
 def decode_request(line: bytes) -> AnyRequest:
     """Decode one line of a client. Raises BadMessage."""
-    try:
-        request: AnyRequest = _requests.decode(line)
-        return request
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadMessage(f"not a request: {error}") from error
+    return _decode(_requests, line, "a request")
 
 
-def decode_cache_answer(line: bytes) -> AboutFile | Working | End | Failed:
+def decode_cache_answer(line: bytes) -> OfCache:
     """Decode one line of the daemon's answer to a request about the cache. Raises BadMessage."""
-    try:
-        answer: AboutFile | Working | End | Failed = _answers.decode(line)
-        return answer
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadMessage(f"not an answer: {error}") from error
+    return _decode(_answers, line, "an answer")
 
 
 def decode_place_answer(line: bytes) -> OfPlaces:
     """Decode one line of the daemon's answer to a request about places. Raises BadMessage."""
-    try:
-        answer: OfPlaces = _place_answers.decode(line)
-        return answer
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadMessage(f"not an answer: {error}") from error
+    return _decode(_place_answers, line, "an answer")
 
 
 def decode_node_answer(line: bytes) -> OfNodes:
     """Decode one line of the daemon's answer to a request about nodes. Raises BadMessage."""
-    try:
-        answer: OfNodes = _node_answers.decode(line)
-        return answer
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadMessage(f"not an answer: {error}") from error
+    return _decode(_node_answers, line, "an answer")
 
 
 def decode_prefetch_answer(line: bytes) -> OfPrefetch:
     """Decode one line of the daemon's answer to ``PrefetchTo``. Raises BadMessage."""
+    return _decode(_prefetch_answers, line, "an answer")
+
+
+def _decode(decoder: msgspec.json.Decoder[Decoded], line: bytes, what: str) -> Decoded:
     try:
-        answer: OfPrefetch = _prefetch_answers.decode(line)
-        return answer
+        return decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadMessage(f"not an answer: {error}") from error
+        raise BadMessage(f"not {what}: {error}") from error
 
 
 def encode_request(
