@@ -50,6 +50,14 @@ from typing import BinaryIO, TypeVar
 # Debian packages: iproute2 (ip, tc), util-linux (unshare, nsenter, mount), fuse3, sshfs,
 # openssh-sftp-server.
 TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "sshfs", "fusermount3")
+# Whatever tests beside this one unmount is to be gone, and not kept by a host. One of them may
+# remove the directory just then, which unmounts it here as well.
+LET_GO_OF_OTHERS = r"""
+others() {
+    awk '$1 ~ "^/dev/loop" && $2 ~ "/(swarmcache-test|pytest)-" {print $2}' /proc/self/mounts
+}
+others | xargs --no-run-if-empty umount --lazy || test -z "$(others)"
+"""
 SFTP_SERVER = Path("/usr/lib/openssh/sftp-server")
 
 # Bytes that a link lets pass at once after a pause. tbf cuts a packet in pieces if it is longer, so
@@ -644,9 +652,7 @@ class Box:
         return "\n".join(
             [
                 "umask 022",
-                # Whatever tests beside this one unmount is to be gone, and not kept here.
-                'awk \'$1 ~ "^/dev/loop" && $2 ~ "/(swarmcache-test|pytest)-" {print $2}\''
-                " /proc/self/mounts | xargs --no-run-if-empty umount --lazy",
+                LET_GO_OF_OTHERS,
                 f"echo {host.name} > /proc/sys/kernel/hostname",
                 # Whatever this machine's default is, figures shall be the same everywhere. reno is
                 # the one that every kernel grants a namespace; at round trips as short as these,
