@@ -74,7 +74,7 @@ class Datagrams(Generic[Accepted]):
         self._ended = True
         self._sender.cancel()
         await asyncio.gather(self._sender, return_exceptions=True)
-        self._stream.close()
+        self._stream.abort()
         self._sock.close()
 
     def send(self, data: bytes, address: Address) -> None:
@@ -98,7 +98,7 @@ class Datagrams(Generic[Accepted]):
                 accepted: Accepted = received[0]
                 return accepted
 
-    async def _open(self) -> DatagramServer:
+    async def _open(self) -> _Stream:
         received = _Inbox(self.counts)
         writable = asyncio.Event()
         errors: asyncio.Queue[Exception] = asyncio.Queue()
@@ -107,9 +107,10 @@ class Datagrams(Generic[Accepted]):
             lambda: _Protocol(received, errors, writable, self._accept, self.counts),
             sock=self._sock.dup(),
         )
-        return DatagramServer(transport, received, errors, writable)
+        transport.set_write_buffer_limits(high=0)  # what was sent is with the kernel
+        return _Stream(transport, received, errors, writable)
 
-    async def _replace(self, stream: DatagramServer, why: str) -> None:
+    async def _replace(self, stream: _Stream, why: str) -> None:
         async with self._replacing:
             if stream is not self._stream:
                 return  # somebody else has done it
@@ -120,7 +121,7 @@ class Datagrams(Generic[Accepted]):
                 except OSError as error:  # no descriptor left, or the like
                     log.error("no datagrams for a moment: %s", error)
                     await asyncio.sleep(SEND_S)
-            stream.close()
+            stream.abort()
 
     async def _send_all(self) -> None:
         while True:
@@ -162,6 +163,16 @@ class _Inbox(asyncio.Queue[Any]):
             self._counts["flooded"] += 1
         else:
             super().put_nowait(item)
+
+
+class _Stream(DatagramServer):
+    """One that can be given up at once."""
+
+    _transport: asyncio.DatagramTransport
+
+    def abort(self) -> None:
+        """Unlike ``close``, do not wait for the kernel to take what was sent."""
+        self._transport.abort()
 
 
 class _Protocol(Protocol):

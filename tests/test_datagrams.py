@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -162,6 +163,28 @@ async def test_a_socket_that_takes_no_more_does_not_hold_up_the_next_datagrams(
                 got = await asyncio.get_running_loop().sock_recv(theirs, 2000)
 
     assert datagrams.counts["unsent"] > 0
+
+
+@pytest.mark.slow
+@on_both_loops
+async def test_nothing_is_left_of_a_socket_that_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SEND_S", 0.2)
+    ours, theirs = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+    address: Any = str(tmp_path / "theirs")
+    theirs.bind(address)
+    with theirs:
+        open_before = len(os.listdir("/proc/self/fd"))
+        async with open_datagrams(ours) as (datagrams, _):
+            with caplog.at_level(logging.WARNING, module.__name__):
+                while "has sent nothing" not in caplog.text:
+                    datagrams.send(bytes(1000), address)
+                    await asyncio.sleep(0.001)
+
+        for _ in range(3):  # turns of the loop, in which transports end
+            await asyncio.sleep(0)
+        assert len(os.listdir("/proc/self/fd")) < open_before  # ours is closed as well
 
 
 @on_both_loops
