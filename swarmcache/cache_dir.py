@@ -154,6 +154,7 @@ class CacheDir:
             self._listed = self._index.complete or self._begin_empty(own)
             self._min_age_s = min_age_s
             self._use_check = UseCheck(self._partial_fd)
+            self.file_system = self._use_check.file_system
             self._evictor = Evictor(self._index, self._uses, self, min_age_s)
             self._retention = (
                 Retention(

@@ -80,7 +80,7 @@ class Cache:
 
     def __init__(self, directories: Sequence[CacheDir], lost: dict[str, str] | None = None) -> None:
         """Takes over the directories. ``lost``: why others cannot be used, by path."""
-        self._open_files = OpenFiles()
+        self._open_files = OpenFiles(directory.file_system for directory in directories)
         self._all = tuple(directories)
         self._directories = self._all  # those in use; replaced as a whole, so reading needs no lock
         self._lost = dict(lost or {})

@@ -8,7 +8,9 @@ a race.
 
 Some file systems offer no leases, and kernels before 5.3 refuse them on files with several names
 in use, as all files of the cache are. There we look through /proc instead: for what this process
-may see (all of it as root), and only as it was a moment ago.
+may see (all of it as root), and only as it was a moment ago. To look at a file there may mean to
+ask a file server, for ever when that hangs. So only what is open on the cache's own file systems,
+as the tables of mounts have it, is looked at.
 
 A lease keeps whoever opens the file waiting, and one who does not want to wait gets an error. That
 is nothing for files that a job may open any moment only because somebody looks at a listing; for
@@ -31,7 +33,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -43,18 +45,24 @@ SEEN_MAX_S = 1.0
 FILES_MAX = 64  # asked about at once: so many descriptors are open meanwhile
 # O_NONBLOCK: not even a lease of somebody else's keeps us waiting. O_NOATIME: asking is no use.
 _ASK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
-_NOT_OFFERED = (*(errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS),)
-_GONE = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM)
+_NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+# EINVAL: the mounts of a process that has ended, but was not waited for yet.
+_GONE = (errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EACCES, errno.EPERM)
 
 FileId = tuple[int, int]  # device and inode
+FileSystem = bytes  # major:minor, as in tables of mounts; of btrfs not that of its files
 
 
 class UseCheck:
     """Finds out which files of one file system are in use."""
 
     def __init__(self, scratch_fd: int) -> None:
-        """``scratch_fd``: of a directory in which files can be made, to try out leases."""
+        """``scratch_fd``: of a directory in which files can be made, to try out leases.
+
+        Raises OSError.
+        """
         self._scratch_fd = scratch_fd
+        self.file_system = file_system_of(scratch_fd)
         self._leases: bool | None = None  # not tried yet
 
     def offers_leases(self) -> bool:
@@ -83,7 +91,19 @@ class UseCheck:
             if self.offers_leases():
                 yield {name for name in names if _leased(stack, name, directory_fd)}
             else:
-                yield _unseen(names, directory_fd)
+                yield self._unseen(names, directory_fd)
+
+    def _unseen(self, names: Sequence[str], directory_fd: int) -> set[str]:
+        files: dict[str, FileId] = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+                files[name] = (status.st_dev, status.st_ino)
+        opened, mapped = _files_in_use({self.file_system})
+        # Mappings are compared by inode alone, since some file systems (btrfs) name another device
+        # there than in ``stat``: better a file too many is spared.
+        in_use = {name for name, file in files.items() if file in opened or file[1] in mapped}
+        return set(names) - in_use
 
 
 class OpenFiles:
@@ -93,7 +113,9 @@ class OpenFiles:
     /proc once in a while only. This process itself does not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file_systems: Iterable[FileSystem]) -> None:
+        """``file_systems``: those whose files are asked about."""
+        self._file_systems = frozenset(file_systems)
         self._lock = threading.Lock()
         self._seen: tuple[set[FileId], set[int]] = (set(), set())
         self._seen_s = -math.inf
@@ -102,7 +124,7 @@ class OpenFiles:
         """Those of the files that are in use, as far as this process may see. Raises OSError."""
         with self._lock:
             if time.monotonic() > self._seen_s + SEEN_MAX_S:
-                self._seen = _files_in_use(but=os.getpid())
+                self._seen = _files_in_use(self._file_systems, but=os.getpid())
                 self._seen_s = time.monotonic()
             opened, mapped = self._seen
         return {file for file in files if file in opened or file[1] in mapped}
@@ -147,40 +169,68 @@ def _try_lease(directory_fd: int) -> bool:
             raise
 
 
-def _unseen(names: Sequence[str], directory_fd: int) -> set[str]:
-    files: dict[str, FileId] = {}
-    for name in names:
-        with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
-            files[name] = (status.st_dev, status.st_ino)
-    opened, mapped = _files_in_use()
-    # Mappings are compared by inode alone, since some file systems (btrfs) name another device
-    # there than in ``stat``: better a file too many is spared.
-    in_use = {name for name, file in files.items() if file in opened or file[1] in mapped}
-    return set(names) - in_use
+def file_system_of(fd: int) -> FileSystem:
+    """The file system on which a file is that this process has open. Raises OSError."""
+    mounts = dict(_mounts_in(Path("/proc/self/mountinfo")))
+    try:
+        return mounts[_mount_of(f"/proc/self/fdinfo/{fd}")]
+    except KeyError:  # unmounted, though it is in use; for most file systems this is the same
+        device = os.fstat(fd).st_dev
+        return b"%d:%d" % (os.major(device), os.minor(device))
 
 
-def _files_in_use(but: int | None = None) -> tuple[set[FileId], set[int]]:
-    """The regular files that processes (``but`` one) have open, and the inodes that they map."""
+def _files_in_use(
+    file_systems: Set[FileSystem], but: int | None = None
+) -> tuple[set[FileId], set[int]]:
+    """What processes (``but`` one) have open on the file systems, and the inodes that they map."""
+    processes = [each for each in os.listdir("/proc") if each.isdigit() and each != str(but)]
+    mounts = _mounts_of(file_systems, processes)
     opened: set[FileId] = set()
     mapped: set[int] = set()
-    for process in os.listdir("/proc"):
-        if process.isdigit() and process != str(but):
-            with _gone_or_hidden():
-                opened.update(_open_in(f"/proc/{process}/fd"))
-            with _gone_or_hidden():
-                mapped.update(_mapped_in(Path(f"/proc/{process}/maps")))
+    for process in processes:
+        with _gone_or_hidden():
+            opened.update(_open_in(f"/proc/{process}", mounts))
+        with _gone_or_hidden():
+            mapped.update(_mapped_in(Path(f"/proc/{process}/maps")))
     return opened, mapped
 
 
-def _open_in(directory: str) -> Iterator[FileId]:
-    for name in os.listdir(directory):
+def _mounts_of(file_systems: Set[FileSystem], processes: Iterable[str]) -> set[bytes]:
+    """Where the file systems are mounted, in whatever namespace or root directory."""
+    mounts: set[bytes] = set()
+    looked_at: set[tuple[str, str]] = set()
+    for process in processes:
+        with _gone_or_hidden():
+            view = os.readlink(f"/proc/{process}/ns/mnt"), os.readlink(f"/proc/{process}/root")
+            if view not in looked_at:
+                table = _mounts_in(Path(f"/proc/{process}/mountinfo"))
+                mounts.update(mount for mount, each in table if each in file_systems)
+                looked_at.add(view)
+    return mounts
+
+
+def _mounts_in(mountinfo: Path) -> Iterator[tuple[bytes, FileSystem]]:
+    for line in mountinfo.read_bytes().splitlines():
+        mount, _, file_system, _ = line.split(maxsplit=3)
+        yield mount, file_system
+
+
+def _mount_of(fdinfo: str) -> bytes:
+    with open(fdinfo, "rb") as file:
+        fields = dict(line.split(maxsplit=1) for line in file if line.startswith(b"mnt_id:"))
+    return fields[b"mnt_id:"].strip()
+
+
+def _open_in(process: str, mounts: Set[bytes]) -> Iterator[FileId]:
+    for name in os.listdir(f"{process}/fd"):
         try:
-            status = os.stat(f"{directory}/{name}")
+            if _mount_of(f"{process}/fdinfo/{name}") not in mounts:
+                continue
+            status = os.stat(f"{process}/fd/{name}")
         except OSError as error:
-            # Gone, hidden, or on a disk or file server that fails. That is not ours: the caller has
-            # just looked at the files that it asks about.
-            log.debug("cannot see what %s/%s is: %s", directory, name, error)
+            # Gone, hidden, or on a disk that fails. That is not ours: the caller has just looked at
+            # the files that it asks about.
+            log.debug("cannot see what %s/fd/%s is: %s", process, name, error)
             continue
         if stat.S_ISREG(status.st_mode):
             yield status.st_dev, status.st_ino

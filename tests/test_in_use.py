@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from swarmcache import in_use
-from swarmcache.in_use import OpenFiles, UseCheck
-from tests.box import wait_until
+from swarmcache.in_use import FileSystem, OpenFiles, UseCheck, file_system_of
+from tests.box import SFTP_SERVER, require, wait_until
 from tests.disk_helpers import needs_root
 from tests.loop_disks import loop_disk
 
@@ -55,15 +58,25 @@ def opened(directory: Path) -> Iterator[int]:
     os.close(fd)
 
 
+def file_system(directory: Path) -> FileSystem:
+    with opened(directory) as fd:
+        return file_system_of(fd)
+
+
 @contextmanager
-def process(path: Path, script: str = "", uid: int | None = None) -> Iterator[None]:
-    """Another process, once it has opened ``path`` or run a Python script with it, and waits."""
+def process(
+    path: Path, script: str = "", uid: int | None = None, under: Sequence[str | Path] = ()
+) -> Iterator[None]:
+    """Another process, once it has opened ``path`` or run a Python script with it, and waits.
+
+    ``under``: a command that runs the one that follows.
+    """
     command: list[str | Path] = ["sh", "-c", 'exec 3<"$1" && echo && exec cat', "sh", path]
     if script:
         program = textwrap.dedent(script) + "\nprint(flush=True)\nsys.stdin.read()\n"
         command = [sys.executable, "-c", program, path]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=uid
+        [*under, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=uid
     ) as popen:
         assert popen.stdin is not None
         assert popen.stdout is not None
@@ -181,7 +194,7 @@ def test_what_other_processes_have_open_or_mapped_is_seen(
     monkeypatch.setattr(in_use, "SEEN_MAX_S", 0.0)
     status = (directory / NAME).stat()
     file = (status.st_dev, status.st_ino)
-    open_files = OpenFiles()
+    open_files = OpenFiles([file_system(directory)])
 
     assert open_files.among([file]) == set()
     with process(directory / OTHER_NAME):
@@ -209,7 +222,74 @@ def test_a_file_that_somebody_has_open_on_a_failing_disk_hides_no_other(
             assert check()
             with process(directory / NAME):
                 assert not check()
-                assert OpenFiles().among([file]) == {file}
+                assert OpenFiles([file_system(directory)]).among([file]) == {file}
+
+
+@pytest.mark.box
+@pytest.mark.slow
+def test_what_is_open_on_a_hung_file_server_keeps_nobody_waiting(
+    directory: Path, check: Callable[[], bool], tmp_path: Path
+) -> None:
+    status = (directory / NAME).stat()
+    file = (status.st_dev, status.st_ino)
+    with file_server(tmp_path) as (mount, server), process(mount / "file"), hung(server):
+        assert check()
+        with process(directory / NAME):
+            assert not check()
+            assert OpenFiles([file_system(directory)]).among([file]) == {file}
+
+
+@contextmanager
+def file_server(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Where one of its own is mounted, with one file that must be looked at there every time."""
+    require()
+    export, mount = tmp_path / "export", tmp_path / "mount"
+    for each in (export, mount):
+        each.mkdir()
+    (export / "file").touch()
+    options = "passive,attr_timeout=0,entry_timeout=0,dir_cache=no"
+    sshfs = ["sshfs", "-f", f"server:{export}", str(mount), "-o", options]
+    with ExitStack() as stack:
+        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
+        server = stack.enter_context(popen([str(SFTP_SERVER)], theirs))
+        stack.callback(server.kill)
+        stack.enter_context(popen(sshfs, ours))
+        wait_until(mount.is_mount, 20, "the mount")
+        stack.callback(lambda: subprocess.run(["fusermount3", "-u", mount], check=True))
+        yield mount, server
+
+
+def popen(command: list[str], connection: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdin=connection.fileno(), stdout=connection.fileno())
+
+
+@contextmanager
+def hung(server: subprocess.Popen[bytes]) -> Iterator[None]:
+    """For as long as the block takes, which must not be long."""
+    late = threading.Timer(10, lambda: server.send_signal(signal.SIGCONT))
+    server.send_signal(signal.SIGSTOP)
+    late.start()
+    try:
+        yield
+        assert not late.finished.is_set(), "it was waited for"
+    finally:
+        late.cancel()
+        server.send_signal(signal.SIGCONT)
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_file_that_is_open_through_another_mount_or_in_another_namespace_is_in_use(
+    directory: Path, check: Callable[[], bool], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    bind = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    container = *("unshare", "--mount", "sh", "-c", bind, "sh"), directory, elsewhere
+    with process(elsewhere / OTHER_NAME, under=container):
+        assert not (elsewhere / OTHER_NAME).exists(), "it is in a namespace of its own"
+        assert not check()
+    assert check()
 
 
 def test_proc_is_not_looked_through_for_every_question(
@@ -217,7 +297,7 @@ def test_proc_is_not_looked_through_for_every_question(
 ) -> None:
     monkeypatch.setattr(in_use, "SEEN_MAX_S", 3600.0)
     status = (directory / NAME).stat()
-    open_files = OpenFiles()
+    open_files = OpenFiles([file_system(directory)])
     assert open_files.among([(status.st_dev, status.st_ino)]) == set()
 
     with process(directory / NAME):
