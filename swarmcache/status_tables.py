@@ -31,7 +31,8 @@ def status_renderables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
         what = "Swarms and slots" if members else "The cluster"
         yield Text(f"{what} cannot be shown: {status.get('reason') or 'no tracker'}")
         return
-    yield _file_servers_table(cluster.get("file_servers", []))
+    if cluster.get("file_servers"):
+        yield _file_servers_table(cluster["file_servers"])
     if cluster.get("swarms"):
         yield _swarms_table(cluster["swarms"])
     if cluster.get("corrupt"):

@@ -81,6 +81,15 @@ def test_nodes_are_shown_without_a_tracker_and_the_reason_for_what_is_not() -> N
     assert "Swarms and slots cannot be shown: gone" in lines
 
 
+def test_a_table_of_file_servers_is_there_when_somebody_has_used_one() -> None:
+    server = {"name": "nfs01:/export", "slots_max": 4}
+
+    assert not any("File servers" in line for line in shown({"cluster": {"file_servers": []}}))
+    lines = shown({"cluster": {"file_servers": [server]}})
+    assert any("File servers" in line for line in lines)
+    assert cells(lines, "nfs01:/export")[0] == "0/4"
+
+
 def test_without_gossip_and_tracker_there_is_no_table() -> None:
     assert shown({"members": None, "reason": "gone"})[-1] == "The cluster cannot be shown: gone"
 
