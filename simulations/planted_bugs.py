@@ -273,7 +273,7 @@ BUGS = (
         "tracker_state:TrackerState._lose_node",
         "leased = self._ranges[lease_id]",
         "leased = self._ranges[lease_id]\n"
-        "            self._servers[leased.file_server].ledger.leases[lease_id].until_s = now_s",
+        "        self._servers[leased.file_server].ledger.leases[lease_id].until_s = now_s",
     ),
     PlantedBug(
         "a restarted tracker knows nothing of leases",
@@ -301,45 +301,46 @@ BUGS = (
     ),
     PlantedBug(
         "the neighbours of a lost guardian are not asked",
-        "tracker_state:TrackerState._take_over",
+        "tracker_swarms:TrackerSwarms._take_over",
         "not neighbours or not chunks",
         "True",
     ),
     PlantedBug(
         "a search that nobody answers never ends",
-        "tracker_state:TrackerState._search",
-        'self._timers.set(f"query {query_id}", now_s + QUERY_S)',
+        "tracker_swarms:TrackerSwarms._search",
+        "self._timers.set(query_id, now_s + QUERY_S)",
         "pass",
     ),
     PlantedBug(
         "only one of two neighbours is told",
-        "tracker_state:TrackerState._link",
+        "tracker_swarms:TrackerSwarms._link",
         "swarm.members[other].neighbours.add(name)",
         "pass",
     ),
     PlantedBug(
         "chunks of a lease that ran out are lost",
-        "tracker_state:TrackerState._expire",
-        "self._take_over(swarm, leased.mask, neighbours, now_s, effects)",
+        "tracker_swarms:TrackerSwarms.reading_ran_out",
+        "self._take_over(swarm, chunks, neighbours, now_s, effects)",
         "pass",
     ),
     PlantedBug(
         "a lost node is not taken off its searches",
-        "tracker_state:TrackerState._lose_node",
+        "tracker_swarms:TrackerSwarms.lose_node",
         "if name in search.waiting:",
         "if False:",
     ),
     PlantedBug(
         "a lost node is still a holder",
-        "tracker_state:TrackerState._lose_node",
-        "self._drop_holder(version_id, name)",
+        "tracker_replicas:TrackerReplicas.lose_node",
+        "self._drop_holder(node, version_id)",
         "pass",
     ),
     PlantedBug(
         "a lost node is looked for among the readers of its other swarms",
-        "tracker_state:TrackerState._remove_member",
-        "self._reclaim(swarm)\n",
-        "self._reclaim(swarm)\n    self._grant(swarm.file_server, now_s, effects)\n",
+        "tracker_state:TrackerState._lose_node",
+        "self._swarms.lose_node(name, reading, now_s, effects)",
+        "self._grant_all(now_s, effects)\n"
+        "    self._swarms.lose_node(name, reading, now_s, effects)",
     ),
     PlantedBug(
         "who failed to read is never asked again",

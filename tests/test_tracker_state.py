@@ -63,15 +63,15 @@ from swarmcache.tracker_events import (
     TimePassed,
     TrackerEffect,
 )
+from swarmcache.tracker_nodes import NODE_SILENT_S
 from swarmcache.tracker_state import (
     CHUNK_COUNT_MAX,
     LEASE_MARGIN_S,
-    NODE_SILENT_S,
-    QUERY_S,
     READ_AGAIN_S,
     READ_FAILURES_MAX,
     TrackerState,
 )
+from swarmcache.tracker_swarms import QUERY_S
 
 MIB = 1 << 20
 FILE = b"f" * 32
