@@ -186,14 +186,14 @@ BUGS = (
     PlantedBug(
         "leases are not told to a new tracker",
         "peer_state:PeerState._handle_tracker_connection",
-        "leases[:LOADS_MAX]",
+        "self._leases.held()[:LOADS_MAX]",
         "[]",
     ),
     PlantedBug(
         "a holder reads on when its lease is over",
-        "peer_state:PeerState.may_read",
-        "now_s < self.lease_until_s",
-        "now_s < self.lease_until_s + 60",
+        "peer_leases:PeerLeases.may_read",
+        "now_s < self.until_s",
+        "now_s < self.until_s + 60",
     ),
     PlantedBug(
         "what is under way is dropped",
@@ -203,9 +203,9 @@ BUGS = (
     ),
     PlantedBug(
         "who waits in vain gets no answer",
-        "peer_state:PeerState._answer_stalled",
-        "if now_s >= max(fetching.progress_at_s, since_s) + patience_s:",
-        "if now_s >= max(fetching.progress_at_s, since_s) + 1000 * patience_s:",
+        "fetching:Fetching.take_impatient",
+        "if now_s >= max(self.progress_at_s, since_s) + patience_s",
+        "if now_s >= max(self.progress_at_s, since_s) + 1000 * patience_s",
     ),
     PlantedBug(
         "the end of a lease is not told",
@@ -221,27 +221,27 @@ BUGS = (
     ),
     PlantedBug(
         "connections without a use are kept",
-        "peer_state:PeerState._look_after_neighbour",
-        "effects.append(HangUp(node))",
+        "peer_neighbours:PeerNeighbours._look_after",
+        "effects.append(HangUp(neighbour.address.node))",
         "pass",
     ),
     PlantedBug(
         "an old replica is not offered",
-        "peer_state:PeerState._greet",
+        "peer_seeds:PeerSeeds.greet",
         "effects.append(LoadManifest(version_id))",
         "pass",
     ),
     PlantedBug(
         "the tracker is not told that a replica is gone",
-        "peer_state:PeerState._handle_dropped",
+        "peer_state:PeerState._end_seed",
         "self._tell(Leave(version_id), effects)",
         "pass",
     ),
     PlantedBug(
         "a broken connection is not made again",
-        "peer_state:PeerState._look_after_neighbour",
-        "elif not neighbour.up and self.address.node < node:",
-        "elif False:",
+        "peer_neighbours:PeerNeighbours._look_after",
+        "self._dial(neighbour, effects)",
+        "pass",
     ),
     PlantedBug(
         "after a failure of the disk nobody begins again",
@@ -251,13 +251,13 @@ BUGS = (
     ),
     PlantedBug(
         "replicas that are cut differently are offered",
-        "peer_state:PeerState._offer",
-        "wanted_bytes in (0, seed.chunk_size_bytes)",
+        "peer_seeds:Seed.is_cut_like",
+        "wanted_bytes in (0, self.chunk_size_bytes)",
         "True",
     ),
     PlantedBug(
         "who is complete does not say so",
-        "peer_state:PeerState._handle_published",
+        "peer_seeds:PeerSeeds.serve",
         'effects.append(TellPeer(node, Have(version_id, [], b"", complete=True)))',
         "pass",
     ),

@@ -22,8 +22,9 @@ from simulations.nodes import Node
 from simulations.plans import CHUNK_BYTES, Plan, draw
 from simulations.writers import Writer
 from swarmcache.chunks import FileVersion
+from swarmcache.fetching import ABANDON_S
 from swarmcache.peer_events import AnswerHolders, HoldersWanted
-from swarmcache.peer_state import ABANDON_S, LINGER_S
+from swarmcache.peer_neighbours import LINGER_S
 
 # When everything works again, for how long things may go on being wrong: the longest pause of a
 # node that dials in vain and of a peer that failed are 30 s each.

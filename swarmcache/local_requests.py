@@ -25,6 +25,7 @@ from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.fetching import Fetching
 from swarmcache.holds import Holds
 from swarmcache.local_protocol import (
     AboutFiles,
@@ -52,7 +53,7 @@ from swarmcache.peer_events import (
     RequestGone,
     StatusWanted,
 )
-from swarmcache.peer_state import Fetching, PeerState
+from swarmcache.peer_state import PeerState
 from swarmcache.source_file import SourceExaminer, SourceFile, same_version
 
 log = logging.getLogger(__name__)

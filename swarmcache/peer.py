@@ -434,7 +434,7 @@ class Daemon:
 
     def _stop_machine(self) -> None:
         self._shell.stop()
-        self._state.lease_until_s = 0.0  # whoever reads under a lease stops
+        self._state.stop_reading()
 
     def _take_request(
         self, connection: LocalConnection, request: AnyRequest, fds: list[int]

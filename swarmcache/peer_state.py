@@ -3,9 +3,11 @@
 Pure logic: no socket, disk, clock or chance of its own. The shell (``peer.py``) and the simulator
 feed it events and carry out the effects that it returns.
 
-It holds one ``Download`` per file version that is wanted and not yet complete, one ``Seed`` per
-complete one that neighbours are interested in, the leases of this node, and the neighbours. Of two
-neighbours the one with the lower node id dials.
+It holds one ``Fetching`` per file version that is wanted and not yet complete, and one ``Seed`` per
+complete one that neighbours are interested in. Parts of it are the leases of this node, its
+neighbours, its seeds, what its clients write, and small files that come together
+(``peer_leases.py``, ``peer_neighbours.py``, ``peer_seeds.py``, ``peer_writes.py``,
+``peer_batches.py``).
 
 Invariants: a request is answered exactly once; every download that somebody waits for either makes
 progress, or waits for a slot that the tracker says is taken, or is answered with the original path
@@ -19,19 +21,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from random import Random
 
 from swarmcache.chunks import (
     ChunkLayout,
-    FileVersion,
     mask_from_bytes,
     mask_to_bytes,
     range_mask,
 )
 from swarmcache.download import Download
+from swarmcache.fetching import Fetching
 from swarmcache.messages import (
-    HAVE_CHUNKS_MAX,
     LOADS_MAX,
     BetweenNodes,
     DiskStatus,
@@ -40,7 +40,6 @@ from swarmcache.messages import (
     Have,
     Heartbeat,
     HeldBy,
-    HeldLease,
     Holding,
     Join,
     Joined,
@@ -84,7 +83,6 @@ from swarmcache.peer_events import (
     ChunkRead,
     ChunksRecovered,
     CopyWanted,
-    DialPeer,
     DiskMeasured,
     DistrustPeer,
     DropPartial,
@@ -94,12 +92,10 @@ from swarmcache.peer_events import (
     FilesNotKept,
     FilesWanted,
     FileWanted,
-    HangUp,
     HolderBusy,
     HolderFailed,
     HoldersWanted,
     KeysChanged,
-    LoadManifest,
     ManifestLoaded,
     NodesChanged,
     PeerBusy,
@@ -136,6 +132,9 @@ from swarmcache.peer_events import (
     WriterAnswered,
     WriteWanted,
 )
+from swarmcache.peer_leases import NodeLease, PeerLeases
+from swarmcache.peer_neighbours import Neighbour, PeerNeighbours
+from swarmcache.peer_seeds import PeerSeeds
 from swarmcache.peer_writes import PeerWrites
 from swarmcache.timers import Timers
 
@@ -143,94 +142,13 @@ FLIGHTS_MAX = 16
 DOWNLOADS_MAX = 4096
 HEARTBEAT_BUSY_S = 1.0
 HEARTBEAT_IDLE_S = 10.0
-REDIAL_S = 1.0
-REDIAL_MAX_S = 30.0
-# A download that has had nothing for this long tells the tracker what it cannot get, so often.
-COMPLAIN_S = 1.0
-# A connection that no swarm needs any more is kept this long for the next one.
-LINGER_S = 30.0
-# While the local disk works on a file (reserving, digesting what an earlier life left, putting it
-# in place) nothing else can make progress: that much more patience.
-DISK_PATIENCE = 12
 # A download under which the disk fails is begun again so often: a lost disk, or one that was full
 # against all accounts, may be followed by one that works. Who waits must not wait for ever.
 FAILURES_MAX = 1
-# A download that nobody waits for is given up after this long without progress; what it has stays
-# on disk for the next request.
-ABANDON_S = 60.0
 # A replica of which peers say that it is wrong is digested at most so often, and so many such
 # replicas are remembered.
 CHECK_AGAIN_S = 3600.0
 CHECKED_MAX = 1024
-
-
-@dataclass(slots=True)
-class Fetching:
-    """A wanted file version with everything that is not about chunks.
-
-    ``download`` is None until the disk has set room aside. ``blocked``: an earlier attempt at the
-    same file version must end first. ``failures``: how often the disk has failed under it.
-    ``requests``: who waits for it, and since when.
-    """
-
-    version: FileVersion
-    file_server: str
-    user: str
-    chunk_size_bytes: int
-    can_read: bool
-    progress_at_s: float
-    complained_at_s: float = 0.0
-    download: Download | None = None
-    blocked: bool = False
-    joined: bool = False
-    on_disk: bool = False
-    publishing: bool = False
-    waiting_for_slot: bool = False
-    failures: int = 0
-    requests: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Seed:
-    """A complete file version and the neighbours that may want chunks of it."""
-
-    digests: tuple[bytes, ...] | None
-    chunk_size_bytes: int = 0
-    nodes: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class Neighbour:
-    """Another node that shares at least one swarm with this one, or did until recently.
-
-    ``versions``: the file versions, and how their swarms cut them (0: not told). ``dead``: all
-    others say so, and nothing was heard of it since.
-    """
-
-    address: NodeAddress
-    versions: dict[bytes, int] = field(default_factory=dict)
-    up: bool = False
-    dialling: bool = False
-    dead: bool = False
-    failures: int = 0
-
-
-@dataclass(slots=True)
-class NodeLease:
-    """A range of chunks that this node may read, until ``PeerState.lease_until_s``.
-
-    ``ran_out``: its time was over before it was renewed, so it may be another's by now.
-    ``cancelled``: why it must end early. The tracker is told when the reader has stopped, not
-    before: until then a piece may still be on its way from the file server.
-    """
-
-    version_id: bytes
-    first: int
-    count: int
-    file_server: str
-    user: str
-    cancelled: str | None = None
-    ran_out: bool = False
 
 
 def _not_known(node: str) -> int:
@@ -259,7 +177,6 @@ class PeerState:
     ) -> None:
         self.address = address
         self.tracker_connected = False
-        self.lease_until_s = 0.0
         self._rng = rng
         self._peers_max = peers_max
         self._window = min(window, FLIGHTS_MAX)
@@ -267,11 +184,11 @@ class PeerState:
         self._stall_s = stall_s
         self._buffers_bytes_max = buffers_bytes_max
         self._fetching: dict[bytes, Fetching] = {}
-        self._seeds: dict[bytes, Seed] = {}
-        self._leases: dict[int, NodeLease] = {}
+        self._seeds = PeerSeeds()
+        self._leases = PeerLeases()
         self._writes = PeerWrites(rng, stall_s)
         self._batches = PeerBatches()
-        self._neighbours: dict[str, Neighbour] = {}
+        self._neighbours = PeerNeighbours(address.node)
         self._distrusted: set[str] = set()
         self._requests: dict[int, bytes] = {}
         self._status_requests: set[int] = set()
@@ -282,7 +199,7 @@ class PeerState:
         self._busy: dict[bytes, int] = {}
         self._ending: dict[bytes, bool] = {}
         self._checked_s: dict[bytes, float] = {}  # when a peer's word made us digest a copy
-        self._timers: Timers[bytes | str] = Timers()
+        self._timers: Timers[bytes] = Timers()
         self._heartbeat_at_s: float | None = None
         self._heartbeat_sent_s = 0.0
         self._disk = DiskStatus()
@@ -333,7 +250,12 @@ class PeerState:
     def wake_at_s(self) -> float | None:
         """When ``TimePassed`` is next due. Ask again after every ``handle``."""
         at_s = self._timers.next_at_s()
-        others_s = (self._heartbeat_at_s, self._writes.wake_at_s(), self._batches.wake_at_s())
+        others_s = (
+            self._heartbeat_at_s,
+            self._neighbours.wake_at_s(),
+            self._writes.wake_at_s(),
+            self._batches.wake_at_s(),
+        )
         for other_s in others_s:
             if other_s is not None and (at_s is None or other_s < at_s):
                 at_s = other_s
@@ -342,6 +264,14 @@ class PeerState:
     def check(self) -> None:
         """Assert the invariants."""
         self._timers.check()
+        for version_id in self._seeds.version_ids():
+            assert version_id not in self._fetching, "a complete file is fetched"
+            for node in self._seeds.nodes(version_id):
+                neighbour = self._neighbours.get(node)
+                assert neighbour is not None and neighbour.up, "a seed for one who is not there"
+        self._seeds.check()
+        self._leases.check(self._busy)
+        self._neighbours.check()
         self._writes.check()
         self._batches.check()
         for request, version_id in self._requests.items():
@@ -349,16 +279,7 @@ class PeerState:
         for version_id, fetching in self._fetching.items():
             for request in fetching.requests:
                 assert self._requests[request] == version_id, "a request would be answered twice"
-            if fetching.download is not None:
-                fetching.download.check()
-        for lease in self._leases.values():
-            assert lease.version_id in self._busy, "a lease under which nobody reads"
-        for node, neighbour in self._neighbours.items():
-            assert node == neighbour.address.node, "a neighbour under another's name"
-            assert not (neighbour.up and neighbour.dialling), "dialling a neighbour that is up"
-            ours = neighbour.versions and self.address.node < node
-            coming = neighbour.up or neighbour.dialling or self._timers.at_s(node) is not None
-            assert coming or not ours, "a neighbour that this node would never dial again"
+            fetching.check()
         assert len(self._flights) <= FLIGHTS_MAX, "more requests in flight than allowed"
         assert self._flight_bytes == sum(self._flights.values()), "flying bytes miscounted"
         for version_id in self._ending:
@@ -368,10 +289,11 @@ class PeerState:
 
     def may_read(self, lease_id: int, now_s: float) -> bool:
         """Whether this lease still holds, by this node's clock. Safe to call from any thread."""
-        lease = self._leases.get(lease_id)
-        if lease is None or lease.cancelled is not None or lease.ran_out:
-            return False
-        return now_s < self.lease_until_s
+        return self._leases.may_read(lease_id, now_s)
+
+    def stop_reading(self) -> None:
+        """The daemon ends: whoever reads under a lease stops."""
+        self._leases.until_s = 0.0
 
     def count_hits(self, count: int) -> None:
         """Clients got files that were cached already. No event, since a hit takes microseconds; and
@@ -395,7 +317,7 @@ class PeerState:
 
     def neighbours(self) -> Iterable[tuple[str, bool, bool]]:
         """Every neighbour: node, whether connected, whether distrusted."""
-        known = {node: neighbour.up for node, neighbour in self._neighbours.items()}
+        known = {each.address.node: each.up for each in self._neighbours.all()}
         for node in sorted(known.keys() | self._distrusted):
             yield node, known.get(node, False), node in self._distrusted
 
@@ -481,6 +403,7 @@ class PeerState:
             event.user,
             event.chunk_size_bytes,
             can_read,
+            self._stall_s,
             progress_at_s=now_s,
         )
         self._fetching[version_id] = fetching
@@ -602,7 +525,7 @@ class PeerState:
                 self._handle_dropped(event.version_id, now_s, effects)
             case ReplicasLost():
                 # Those on other disks as well: they come back when a neighbour asks for them.
-                for version_id in list(self._seeds):
+                for version_id in self._seeds.version_ids():
                     self._drop_seed(version_id, now_s)
                 if self.tracker_connected:
                     effects.append(AnnounceReplicas())
@@ -622,11 +545,8 @@ class PeerState:
                 self._disk = event.disk
 
     def _handle_dropped(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
-        seed = self._seeds.get(version_id)
-        if seed is not None:  # or they would think that it has all, and tell it nothing
-            effects.extend(TellPeer(node, Gone(version_id)) for node in sorted(seed.nodes))
-        self._drop_seed(version_id, now_s)
-        self._tell(Leave(version_id), effects)
+        self._seeds.say_gone(version_id, effects)
+        self._end_seed(version_id, now_s, effects)
         fetching = self._fetching.get(version_id)
         if fetching is not None and fetching.joined:
             self._join(fetching, effects)  # it is wanted again already, and not to be left for that
@@ -677,15 +597,8 @@ class PeerState:
     ) -> None:
         """The disk has failed under a download: start it anew, perhaps on another disk."""
         version_id = former.version.version_id
-        requests, former.requests = former.requests, {}  # they go on waiting
+        fetching = former.again(now_s)
         self._give_up(version_id, reason, now_s, effects)
-        fetching = Fetching(
-            *(former.version, former.file_server, former.user, former.chunk_size_bytes),
-            former.can_read,
-            progress_at_s=now_s,
-            failures=former.failures + 1,
-            requests=requests,
-        )
         self._fetching[version_id] = fetching
         self._reserve(fetching, effects)
         self._arm(version_id, now_s)
@@ -710,8 +623,8 @@ class PeerState:
         fetching.on_disk = True
         if self.tracker_connected and not fetching.download.complete:
             self._join(fetching, effects)
-        for neighbour in self._neighbours.values():
-            if neighbour.up and event.version_id in neighbour.versions:
+        for neighbour in self._neighbours.of(event.version_id):
+            if neighbour.up:
                 self._greet(neighbour, event.version_id, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
 
@@ -730,16 +643,13 @@ class PeerState:
         if fetching.version.size_bytes:
             self._tell(Replicas([version_id]), effects)
         self._forget_timer(version_id)
-        seed = Seed(fetching.download.digests, fetching.chunk_size_bytes)
+        digests, cut = fetching.download.digests, fetching.chunk_size_bytes
         for node in list(fetching.download.peers):
             if fetching.download.peer_is_complete(node):
                 effects.append(TellPeer(node, Gone(version_id)))
                 self._part(node, version_id, now_s)
             else:
-                effects.append(TellPeer(node, Have(version_id, [], b"", complete=True)))
-                seed.nodes.add(node)
-        if seed.nodes:
-            self._seeds[version_id] = seed
+                self._seeds.serve(version_id, node, digests, cut, effects)
 
     def _give_up(
         self,
@@ -757,14 +667,14 @@ class PeerState:
             return
         self._answer_original(fetching, reason, effects, source_changed=source_changed)
         self._forget_timer(version_id)
-        self._cancel_leases(version_id, reason)
+        self._leases.cancel(version_id, reason)
         if fetching.joined:
             self._tell(Leave(version_id), effects)
-        for node, neighbour in self._neighbours.items():
-            if version_id in neighbour.versions:
-                if neighbour.up:
-                    effects.append(TellPeer(node, Gone(version_id)))
-                self._part(node, version_id, now_s)
+        for neighbour in self._neighbours.of(version_id):
+            node = neighbour.address.node
+            if neighbour.up:
+                effects.append(TellPeer(node, Gone(version_id)))
+            self._part(node, version_id, now_s)
         if not fetching.blocked:
             self._drop(version_id, effects, keep=keep)
 
@@ -773,54 +683,18 @@ class PeerState:
     def _handle_manifest(
         self, event: ManifestLoaded, now_s: float, effects: list[PeerEffect]
     ) -> None:
-        seed = self._seeds.get(event.version_id)
-        if seed is None:
-            return
-        if not event.digests:
-            self._drop_seed(event.version_id, now_s)
-            self._tell(Leave(event.version_id), effects)
-            return
-        seed.digests = event.digests
-        seed.chunk_size_bytes = event.chunk_size_bytes
-        for node in sorted(seed.nodes):
-            left = self._seeds.get(event.version_id) is not seed
-            if not left and self._neighbours[node].up:
-                self._offer(node, event.version_id, seed, now_s, effects)
+        version_id, cut = event.version_id, event.chunk_size_bytes
+        if not self._seeds.loaded(version_id, event.digests or (), cut, effects):
+            self._end_seed(version_id, now_s, effects)
 
-    def _offer(
-        self, node: str, version_id: bytes, seed: Seed, now_s: float, effects: list[PeerEffect]
-    ) -> None:
-        """Tell a neighbour of all chunks, if its swarm cuts the file like this replica.
-
-        If not (the setting is another one since), no chunk of it would be taken for right, nor the
-        node for honest: this node leaves, so that the tracker counts on it no more.
-        """
-        wanted_bytes = self._neighbours[node].versions.get(version_id, 0)
-        if wanted_bytes in (0, seed.chunk_size_bytes):
-            self._tell_all(node, version_id, seed, effects)
-            return
-        effects.extend(TellPeer(other, Gone(version_id)) for other in sorted(seed.nodes))
+    def _end_seed(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        """There is no replica that this swarm could use, and the tracker counts on it no more."""
         self._drop_seed(version_id, now_s)
         self._tell(Leave(version_id), effects)
 
-    def _tell_all(
-        self, node: str, version_id: bytes, seed: Seed, effects: list[PeerEffect]
-    ) -> None:
-        digests = seed.digests
-        assert digests is not None, "offered before it was loaded"
-        for start in range(0, len(digests), HAVE_CHUNKS_MAX):
-            part = digests[start : start + HAVE_CHUNKS_MAX]
-            chunks = list(range(start, start + len(part)))
-            last = start + len(part) == len(digests)
-            cut = seed.chunk_size_bytes
-            have = Have(version_id, chunks, b"".join(part), complete=last, chunk_size_bytes=cut)
-            effects.append(TellPeer(node, have))
-
     def _drop_seed(self, version_id: bytes, now_s: float) -> None:
-        seed = self._seeds.pop(version_id, None)
-        if seed is not None:
-            for node in sorted(seed.nodes):
-                self._part(node, version_id, now_s)
+        for node in self._seeds.nodes(version_id):
+            self._part(node, version_id, now_s)
 
     # --- the tracker ----------------------------------------------------------------------------
 
@@ -849,16 +723,10 @@ class PeerState:
             self._leave_batches(now_s, effects)
             return
         self.tracker_connected = True
-        leases = [
-            HeldLease(
-                lease_id, lease.version_id, lease.file_server, lease.user, lease.first, lease.count
-            )
-            for lease_id, lease in self._leases.items()
-        ]
         # One message has room for no more; the tracker does not adopt the others, so they end.
         writes = self._writes.held()
         register = Register(
-            *(self.address, now_s, leases[:LOADS_MAX], self._disk),
+            *(self.address, now_s, self._leases.held()[:LOADS_MAX], self._disk),
             writes=writes,
             totals=self.totals(),
             stood_in=self._stood_in and not event.stand_in,
@@ -908,12 +776,10 @@ class PeerState:
             case Lease():
                 self._handle_lease(message, now_s, effects)
             case WriteLease():
-                self._note_run_out(now_s)
-                self.lease_until_s = max(self.lease_until_s, message.until_s)
+                self._leases.extend(message.until_s, now_s)
                 self._writes.leased(message, now_s, effects)
             case Renewed():
-                self._note_run_out(now_s)
-                self.lease_until_s = message.until_s
+                self._leases.renew(message.until_s, now_s)
                 self._writes.renewed(message, now_s, effects)
                 waiting = set(message.waiting)
                 for version_id, fetching in self._fetching.items():
@@ -922,9 +788,8 @@ class PeerState:
                         fetching.progress_at_s = now_s
                         self._arm(version_id, now_s)
             case Registered():
-                self.lease_until_s = message.until_s
-                for lease_id in set(self._leases) - set(message.adopted):
-                    self._end_lease(lease_id)
+                for lease in self._leases.adopted(message.adopted, message.until_s):
+                    self._range_ends(lease)
                 self._writes.registered(message, now_s, effects)
             case Joined():
                 self._handle_joined(message, now_s, effects)
@@ -976,7 +841,7 @@ class PeerState:
         fetching.download = None
         fetching.on_disk = False
         fetching.publishing = False
-        self._cancel_leases(message.version_id, "the swarm cuts the file differently")
+        self._leases.cancel(message.version_id, "the swarm cuts the file differently")
         self._drop(message.version_id, effects, keep=False)
         self._reserve(fetching, effects)
         self._arm(message.version_id, now_s)
@@ -985,28 +850,20 @@ class PeerState:
         fetching = self._fetching.get(version_id)
         if fetching is not None:
             return fetching.download.held if fetching.download is not None else 0
-        seed = self._seeds.get(version_id)
-        return range_mask(0, len(seed.digests)) if seed is not None and seed.digests else 0
+        return self._seeds.held(version_id)
 
     # --- leases ---------------------------------------------------------------------------------
 
     def _handle_lease(self, message: Lease, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching.get(message.version_id)
-        self._note_run_out(now_s)
-        self.lease_until_s = max(self.lease_until_s, message.until_s)
+        self._leases.extend(message.until_s, now_s)
         download = fetching.download if fetching is not None and fetching.on_disk else None
         fits = download is not None and message.first + message.count <= download.chunk_count
         if fetching is None or download is None or not fits or not fetching.can_read:
             failed = RangeFailed(message.lease_id, message.version_id, b"", "cannot read it here")
             self._tell(failed, effects)
             return
-        self._leases[message.lease_id] = NodeLease(
-            message.version_id,
-            message.first,
-            message.count,
-            fetching.file_server,
-            fetching.user,
-        )
+        self._leases.begin(message, fetching.file_server, fetching.user)
         download.read_begins(message.first, message.count)
         fetching.waiting_for_slot = False
         self._begin(message.version_id)
@@ -1015,27 +872,11 @@ class PeerState:
         )
         self._beat(now_s)
 
-    def _note_run_out(self, now_s: float) -> None:
-        """Before the leases are renewed: what had run out is not, whatever the tracker says of all
-        of them. It may be another's by now, and its reader may not have noticed, being in the
-        middle of a piece."""
-        if now_s >= self.lease_until_s:
-            for lease in self._leases.values():
-                lease.ran_out = True
-
-    def _cancel_leases(self, version_id: bytes, reason: str) -> None:
-        """Nothing more is to be read of this file version."""
-        for lease in self._leases.values():
-            if lease.version_id == version_id and lease.cancelled is None:
-                lease.cancelled = reason
-
-    def _end_lease(self, lease_id: int) -> NodeLease | None:
-        lease = self._leases.pop(lease_id, None)
-        if lease is not None and lease.cancelled is None:
-            fetching = self._fetching.get(lease.version_id)
-            if fetching is not None and fetching.download is not None:
-                fetching.download.read_ends(lease.first, lease.count)
-        return lease
+    def _range_ends(self, lease: NodeLease) -> None:
+        """What was not read of it is missing again, if it is still wanted."""
+        fetching = self._fetching.get(lease.version_id)
+        if lease.cancelled is None and fetching is not None and fetching.download is not None:
+            fetching.download.read_ends(lease.first, lease.count)
 
     def _held_of(self, lease: NodeLease) -> bytes:
         held = self._held_mask(lease.version_id)
@@ -1061,7 +902,9 @@ class PeerState:
     ) -> None:
         """The tracker is told of the end of the lease, unless the lease was void already."""
         version_id, lease_id = event.version_id, event.lease_id
-        lease = self._end_lease(lease_id)
+        lease = self._leases.end(lease_id)
+        if lease is not None:
+            self._range_ends(lease)
         if lease is not None and lease.cancelled is not None:
             self._tell(RangeFailed(lease_id, version_id, b"", lease.cancelled), effects)
         elif lease is not None and isinstance(event, RangeReadDone):
@@ -1088,23 +931,11 @@ class PeerState:
         """Share a swarm with this node from now on."""
         if address.node == self.address.node:
             return
-        neighbour = self._neighbours.get(address.node)
-        if neighbour is None:
-            neighbour = self._neighbours[address.node] = Neighbour(address)
-        neighbour.address = address
-        neighbour.dead = False  # or else the tracker had no connection with it
-        neighbour.versions[version_id] = chunk_size_bytes
         if address.node in self._distrusted and version_id in self._fetching:
             self._tell(ReportCorrupt(version_id, address.node), effects)
+        neighbour = self._neighbours.meet(address, version_id, chunk_size_bytes, effects)
         if neighbour.up:
             self._greet(neighbour, version_id, now_s, effects)
-        elif not neighbour.dialling and self.address.node < address.node:
-            self._dial(neighbour, effects)
-        self._timers.set(address.node, None)
-
-    def _dial(self, neighbour: Neighbour, effects: list[PeerEffect]) -> None:
-        neighbour.dialling = True
-        effects.append(DialPeer(neighbour.address))
 
     def _greet(
         self, neighbour: Neighbour, version_id: bytes, now_s: float, effects: list[PeerEffect]
@@ -1119,31 +950,16 @@ class PeerState:
                 told = fetching.download.add_peer(neighbour.address, source=source, busy=busy)
                 effects.extend(told)
             return
-        seed = self._seeds.get(version_id)
-        if seed is None:
-            self._seeds[version_id] = Seed(None, nodes={node})
-            effects.append(LoadManifest(version_id))
-            return
-        seed.nodes.add(node)
-        if seed.digests is not None:
-            self._offer(node, version_id, seed, now_s, effects)
+        if not self._seeds.greet(version_id, node, neighbour.versions[version_id], effects):
+            self._end_seed(version_id, now_s, effects)
 
     def _part(self, node: str, version_id: bytes, now_s: float) -> None:
         """There is nothing left to exchange with this neighbour in this swarm."""
-        neighbour = self._neighbours.get(node)
-        if neighbour is None:
-            return
-        neighbour.versions.pop(version_id, None)
+        self._neighbours.part(node, version_id, now_s)
         fetching = self._fetching.get(version_id)
         if fetching is not None and fetching.download is not None:
             fetching.download.remove_peer(node)
-        seed = self._seeds.get(version_id)
-        if seed is not None:
-            seed.nodes.discard(node)
-            if not seed.nodes:
-                del self._seeds[version_id]
-        if not neighbour.versions:
-            self._timers.set(node, now_s + LINGER_S)
+        self._seeds.part(version_id, node)
 
     def _handle_connection(
         self,
@@ -1155,69 +971,31 @@ class PeerState:
             case PeerConnected():
                 self._handle_connected(event.address, now_s, effects)
             case PeerLost():
-                neighbour = self._neighbours.get(event.node)
-                if neighbour is not None:
-                    self._lose(neighbour, now_s, effects)
+                self._lose(event.node, now_s, effects)
             case NodesChanged():
-                self._handle_nodes(event, now_s, effects)
-
-    def _handle_nodes(self, event: NodesChanged, now_s: float, effects: list[PeerEffect]) -> None:
-        """Who is dead is not waited for; who is back is dialled at once.
-
-        Should it be alive after all, it hears that we hang up, or dials, or is introduced again.
-        """
-        for node in event.dead:
-            neighbour = self._neighbours.get(node)
-            if neighbour is not None and not neighbour.dead:
-                neighbour.dead = True
-                if neighbour.up:
-                    effects.append(HangUp(node))
-                if not neighbour.dialling:  # or else that fails soon
-                    self._lose(neighbour, now_s, effects)
-        for node in event.alive:
-            neighbour = self._neighbours.get(node)
-            if neighbour is not None and neighbour.dead:
-                neighbour.dead = False
-                neighbour.failures = 0
-                self._look_after_neighbour(node, effects)
-
-    def _lose(self, neighbour: Neighbour, now_s: float, effects: list[PeerEffect]) -> None:
-        """There is no connection with this neighbour any more."""
-        node = neighbour.address.node
-        neighbour.dialling = False
-        neighbour.up = False
-        for version_id in sorted(neighbour.versions):
-            fetching = self._fetching.get(version_id)
-            if fetching is None:
-                self._part(node, version_id, now_s)
-            elif fetching.download is not None:
-                fetching.download.remove_peer(node)
-                self._go_on(version_id, now_s, effects)
-        if neighbour.versions:
-            neighbour.failures += 1
-            wait_s = min(REDIAL_S * 2 ** (neighbour.failures - 1), REDIAL_MAX_S)
-            self._timers.set(node, now_s + (REDIAL_MAX_S if neighbour.dead else wait_s))
-        else:
-            del self._neighbours[node]
-            self._timers.set(node, None)
+                for node in event.dead:
+                    if self._neighbours.died(node, effects):
+                        self._lose(node, now_s, effects)
+                for node in event.alive:
+                    self._neighbours.came_back(node, effects)
 
     def _handle_connected(
         self, address: NodeAddress, now_s: float, effects: list[PeerEffect]
     ) -> None:
-        neighbour = self._neighbours.get(address.node)
-        if neighbour is None:
-            # It heard of us from the tracker before we heard of it.
-            neighbour = self._neighbours[address.node] = Neighbour(address)
-        neighbour.address = address
-        neighbour.dialling = False
-        neighbour.up = True
-        neighbour.dead = False
-        neighbour.failures = 0
-        if not neighbour.versions:
-            self._timers.set(address.node, now_s + LINGER_S)
+        neighbour = self._neighbours.connected(address, now_s)
         for version_id in sorted(neighbour.versions):
             self._greet(neighbour, version_id, now_s, effects)
             self._go_on(version_id, now_s, effects)
+
+    def _lose(self, node: str, now_s: float, effects: list[PeerEffect]) -> None:
+        """There is no connection with this neighbour any more."""
+        for version_id in self._neighbours.lost(node, self._fetching, now_s):
+            fetching = self._fetching.get(version_id)
+            if fetching is None:
+                self._seeds.part(version_id, node)
+            elif fetching.download is not None:
+                fetching.download.remove_peer(node)
+                self._go_on(version_id, now_s, effects)
 
     def _handle_peer_said(
         self, node: str, message: BetweenNodes, now_s: float, effects: list[PeerEffect]
@@ -1347,24 +1125,9 @@ class PeerState:
 
     # --- time -----------------------------------------------------------------------------------
 
-    def _patience_s(self, fetching: Fetching) -> float:
-        disk_works = not fetching.on_disk or fetching.publishing
-        return self._stall_s * (DISK_PATIENCE if disk_works else 1)
-
     def _arm(self, version_id: bytes, now_s: float) -> None:
         """(Re)schedule the next look at one download."""
-        fetching = self._fetching[version_id]
-        if fetching.requests:
-            oldest_s = next(iter(fetching.requests.values()))  # they come in the order of time
-            at_s = max(fetching.progress_at_s, oldest_s) + self._patience_s(fetching)
-        else:
-            at_s = fetching.progress_at_s + ABANDON_S
-        if fetching.joined and not fetching.publishing:
-            at_s = min(at_s, _complaint_due_s(fetching))
-        if fetching.download is not None and fetching.on_disk:
-            wake_at_s = fetching.download.wake_at_s(now_s)
-            at_s = at_s if wake_at_s is None else min(at_s, wake_at_s)
-        self._timers.set_by(version_id, at_s)
+        self._timers.set_by(version_id, self._fetching[version_id].due_s(now_s))
 
     def _forget_timer(self, version_id: bytes) -> None:
         self._timers.set(version_id, None)
@@ -1378,61 +1141,28 @@ class PeerState:
         self._writes.look_after(now_s, effects)
         self._batches.look_after(now_s, effects)
         self._leave_batches(now_s, effects)
-        for key in self._timers.pop_due(now_s):
-            if isinstance(key, bytes):
-                self._look_after(key, now_s, effects)
-            else:
-                self._look_after_neighbour(key, effects)
+        self._neighbours.look_after(now_s, effects)
+        for version_id in self._timers.pop_due(now_s):
+            self._look_after(version_id, now_s, effects)
 
     def _look_after(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
         fetching = self._fetching[version_id]
-        if not fetching.requests and now_s >= fetching.progress_at_s + ABANDON_S:
+        if fetching.is_abandoned(now_s):
             self._give_up(version_id, "nobody waits for it", now_s, effects, keep=True)
             return
-        self._answer_stalled(fetching, now_s, effects)
-        self._complain(fetching, now_s, effects)
+        for request in fetching.take_impatient(now_s):
+            del self._requests[request]
+            reason = f"no progress for {fetching.patience_s:g} s: {self._why_stalled(fetching)}"
+            effects.append(AnswerOriginal(request, version_id, reason))
+        if missing := fetching.take_complaint(now_s):
+            self._tell(Missing(version_id, mask_to_bytes(missing)), effects)
         self._go_on(version_id, now_s, effects)
 
-    def _complain(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
-        """Tell the tracker what nobody gives us: it may not know yet that a holder is gone."""
-        if not fetching.joined or fetching.publishing or now_s < _complaint_due_s(fetching):
-            return
-        fetching.complained_at_s = now_s
-        wanted = fetching.download.unreachable(now_s) if fetching.download is not None else 0
-        if wanted:
-            self._tell(Missing(fetching.version.version_id, mask_to_bytes(wanted)), effects)
-
-    def _answer_stalled(self, fetching: Fetching, now_s: float, effects: list[PeerEffect]) -> None:
-        patience_s = self._patience_s(fetching)
-        version_id = fetching.version.version_id
-        for request, since_s in list(fetching.requests.items()):
-            # The same sum as in _arm: a difference may round to less, and wake us for ever.
-            if now_s >= max(fetching.progress_at_s, since_s) + patience_s:
-                del fetching.requests[request]
-                del self._requests[request]
-                reason = f"no progress for {patience_s:g} s: {self._why_stalled(fetching)}"
-                effects.append(AnswerOriginal(request, version_id, reason))
-
     def _why_stalled(self, fetching: Fetching) -> str:
-        if not fetching.on_disk or fetching.publishing:
+        if fetching.disk_works:
             return "the disk of the cache does not answer"
         if not self.tracker_connected:
             return self._tracker_reason
         if fetching.download is not None and not fetching.download.unreachable(math.inf):
             return "the peers that have the missing chunks do not answer"
         return "no peer has the missing chunks, and none could be read from the file server"
-
-    def _look_after_neighbour(self, node: str, effects: list[PeerEffect]) -> None:
-        neighbour = self._neighbours.get(node)
-        if neighbour is None or neighbour.dialling:
-            return
-        if not neighbour.versions:
-            del self._neighbours[node]
-            if neighbour.up:
-                effects.append(HangUp(node))
-        elif not neighbour.up and self.address.node < node:
-            self._dial(neighbour, effects)
-
-
-def _complaint_due_s(fetching: Fetching) -> float:
-    return max(fetching.progress_at_s, fetching.complained_at_s) + COMPLAIN_S

@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 
 from swarmcache.chunks import FileVersion
+from swarmcache.fetching import ABANDON_S
 from swarmcache.messages import (
     LOADS_MAX,
     BetweenNodes,
@@ -96,7 +97,8 @@ from swarmcache.peer_events import (
     TrackerSaid,
     WriteFailed,
 )
-from swarmcache.peer_state import ABANDON_S, CHECK_AGAIN_S, FLIGHTS_MAX, LINGER_S, PeerState
+from swarmcache.peer_neighbours import LINGER_S
+from swarmcache.peer_state import CHECK_AGAIN_S, FLIGHTS_MAX, PeerState
 
 CHUNK_BYTES = 1000
 ME = NodeAddress("m:1", 2)
