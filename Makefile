@@ -59,6 +59,8 @@ box-packages: ## the Debian packages that the tests marked "box" need (root only
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(INSTALL_VENV) \
 	    || { echo "this Python lacks ensurepip; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
+# The programs that an old pip writes import "re", which takes longer than to ask for a cached file.
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch .venv/.ready
 

@@ -46,8 +46,8 @@ def console_script(directory: Path) -> Path:
         return installed
     script = directory / "swarmcache"
     script.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom swarmcache.cli import main\n"
-        'if __name__ == "__main__":\n    sys.exit(main())\n'
+        f"#!{sys.executable}\nimport sys\nfrom swarmcache.cli import run\n"
+        'if __name__ == "__main__":\n    sys.exit(run())\n'
     )
     script.chmod(0o755)
     return script

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from swarmcache.cli import main
+from swarmcache.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,7 +7,22 @@ imports take ten times as long.
 
 from __future__ import annotations
 
+import os
 import sys
+
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """What the installed script does: ``main``, and the end of the process."""
+    code = main()
+    if not plain_get(sys.argv[1:]):
+        sys.exit(code)
+    # Everything is written and closed that anybody else sees. To take modules and objects apart
+    # one by one, as Python does at its end, makes a job wait for nothing.
+    os._exit(code)
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from swarmcache.local_socket import (
     Connection,
     Connections,
     get_line,
+    is_progress,
     look_up_line,
     parse_answer,
     parse_found,
@@ -526,7 +527,7 @@ class Exchanges:
 
     def _receive(self, exchange: Exchange) -> None:
         try:
-            progress, answer, retry = _read_lines(exchange)
+            progress, answer, retry = _read_lines(exchange, self._on_progress is not None)
         except DaemonUnavailable as error:
             self._forget(exchange).close()
             if exchange.reused:  # that daemon had ended before it saw the request
@@ -614,7 +615,9 @@ def _unusable(asked: bytes, error: SourceUnreadable) -> Answer:
     return Answer(asked, real_path_of(asked), usable=False, reason=str(error))
 
 
-def _read_lines(exchange: Exchange) -> tuple[Progress | None, Answer | None, bool]:
+def _read_lines(
+    exchange: Exchange, progress_wanted: bool
+) -> tuple[Progress | None, Answer | None, bool]:
     """The latest progress, the final answer, and whether to ask again, as far as they came in.
 
     Raises DaemonUnavailable; BadMessage, KeyError, TypeError, ValueError for nonsense.
@@ -622,6 +625,8 @@ def _read_lines(exchange: Exchange) -> tuple[Progress | None, Answer | None, boo
     assert exchange.connection is not None
     progress = None
     for line in exchange.connection.receive():
+        if not progress_wanted and is_progress(line):
+            continue
         message = parse_answer(line)
         if message["answer"] != "progress":
             return progress, _read_answer(exchange, message), message.get("retry") is True

@@ -12,7 +12,7 @@ from swarmcache.client import Client
 
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from swarmcache.client import Answer, Progress
     from swarmcache.display import ProgressDisplay
@@ -50,7 +50,7 @@ def run_get(
     unusable = not_cached = False
     try:
         paths = [os.fsencode(name) for name in names]
-        for answer in _answers(client, paths, timeout_s, bar, bundle, all_or_nothing):
+        for answer in _answers(client, paths, timeout_s, bar.tell, bundle, all_or_nothing):
             bar.clear()
             unusable |= not answer.usable
             not_cached |= not answer.cached
@@ -75,7 +75,7 @@ def _answers(
     client: Client,
     paths: list[bytes],
     timeout_s: float | None,
-    bar: _Bar,
+    on_progress: Callable[[Progress], None] | None,
     bundle: bool | None,
     all_or_nothing: bool,
 ) -> Iterator[Answer]:
@@ -84,13 +84,13 @@ def _answers(
         from swarmcache.bundle_get import get_with_bundles
 
         return get_with_bundles(
-            client, paths, timeout_s, bar.show, bundle=bundle, all_or_nothing=all_or_nothing
+            client, paths, timeout_s, on_progress, bundle=bundle, all_or_nothing=all_or_nothing
         )
     if not any(map(os.path.isdir, paths)):
-        return client.get_all(paths, timeout_s, bar.show)
+        return client.get_all(paths, timeout_s, on_progress)
     from swarmcache.directories import get_everything
 
-    return get_everything(client, paths, timeout_s, bar.show)
+    return get_everything(client, paths, timeout_s, on_progress)
 
 
 def _tell(answer: Answer, end: bytes) -> None:
@@ -111,15 +111,16 @@ def abandon_stdout() -> None:
 
 
 class _Bar:
-    """The progress bar, which is not even imported before there is something to show."""
+    """The progress bar, which is not even imported before there is something to show.
+
+    ``tell``: what to call with news; None where nobody looks, so that none need be read.
+    """
 
     def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
+        self.tell = self._show if wanted else None
         self._display: ProgressDisplay | None = None
 
-    def show(self, progress: Progress) -> None:
-        if not self._wanted:
-            return
+    def _show(self, progress: Progress) -> None:
         if self._display is None:
             from swarmcache.display import ProgressDisplay
 
@@ -127,6 +128,6 @@ class _Bar:
         self._display.show(progress)
 
     def clear(self) -> None:
-        """Leave the terminal as it was, for other lines. The next ``show`` brings it back."""
+        """Leave the terminal as it was, for other lines. The next news bring it back."""
         if self._display is not None:
             self._display.clear()

@@ -2,7 +2,7 @@
 
 Standard library only, and little of it: a job that asks for a cached file pays for every import.
 ``socket`` (4 ms), ``json`` (9 ms), ``typing`` and ``pathlib`` are therefore not imported here, and
-the answer for a file that is cached already is read without a JSON parser. ``local_protocol.py``
+the answer for a file that is cached is read without a JSON parser. ``local_protocol.py``
 describes what the lines say.
 
 Invariant: a ``Connection`` leads to a daemon of this user or of root, through a directory that one
@@ -50,11 +50,12 @@ STATUS_BYTES_MAX = 256 * 1024 * 1024  # some kB for each of 10,000 nodes
 RECEIVE_BYTES = 64 * 1024
 CONFIG_FILE_BYTES_MAX = 1 << 20
 
-_HIT_STARTS = b'{"answer":"cached","path":"'
+_CACHED_STARTS = b'{"answer":"cached","path":"'
+_PROGRESS_STARTS = b'{"answer":"progress"'
 _FOUND_STARTS = b'{"answer":"found","paths":['
 _FETCHED_STARTS = b',"fetched":['
-_HELD = b'"held":true}'
-_HIT_GOES_ON = b'"hit":true'
+_TRUTHS = {b"true": True, b"false": False}
+_DIGITS_MAX = 19  # of a size in bytes
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -300,12 +301,10 @@ def path_of(text: bytes | str) -> bytes:
 
 def parse_answer(line: bytes) -> dict[str, Any]:
     """One line of the daemon. Raises BadMessage."""
-    if line.startswith(_HIT_STARTS):
-        path, _, rest = line[len(_HIT_STARTS) :].partition(b'",')
-        if rest.startswith(_HIT_GOES_ON):
-            held = rest.endswith(_HELD)
-            return {"answer": "cached", "path": path, "hit": True, "held": held}
-    import json  # 9 ms: what is fetched takes longer than that, what is cached does without
+    cached = _parse_cached(line)
+    if cached is not None:
+        return cached
+    import json  # 9 ms: who gets a copy does without
 
     try:
         message = json.loads(line)
@@ -314,6 +313,29 @@ def parse_answer(line: bytes) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadMessage("not a JSON object")
     return message
+
+
+def _parse_cached(line: bytes) -> dict[str, Any] | None:
+    """The answer that names a copy; None for any other, and for one that is written otherwise."""
+    if not line.startswith(_CACHED_STARTS):
+        return None
+    path, _, rest = line[len(_CACHED_STARTS) :].partition(b'",')
+    message: dict[str, Any] = {"answer": "cached", "path": path}
+    for field in rest.removesuffix(b"}").split(b","):
+        name, _, value = field.partition(b":")
+        if value.isdigit() and len(value) <= _DIGITS_MAX:
+            found: int | None = int(value)
+        else:
+            found = _TRUTHS.get(value)
+        if found is None:
+            return None
+        message[name.strip(b'"').decode(errors="replace")] = found
+    return message
+
+
+def is_progress(line: bytes) -> bool:
+    """Whether a line of the daemon only says how far it is, for who does not want to know."""
+    return line.startswith(_PROGRESS_STARTS)
 
 
 # --- finding the daemon --------------------------------------------------------------------------

@@ -27,7 +27,7 @@ COMMAND = [
     sys.executable,
     "-c",
     f"import sys; sys.path.insert(0, {str(PACKAGE_PARENT)!r})\n"
-    "from swarmcache.cli import main; sys.exit(main())",
+    "from swarmcache.cli import run; run()",
 ]
 
 
@@ -271,14 +271,27 @@ def test_get_says_when_its_output_cannot_be_written(daemon: ScriptedDaemon, sour
     assert done.stderr == b"swarmcache: cannot write the paths: No space left on device\n"
 
 
-def test_a_hit_does_not_import_the_other_commands(daemon: ScriptedDaemon, source: Path) -> None:
-    run("get", source)
-    imports = subprocess.run(
-        [sys.executable, "-X", "importtime", *COMMAND[1:], "get", source],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_plain_get_does_not_import_the_other_commands(
+    run_dir: Path, source: Path, tmp_path: Path, cached: bool
+) -> None:
+    answer_cached = caching_in(tmp_path / "cache")
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        yield DaemonProgress(21 << 20, 8 << 20, 4 << 20, 0, peers=3, waiting_for="a slot")
+        yield from answer_cached(asked)
+
+    with ScriptedDaemon(run_dir, answer) as daemon:
+        env = {"SWARMCACHE_SOCKET": str(daemon.path)}
+        if cached:
+            run("get", source, env=env)
+        imports = subprocess.run(
+            [sys.executable, "-X", "importtime", *COMMAND[1:], "get", source],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
+        ).stderr
 
     modules = {line.rpartition("|")[2].strip() for line in imports.splitlines()}
     assert "swarmcache.client" in modules
