@@ -4,8 +4,8 @@ Pure logic: no socket, clock or chance of its own. The daemon and the simulator 
 that are authentic, and send those that it returns.
 
 * ``gossip_spread.py`` carries what one node says to all others; ``gossip_probes.py`` asks whether
-  somebody is there; ``gossip_view.py`` is the table of members. What is decided with these, is
-  here.
+  somebody is there; ``gossip_claims.py`` says who is suspected and who is gone;
+  ``gossip_view.py`` is the table of members. What is decided with these, is here.
 * A node publishes its status when it has changed, and every ``period_s`` in any case: the longer,
   the more nodes there are, so that the bytes that a node sends stay the same.
 * Who does not answer is *suspected*, everybody is told, the suspect too. It clears itself with a
@@ -19,10 +19,6 @@ Invariants:
 * Only the subject says that it is alive: others pass on what it said, with the age that it has.
 * Of two records of one subject the one with the higher (epoch, seq) counts, so a restart always
   wins.
-* Who was declared dead comes back with a higher epoch, or with a later record that it has made
-  since. Death is remembered for longer than any record counts, so nobody comes back by an old
-  record.
-* Who is suspected is in the view; who is gone is not.
 """
 
 from __future__ import annotations
@@ -32,6 +28,7 @@ from dataclasses import dataclass
 from random import Random
 
 from swarmcache.errors import BadMessage
+from swarmcache.gossip_claims import RECORD_AGE_MAX_S, Claim, Claims, Gone, Heard
 from swarmcache.gossip_events import (
     ConnectTried,
     DatagramReceived,
@@ -75,6 +72,7 @@ from swarmcache.gossip_records import (
     Statuses,
     StatusesWanted,
     StatusRecord,
+    age_units,
     body_tag,
     decode_payload,
     encode_ack,
@@ -95,7 +93,7 @@ from swarmcache.gossip_records import (
     ring_id,
     status_body,
 )
-from swarmcache.gossip_spread import Budget, Claim, Spread, age_units, stay
+from swarmcache.gossip_spread import Budget, Spread, stay
 from swarmcache.gossip_view import MEMBERS_MAX, View
 from swarmcache.timers import Timers
 
@@ -114,22 +112,6 @@ CHANGE_PART = 0.7
 URGENT_S = 1.0
 # A change of less than this part of the capacity can wait for the next period.
 CHANGED_PART = 0.02
-# A record that is older than this says nothing about whether its subject lives. Death is remembered
-# for longer than that.
-RECORD_AGE_MAX_S = 600.0
-REMEMBER_S = 900.0
-GONE_FACTOR = 4
-GONE_LEAST = 64
-# A death that is older is no news; who asks is told of it nevertheless.
-GOSSIP_DEATH_S = 60.0
-# memberlist's values for a local network are 4 and 6. With 1,000 nodes these are 9 s and 54 s.
-SUSPICION_FACTOR = 3.0
-SUSPICION_MAX_FACTOR = 6.0
-CONFIRMATIONS = 2
-ACCUSE_EVERY_S = 1.0
-# A suspect's record clears it if it was made so long after the accusation: ages are rounded, and
-# leave out the ways through the network.
-MARGIN_S = 1.0
 # Somebody who has accepted a connection, and of whom nothing was heard for so many periods, may
 # hang.
 HUNG_PERIODS = 3
@@ -146,10 +128,6 @@ PROFILE_PEERS = 4
 PROFILE_TRIES = 3
 CONTACT_GONE_S = 30.0
 INTRODUCE_FACTOR = 3
-# Claims also ride on pings and their answers, which have room: so many times, so many in each.
-RIDES = 4
-RIDERS = 4
-RIDES_MAX = 256
 # Addresses of nodes whose profile is still to come.
 HINTS_MAX = 256
 # What is left of the budget below this part is not for those who ask.
@@ -164,7 +142,7 @@ SEEDS_MAX = 16
 CONTACTS_MAX = 4
 # Woken this much too late, the node itself has slept.
 SLEPT_S = 1.0
-assert REMEMBER_S > RECORD_AGE_MAX_S > HUNG_PERIODS * PERIOD_MAX_S
+assert RECORD_AGE_MAX_S > HUNG_PERIODS * PERIOD_MAX_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,27 +160,6 @@ class Member:
     def age_s(self, now_s: float) -> float:
         """How old this is."""
         return max(now_s - self.heard_at_s, 0.0)
-
-
-@dataclass(slots=True)
-class Suspicion:
-    """Of a member: since when. ``origins``: who has accused it, and with which ``reach`` this node
-    was told. ``mine``: this node has, and will judge."""
-
-    claim: Claim
-    origins: dict[int, int]
-    mine: bool
-
-
-@dataclass(slots=True)
-class Gone:
-    """A former member, dead or left. ``origins``: as in ``Suspicion``."""
-
-    claim: Claim
-    origins: dict[int, int]
-    profile: NodeProfile | None
-    body: bytes | None
-    made_s: float
 
 
 @dataclass(slots=True)
@@ -252,12 +209,9 @@ class Gossip:
             self._view, self._budget, self._timers, self._packed_status, self._profile_of
         )
         self._probes = Probes(rng, self._timers)
-        self._suspicions: dict[int, Suspicion] = {}
-        self._gone: dict[int, Gone] = {}
+        self._claims = Claims(self._view, self._timers, rng)
         self._hints: dict[int, str] = {}
         self._unprofiled: dict[int, Unprofiled] = {}
-        self._rides: dict[Claim, int] = {}
-        self._accused_s = -math.inf
         self._introduced = 0
         self._news = 0
         self._replies: list[bytes] = []
@@ -310,18 +264,8 @@ class Gossip:
 
     def check(self) -> None:
         """Assert the invariants."""
-        for part in (self._view, self._spread, self._probes, self._timers):
+        for part in (self._view, self._claims, self._spread, self._probes, self._timers):
             part.check()
-        view = self._view
-        for subject in self._suspicions:
-            index = view.find(subject)
-            assert index >= 0 and view.suspected[index], "a suspicion of somebody who is not here"
-            assert self._timers.at_s(("suspect", subject)) is not None, "suspected for ever"
-        assert sum(view.suspected) == len(self._suspicions), "suspected for no reason"
-        for subject in self._gone:
-            assert view.find(subject) < 0, "gone and here"
-            assert self._timers.at_s(("forget", subject)) is not None, "gone for ever"
-        assert self.own_id not in self._gone, "a node that thinks itself dead"
 
     # --- asked by the shell ---------------------------------------------------------------------
 
@@ -330,7 +274,7 @@ class Gossip:
         view = self._view
         known = [self._member(index) for index in range(len(view))]
         own = Member(self.profile, read_body(self._body), MemberState.ALIVE, self._made_s)
-        return [own, *known, *map(_former_member, self._gone.values())]
+        return [own, *known, *map(_former_member, self._claims.gone.values())]
 
     def live(self) -> list[Member]:
         """All others that are alive, as far as is known, or suspected; their profiles are known."""
@@ -354,7 +298,7 @@ class Gossip:
         index = self._view.find(subject)
         if index >= 0:
             return self._member(index)
-        gone = self._gone.get(subject)
+        gone = self._claims.gone.get(subject)
         return None if gone is None else _former_member(gone)
 
     def period_s(self) -> float:
@@ -389,10 +333,7 @@ class Gossip:
         """What should have happened meanwhile was not seen, so nobody is judged by it."""
         self._probes.forgive()
         self._spread.forgive(now_s)
-        for subject, suspicion in self._suspicions.items():
-            at_s = self._timers.at_s(("suspect", subject))
-            if suspicion.mine and at_s is not None:
-                self._timers.set(("suspect", subject), max(at_s, now_s + self._suspicion_s(2)))
+        self._claims.forgive(now_s)
 
     def _work(self, kind: str, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         """A deadline has come."""
@@ -420,7 +361,7 @@ class Gossip:
             case "suspect":
                 self._try_suspect(number, now_s, effects)
             case "forget":
-                del self._gone[number]
+                self._claims.forgotten(number)
             case "nack":
                 self._nack_late(number, now_s, effects)
             case _:
@@ -566,7 +507,7 @@ class Gossip:
         index = self._view.find(subject)
         if index >= 0:
             return self._view.profiles[index]
-        gone = self._gone.get(subject)
+        gone = self._claims.gone.get(subject)
         return None if gone is None else gone.profile
 
     def _packed_status(self, subject: int, now_s: float) -> bytes | None:
@@ -650,23 +591,21 @@ class Gossip:
         if record.epoch > view.epochs[index]:
             self._news += 1
         view.replace(index, record, made_s)
-        suspicion = self._suspicions.get(record.subject)
-        if suspicion is not None and _clears(record.epoch, made_s, suspicion.claim):
-            self._clear(record.subject, index)
+        self._claims.hear_of(record.subject, record.epoch, made_s)
         return True
 
     def _take_new(self, record: StatusRecord, made_s: float, sender: int, now_s: float) -> bool:
-        gone = self._gone.get(record.subject)
-        if gone is not None and not _returns(record, made_s, gone.claim):
-            self._replies.append(_for_one(sender, gone.claim, now_s))
+        denial = self._claims.denial_of(record, made_s)
+        if denial is not None:
+            self._replies.append(_for_one(sender, denial, now_s))
             return False
         if now_s - made_s > RECORD_AGE_MAX_S or len(self._view) >= MEMBERS_MAX:
             return False
         profile = None
-        if gone is not None:
-            self._forget(record.subject)
-            if gone.profile and profile_tag(gone.profile) == body_tag(record.body):
-                profile = gone.profile
+        former = self._claims.readmit(record.subject)
+        if former is not None and former.profile is not None:
+            tag = profile_tag(former.profile)
+            profile = former.profile if tag == body_tag(record.body) else None
         self._view.insert(record, made_s, profile)
         self._news += 1
         if profile is not None:
@@ -779,7 +718,7 @@ class Gossip:
         self._again("contact", CONTACT_GONE_S, now_s)
         dead = [
             gone.profile.address.node
-            for gone in self._gone.values()
+            for gone in self._claims.gone.values()
             if gone.profile is not None and gone.claim.kind is RumourKind.DEAD
         ]
         if dead:
@@ -893,20 +832,10 @@ class Gossip:
     def _ping(self, target: int, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         """With the news that it is suspected, if it is."""
         payload = encode_ping(number, self._address)
-        suspicion = self._suspicions.get(target)
+        suspicion = self._claims.suspicion_of(target)
         if suspicion is not None:
-            payload += _for_one(target, suspicion.claim, now_s)
-        self._send(target, payload + self._riders(target, now_s), effects)
-
-    def _riders(self, target: int, now_s: float) -> bytes:
-        riders = list(self._rides)[:RIDERS]
-        if not riders:
-            return b""
-        for claim in riders:
-            rides = self._rides.pop(claim) - 1
-            if rides:
-                self._rides[claim] = rides
-        return encode_rumours(stay(target), [claim.packed(now_s) for claim in riders])
+            payload += _for_one(target, suspicion, now_s)
+        self._send(target, payload + self._spread.riders(target, now_s), effects)
 
     def _ask_others(self, probe: Probe, now_s: float, effects: list[GossipEffect]) -> None:
         """No direct answer yet: ask through others, and over TCP at once."""
@@ -924,7 +853,7 @@ class Gossip:
         self, ping: Ping | PingFor, sender: int, now_s: float, effects: list[GossipEffect]
     ) -> None:
         if isinstance(ping, Ping):
-            payload = encode_ack(ping.number) + self._riders(sender, now_s)
+            payload = encode_ack(ping.number) + self._spread.riders(sender, now_s)
             if ring_id(ping.address) == sender:
                 self._send_to(ping.address, payload, effects)
                 if self._profile_of(sender) is None:
@@ -972,7 +901,7 @@ class Gossip:
             return False
         return now_s - self._view.made_s[index] < HUNG_PERIODS * self.period_s()
 
-    # --- suspicion ------------------------------------------------------------------------------
+    # --- who is suspected, and who is gone ------------------------------------------------------
 
     def _judge(self, verdict: Verdict, now_s: float, effects: list[GossipEffect]) -> None:
         subject = verdict.target
@@ -980,106 +909,36 @@ class Gossip:
         if index < 0:
             return
         if verdict.alive:
-            if subject in self._suspicions:
-                self._clear(subject, index)
+            self._claims.acquit(subject)
         elif not verdict.fair:
             if verdict.trial:
-                self._timers.set(("suspect", subject), now_s + self._suspicion_s(CONFIRMATIONS))
+                self._claims.put_off(subject, now_s)
         elif verdict.trial:
-            self._convict(subject, index, now_s, effects)
-        elif now_s - self._accused_s >= ACCUSE_EVERY_S:
-            self._accused_s = now_s
-            self._accuse(subject, index, now_s, effects)
-
-    def _accuse(self, subject: int, index: int, now_s: float, effects: list[GossipEffect]) -> None:
-        view = self._view
-        suspicion = self._suspicions.get(subject)
-        if suspicion is not None:
-            if suspicion.mine or len(suspicion.origins) > CONFIRMATIONS:
-                return
-            epoch = suspicion.claim.epoch
+            claim = self._claims.convict(index, now_s)
+            self._lose(subject)
+            self._tell_all(claim, now_s, effects)
         else:
-            epoch = view.epochs[index]
-        claim = Claim(RumourKind.SUSPECT, subject, epoch, view.seqs[index], self.own_id, now_s)
-        self._suspect(claim, index, ID_BYTES * 8, now_s)
-        self._send(subject, _for_one(subject, claim, now_s), effects)
-        self._say(claim, self.own_id, now_s)
+            accusation = self._claims.accuse(index, now_s)
+            if accusation is not None:
+                self._tell_all(accusation, now_s, effects)
 
-    def _say(self, claim: Claim, limit: int, now_s: float) -> None:
-        """Pass on a claim that is news here."""
-        self._spread.pass_claims(self._spread.legs(limit), [claim], now_s)
-        if len(self._rides) < RIDES_MAX:
-            self._rides[claim] = RIDES
-
-    def _suspect(self, claim: Claim, index: int, reach: int, now_s: float) -> None:
-        """Take note of an accusation."""
-        subject = claim.subject
-        suspicion = self._suspicions.get(subject)
-        if suspicion is None:
-            suspicion = self._suspicions[subject] = Suspicion(claim, {}, mine=False)
-            self._view.suspected[index] = 1
-            self._spread.view_changed()
-        suspicion.origins[claim.origin] = reach
-        suspicion.mine = suspicion.mine or claim.origin == self.own_id
-        since_s = suspicion.claim.since_s
-        if suspicion.mine:
-            at_s = since_s + self._suspicion_s(len(suspicion.origins) - 1)
-        else:  # the others judge, unless they are gone themselves
-            at_s = since_s + self._suspicion_s(0) + self._rng.random() * self._suspicion_s(0)
-        self._timers.set(("suspect", subject), max(at_s, now_s))
-
-    def _suspicion_s(self, confirmations: int) -> float:
-        """How long a suspect has to clear itself (Lifeguard): the shorter the more accuse it."""
-        nodes = len(self._view) + 1
-        least_s = SUSPICION_FACTOR * max(math.log10(nodes), 1.0)
-        most_s = SUSPICION_MAX_FACTOR * least_s
-        part = math.log(confirmations + 1) / math.log(CONFIRMATIONS + 1)
-        return max(most_s - (most_s - least_s) * part, least_s)
-
-    def _clear(self, subject: int, index: int) -> None:
-        del self._suspicions[subject]
-        self._timers.set(("suspect", subject), None)
-        self._view.suspected[index] = 0
-        self._spread.view_changed()
+    def _tell_all(self, claim: Claim, now_s: float, effects: list[GossipEffect]) -> None:
+        """What this node itself claims; first to whom it is about, who may contradict."""
+        self._send(claim.subject, _for_one(claim.subject, claim, now_s), effects)
+        self._spread.say(claim, self.own_id, now_s)
 
     def _try_suspect(self, subject: int, now_s: float, effects: list[GossipEffect]) -> None:
         """Its time is over. Nobody is declared dead without being asked once more."""
         probe = self._begin_probe(subject, now_s, effects, trial=True)
-        again_s = now_s + self._suspicion_s(CONFIRMATIONS)
-        self._timers.set(("suspect", subject), again_s)
+        self._claims.put_off(subject, now_s)
         if probe is not None:
             self._probes.next_round(probe, now_s)
             self._ask_others(probe, now_s, effects)
 
-    def _convict(self, subject: int, index: int, now_s: float, effects: list[GossipEffect]) -> None:
-        view = self._view
-        epoch, seq = view.epochs[index], view.seqs[index]
-        claim = Claim(RumourKind.DEAD, subject, epoch, seq, self.own_id, now_s)
-        self._send(subject, _for_one(subject, claim, now_s), effects)
-        self._bury(claim, index, ID_BYTES * 8, now_s)
-        self._say(claim, self.own_id, now_s)
-
-    def _bury(self, claim: Claim, index: int, reach: int, now_s: float) -> None:
-        view = self._view
-        subject = claim.subject
-        profile, body, made_s = view.profiles[index], view.body(index), view.made_s[index]
-        if subject in self._suspicions:
-            self._clear(subject, index)
-        view.remove(index)
+    def _lose(self, subject: int) -> None:
+        """It is no member any more."""
         self._unprofiled.pop(subject, None)
-        origins = {claim.origin: reach}
-        self._remember(Gone(claim, origins, profile, body, made_s), now_s)
-        self._report_dead(profile)
-
-    def _remember(self, gone: Gone, now_s: float) -> None:
-        self._gone[gone.claim.subject] = gone
-        self._timers.set(("forget", gone.claim.subject), now_s + REMEMBER_S)
-        if len(self._gone) > GONE_FACTOR * max(len(self._view), GONE_LEAST):
-            self._forget(next(iter(self._gone)))
-
-    def _forget(self, subject: int) -> None:
-        del self._gone[subject]
-        self._timers.set(("forget", subject), None)
+        self._report_dead(self._claims.gone[subject].profile)
 
     def _take_rumours(
         self, section: Rumours, sender: int, now_s: float, effects: list[GossipEffect]
@@ -1089,60 +948,24 @@ class Gossip:
             claim = Claim(*rumour[:5], now_s - rumour.age * AGE_UNIT_S)
             if claim.subject == self.own_id:
                 self._refute(claim.epoch, now_s)
-            elif self._believe(claim, reach, sender, now_s, effects):
-                self._say(claim, section.limit, now_s)
+                continue
+            heard = self._claims.hear(claim, reach, now_s)
+            if heard is Heard.REFUTED:
+                self._contradict(claim, sender, now_s, effects)
+            elif heard is not Heard.KNOWN:
+                if heard is Heard.GONE:
+                    self._lose(claim.subject)
+                self._spread.say(claim, section.limit, now_s)
 
-    def _believe(
-        self, claim: Claim, reach: int, sender: int, now_s: float, effects: list[GossipEffect]
-    ) -> bool:
-        """Whether this is to be passed on: it is news, and not outdated by what is known here."""
-        subject = claim.subject
-        index = self._view.find(subject)
-        if index < 0:
-            return self._believe_of_stranger(claim, reach, now_s)
-        if self._is_outdated(claim, index):
-            status = self._packed_at(index, now_s)
+    def _contradict(
+        self, claim: Claim, sender: int, now_s: float, effects: list[GossipEffect]
+    ) -> None:
+        """Something else is known here of somebody who is alive."""
+        status = self._packed_status(claim.subject, now_s)
+        if status is not None:
             self._replies.append(encode_statuses(stay(sender), [status]))
-            if claim.kind is RumourKind.DEAD:  # it should know, and contradict
-                self._send(subject, _for_one(subject, claim, now_s), effects)
-            return False
-        if claim.kind is not RumourKind.SUSPECT:
-            self._bury(claim, index, reach, now_s)
-            return True
-        suspicion = self._suspicions.get(subject)
-        if suspicion is not None and not _adds(suspicion.origins, claim.origin, reach):
-            return False
-        self._suspect(claim, index, reach, now_s)
-        return True
-
-    def _is_outdated(self, claim: Claim, index: int) -> bool:
-        view = self._view
-        if claim.kind is RumourKind.LEFT:
-            return view.epochs[index] > claim.epoch
-        return _clears(view.epochs[index], view.made_s[index], claim)
-
-    def _believe_of_stranger(self, claim: Claim, reach: int, now_s: float) -> bool:
-        if claim.kind is RumourKind.SUSPECT:
-            return False
-        gone = self._gone.get(claim.subject)
-        if gone is None:
-            if now_s - claim.since_s > GOSSIP_DEATH_S:
-                return False
-            origins = {claim.origin: reach}
-            self._remember(Gone(claim, origins, None, None, claim.since_s), now_s)
-            return True
-        if claim.epoch < gone.claim.epoch or not _adds(gone.origins, claim.origin, reach):
-            return False
-        if claim.epoch > gone.claim.epoch:
-            gone.claim = claim
-        gone.origins[claim.origin] = reach
-        return True
-
-
-def _adds(origins: dict[int, int], origin: int, reach: int) -> bool:
-    """Whether it is worth knowing that this one says so as well, or was heard farther away."""
-    known = origins.get(origin)
-    return len(origins) <= CONFIRMATIONS if known is None else reach > known
+        if claim.kind is RumourKind.DEAD:  # it should know, and contradict
+            self._send(claim.subject, _for_one(claim.subject, claim, now_s), effects)
 
 
 def _for_one(target: int, claim: Claim, now_s: float) -> bytes:
@@ -1161,20 +984,6 @@ def _fitting(replies: list[bytes]) -> bytes:
 def _load_changed(said: int, load: int) -> bool:
     """From none to some, from some to none, or by more than half and by more than one."""
     return (said == 0) != (load == 0) or abs(said - load) > max(1, said / 2)
-
-
-def _clears(epoch: int, made_s: float, claim: Claim) -> bool:
-    """Whether a record refutes a suspicion, or a death: it is of a later life, or was made
-    since."""
-    return epoch > claim.epoch or (epoch == claim.epoch and made_s > claim.since_s + MARGIN_S)
-
-
-def _returns(record: StatusRecord, made_s: float, claim: Claim) -> bool:
-    """Whether the subject of a record is back, of which this was claimed."""
-    if record.epoch != claim.epoch:
-        return record.epoch > claim.epoch
-    lately = record.seq > claim.seq and made_s > claim.since_s + MARGIN_S
-    return lately and claim.kind is RumourKind.DEAD
 
 
 def _former_member(gone: Gone) -> Member:

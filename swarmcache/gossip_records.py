@@ -51,6 +51,11 @@ MANTISSA_BITS = 11
 COUNT_MAX = 255
 
 
+def age_units(age_s: float) -> int:
+    """An age as records carry it."""
+    return min(max(int(age_s / AGE_UNIT_S), 0), AGE_UNITS_MAX)
+
+
 def ring_id(node: str) -> int:
     """The place on the ring of the node with this advertised address."""
     return int.from_bytes(node_id(node), "big")

@@ -32,10 +32,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+from swarmcache.gossip_claims import Claim
 from swarmcache.gossip_events import GossipEffect, SendDatagram
 from swarmcache.gossip_records import (
-    AGE_UNIT_S,
-    AGE_UNITS_MAX,
     NUMBER_BYTES,
     PAYLOAD_BYTES_MAX,
     RING,
@@ -44,13 +43,10 @@ from swarmcache.gossip_records import (
     STATUS_BYTES,
     STATUSES_MAX,
     NodeProfile,
-    Rumour,
-    RumourKind,
     encode_numbered,
     encode_ping,
     encode_rumours,
     encode_statuses,
-    pack_rumour,
 )
 from swarmcache.gossip_view import View
 from swarmcache.timers import Timers
@@ -78,31 +74,15 @@ CLAIMS_SHARE = 4
 CLAIMS_DEBT = 0.5
 BUDGET_S = 1.5
 LIST_MAX = 255
-
-
-def age_units(age_s: float) -> int:
-    """An age as records carry it."""
-    return min(max(int(age_s / AGE_UNIT_S), 0), AGE_UNITS_MAX)
+# Claims also ride on pings and their answers, which have room: so many times, so many in each.
+RIDES = 4
+RIDERS = 4
+RIDES_MAX = 256
 
 
 def stay(target: int) -> int:
     """A limit that says to ``target`` that it is to pass nothing on."""
     return (target + 1) % RING
-
-
-class Claim(NamedTuple):
-    """A rumour as it is remembered: with the time, on this node's clock, since when it holds."""
-
-    kind: RumourKind
-    subject: int
-    epoch: int
-    seq: int
-    origin: int
-    since_s: float
-
-    def packed(self, now_s: float) -> bytes:
-        """As it travels now."""
-        return pack_rumour(Rumour(*self[:5], age_units(now_s - self.since_s)))
 
 
 class Budget:
@@ -196,6 +176,7 @@ class Spread:
         self._silent_version = 0
         self.unconfirmed: list[int] = []
         self._answering: set[int] = set()
+        self._rides: dict[Claim, int] = {}
 
     # --- who passes on to whom --------------------------------------------------------------------
 
@@ -251,10 +232,6 @@ class Spread:
             self._timers.set(("silent", subject), None)
             self._silent_version += 1
 
-    def view_changed(self) -> None:
-        """A member has come under suspicion, or is free of it."""
-        self._silent_version += 1
-
     # --- what is to be sent -----------------------------------------------------------------------
 
     def pass_statuses(
@@ -278,6 +255,23 @@ class Spread:
         for target, limit, _ in legs:
             self._cargo(target).claims.setdefault(limit, {}).update(new)
             self._timers.set_by(("flush", target), now_s)
+
+    def say(self, claim: Claim, limit: int, now_s: float) -> None:
+        """Pass on a claim that is news here, in every way."""
+        self.pass_claims(self.legs(limit), [claim], now_s)
+        if len(self._rides) < RIDES_MAX:
+            self._rides[claim] = RIDES
+
+    def riders(self, target: int, now_s: float) -> bytes:
+        """What else is to be said in a short datagram to ``target``: some sections, or none."""
+        riders = list(self._rides)[:RIDERS]
+        if not riders:
+            return b""
+        for claim in riders:
+            rides = self._rides.pop(claim) - 1
+            if rides:
+                self._rides[claim] = rides
+        return encode_rumours(stay(target), [claim.packed(now_s) for claim in riders])
 
     def _cargo(self, target: int) -> Cargo:
         cargo = self._waiting.get(target)

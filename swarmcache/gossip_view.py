@@ -33,7 +33,8 @@ def _sum_of(subject: int, epoch: int) -> int:
 class View:
     """The members besides this node, alive or suspected. Indexes hold until one comes or goes.
 
-    ``version`` grows whenever the ring is another one: a member comes, goes, gets its address.
+    ``version`` grows whenever the ring is another one: a member comes, goes, gets its address, is
+    suspected or no more.
     ``reachable``: how many have one. ``reaches``: see ``reach``.
     """
 
@@ -104,6 +105,11 @@ class View:
         """The address of this member is known now, or what else there is to know."""
         self.reachable += self.profiles[index] is None
         self.profiles[index] = profile
+        self.version += 1
+
+    def set_suspected(self, index: int, *, suspected: bool) -> None:
+        """This member has come under suspicion, or is free of it."""
+        self.suspected[index] = suspected
         self.version += 1
 
     def set_own_epoch(self, epoch: int) -> None:

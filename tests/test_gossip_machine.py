@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from swarmcache.gossip import RECORD_AGE_MAX_S, REMEMBER_S, Gossip
+from swarmcache.gossip import Gossip
+from swarmcache.gossip_claims import RECORD_AGE_MAX_S, REMEMBER_S
 from swarmcache.gossip_events import (
     ConnectTried,
     DatagramReceived,

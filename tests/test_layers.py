@@ -131,6 +131,7 @@ LAYERS = {
         "eviction",
         "fetching",
         "gossip",
+        "gossip_claims",
         "gossip_probes",
         "gossip_spread",
         "gossip_view",
