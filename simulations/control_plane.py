@@ -71,14 +71,17 @@ class ControlPlane:
         return decode_between_nodes(_bounded(encode(message))) if self._cluster.strict else message
 
     def deliver(self, delivery: Delivery) -> None:
-        hand = self._cluster.hand
+        hand, tell = self._cluster.hand, self._cluster.tell
         for event, receivers, session in delivery:
             if type(event) is PeerSaid:
                 sender = event.node
                 for node in receivers:
                     # What was under way when a connection was closed does not arrive.
                     if sender in node.connected:
-                        hand(node, event)
+                        if node.stopped or not node.alive:
+                            hand(node, event)
+                        else:
+                            tell(node, event)
             else:
                 for node in receivers:
                     if node.session == session:

@@ -56,9 +56,10 @@ class Engine:
         self._stopped = False
         # Millions of events come and go in no cycles: looking for some takes a quarter of the time.
         gc.disable()
+        heap, step = self._heap, self.step
         try:
-            while self._heap and not self._stopped:
-                self.step(until_s)
+            while heap and not self._stopped:
+                step(until_s)
                 if self.watch is not None and not self.events % WATCH_EVERY:
                     self.watch()
         finally:

@@ -231,7 +231,8 @@ class Transfers:
 
     def _begin(self, fetch: Transfer) -> None:
         node = fetch.node
-        node.under_way.update(fetch.version_ids())
+        for version_id in fetch.version_ids():
+            node.under_way[version_id] += 1
         if fetch.source.name in node.distrusted:
             raise SimulationFailed(f"{node.name} asked a peer that has lied to it")
         node.fetches[fetch] = None

@@ -167,6 +167,8 @@ class PeerBatches:
 
     def wake_at_s(self) -> float | None:
         """When ``look_after`` is next due."""
+        if not self._batches:
+            return None  # by far the most often, and asked after every event
         return min((_due_s(batch) for batch in self._batches.values() if batch.open), default=None)
 
     def look_after(self, now_s: float, effects: list[PeerEffect]) -> None:
