@@ -110,7 +110,7 @@ from swarmcache.peer_events import (
     TrackerSaid,
     WriteFailed,
 )
-from swarmcache.peer_state import FLIGHTS_MAX, PeerState
+from swarmcache.peer_state import BUFFERS_BYTES_MAX, FLIGHTS_MAX, PeerState
 from swarmcache.peers_file import PeersFile
 from swarmcache.placed_replicas import PlacedReplicas
 from swarmcache.placement import KnownNode, nodes_of_status
@@ -138,7 +138,6 @@ from swarmcache.write_requests import WriteRequests
 
 log = logging.getLogger(__name__)
 
-BUFFERS_BYTES_MAX = 48 << 20
 DISK_THREADS = 4
 READ_THREADS = 8
 EXAMINE_THREADS = 16

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import pytest
 
-from swarmcache.chunks import FileVersion
+from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, FileVersion
+from swarmcache.config import TransferSettings
 from swarmcache.fetching import ABANDON_S
 from swarmcache.messages import (
     LOADS_MAX,
@@ -98,7 +99,7 @@ from swarmcache.peer_events import (
     WriteFailed,
 )
 from swarmcache.peer_neighbours import LINGER_S
-from swarmcache.peer_state import CHECK_AGAIN_S, FLIGHTS_MAX, PeerState
+from swarmcache.peer_state import BUFFERS_BYTES_MAX, CHECK_AGAIN_S, FLIGHTS_MAX, PeerState
 
 CHUNK_BYTES = 1000
 ME = NodeAddress("m:1", 2)
@@ -1262,6 +1263,21 @@ def test_requests_in_flight_are_limited_over_all_downloads_and_none_starves() ->
         assert len(flying) <= FLIGHTS_MAX
 
     assert done == Counter({file.version_id: 20 for file in files})
+
+
+def test_the_largest_chunks_fill_all_places_that_a_node_has() -> None:
+    uploads_max = TransferSettings().uploads_max
+    chunks = 2 * uploads_max
+    file = FileVersion(b"/nfs/large", chunks * CHUNK_SIZE_MAX_BYTES, 1)
+    bench = Bench(buffers_bytes_max=BUFFERS_BYTES_MAX)
+    bench.want(file)
+    bench.tell(SpaceReserved(file.version_id, CHUNK_SIZE_MAX_BYTES))
+    bench.tell(ChunksRecovered(file.version_id, {}))
+    bench.meet(HIGHER, file)
+    digests = b"".join(digest(chunk) for chunk in range(chunks))
+    bench.heard(HIGHER, Have(file.version_id, list(range(chunks)), digests))
+
+    assert len(of(FetchChunk, bench.seen)) == uploads_max
 
 
 def test_bytes_in_flight_are_limited_over_all_downloads() -> None:
