@@ -21,6 +21,8 @@ from typing import Any, Generic, TypeVar
 from asyncio_dgram import TransportClosed
 from asyncio_dgram.aio import DatagramServer, Protocol
 
+from swarmcache import socket_filter
+
 log = logging.getLogger(__name__)
 
 # What comes while the loop is busy for a moment waits in the kernel: 800 datagrams, and for as long
@@ -40,7 +42,7 @@ class Datagrams(Generic[Accepted]):
     """One socket. ``accept`` makes of a datagram what ``receive`` returns, or None of one that is
     dropped; it must not block or raise.
 
-    ``counts``: "flooded" (accepted, but too many), "unsent", "errors".
+    ``counts``: "flooded" (accepted, but too many), "unsent", "errors"; see also ``lost``.
     """
 
     def __init__(self, sock: socket.socket, accept: Callable[[bytes], Accepted | None]) -> None:
@@ -53,11 +55,28 @@ class Datagrams(Generic[Accepted]):
         self._outbox: asyncio.Queue[tuple[bytes, Address]] = asyncio.Queue(SENDING_MAX)
         self._ended = False
         self._replacing = asyncio.Lock()
+        self._dropped = 0
 
     @property
     def family(self) -> socket.AddressFamily:
         """Of the addresses that can be sent to."""
         return self._sock.family
+
+    def drop_others(self, size_min: int, size_max: int, first_byte: int) -> None:
+        """What has another size, or begins with another byte, would not be accepted: let the kernel
+        drop it, if it can."""
+        try:
+            socket_filter.drop_others(self._sock, size_min, size_max, first_byte)
+        except OSError as error:
+            log.info("the kernel does not filter datagrams: %s", error)
+
+    def lost(self) -> Counter[str]:
+        """``counts``, and "dropped" by the kernel: others, and what nobody read in time."""
+        if not self._ended:
+            dropped = socket_filter.dropped(self._sock)
+            self.counts["dropped"] += (dropped - self._dropped) % (1 << 32)
+            self._dropped = dropped
+        return self.counts
 
     async def start(self) -> None:
         """Begin to send and to receive. Raises OSError."""

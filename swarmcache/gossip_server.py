@@ -21,7 +21,14 @@ from typing import Any
 from swarmcache.auth import Keyring
 from swarmcache.background import BackgroundTasks
 from swarmcache.clock import now_s
-from swarmcache.datagram_auth import ClusterTime, DatagramAuth, Opened
+from swarmcache.datagram_auth import (
+    DATAGRAM_BYTES_MAX,
+    ENVELOPE_BYTES,
+    VERSION,
+    ClusterTime,
+    DatagramAuth,
+    Opened,
+)
 from swarmcache.datagrams import Address, Datagrams
 from swarmcache.gossip import Gossip, Member
 from swarmcache.gossip_events import (
@@ -74,6 +81,7 @@ class GossipServer:
         self._time = ClusterTime(time.time(), now_s())
         self._auth = DatagramAuth(keyring, profile.address.node, self._time.us(now_s()))
         self._datagrams = Datagrams(sock, self._open)
+        self._datagrams.drop_others(ENVELOPE_BYTES, DATAGRAM_BYTES_MAX, VERSION)
         self._file = file
         self._measure = measure
         self._on_change = on_change
@@ -150,7 +158,7 @@ class GossipServer:
         were not taken, by reason."""
         return {
             "others": len(self._gossip.live()),
-            "refused": dict(self._auth.refused + self._datagrams.counts),
+            "refused": dict(self._auth.refused + self._datagrams.lost()),
         }
 
     # --- in and out -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import logging
 import os
@@ -18,6 +19,7 @@ import uvloop
 from swarmcache import datagrams as module
 from swarmcache.datagrams import Address, Datagrams
 from swarmcache.resolver import Resolver
+from swarmcache.socket_filter import SO_ATTACH_FILTER
 
 DEADLINE_S = 10.0
 
@@ -89,6 +91,50 @@ async def test_only_what_is_accepted_is_kept() -> None:
             one.send(data, address)
 
         assert await other.receive() == b"ours"
+
+
+class Unfiltered(socket.socket):
+    """A socket of a kernel that takes no filter."""
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:  # type: ignore[override]
+        if option == SO_ATTACH_FILTER:
+            raise PermissionError(errno.EPERM, "no filters here")
+        super().setsockopt(level, option, value)
+
+
+@on_both_loops
+async def test_what_cannot_be_ours_is_dropped_by_the_kernel_and_counted() -> None:
+    seen: list[bytes] = []
+
+    def accept(data: bytes) -> bytes:
+        seen.append(data)
+        return data
+
+    others = [b"short", b"?" * 10, b"!" * 21]
+    ours = [b"!" * 10, b"!" * 20]
+    async with open_datagrams() as (one, _), open_datagrams(accept=accept) as (other, address):
+        other.drop_others(10, 20, ord("!"))
+        for data in [*others, *ours]:
+            one.send(data, address)
+
+        assert [await other.receive(), await other.receive()] == ours == seen
+        assert other.lost()["dropped"] == other.lost()["dropped"] == len(others)
+
+
+@on_both_loops
+async def test_without_a_filter_everything_comes_to_who_must_check_anyhow(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    sock = Unfiltered(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    async with open_datagrams() as (one, _), open_datagrams(sock) as (other, address):
+        other.drop_others(10, 20, ord("!"))
+        one.send(b"short", address)
+
+        assert await other.receive() == b"short"
+        assert "no filters here" in caplog.text
+        assert not +other.lost()
 
 
 @on_both_loops

@@ -30,8 +30,8 @@ FLOOD_S = int(os.environ.get("FLOOD_S", "4"))
 # How much longer a transfer may take. While other tests run beside this one, two transfers differ
 # by more than that anyhow.
 SLOWER_MAX = 1.2 if FLOOD_S >= 10 else 1.6
-# Half of it looks like ours at a glance, which costs the receiver most. Small, or the link would be
-# full of it: with their headers they take 8 % of 200 Mbit/s. Prints how many were sent.
+# Half of it looks like ours at a glance, so that the kernel does not drop it. Small, or the link
+# would be full of it: with their headers they take 8 % of 200 Mbit/s. Prints how many were sent.
 FLOODER = """
 import random, socket, sys, time
 host, port, tag, per_s, duration_s = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]

@@ -107,6 +107,7 @@ LAYERS = {
         "serving",
         "slurm",
         "slurm_prolog",
+        "socket_filter",
         "source_file",
         "source_reader",
         "status_meter",
