@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from swarmcache.gossip import Gossip
+from swarmcache.gossip import PROFILES_ASKED, Gossip
 from swarmcache.gossip_claims import RECORD_AGE_MAX_S, REMEMBER_S
 from swarmcache.gossip_events import (
     ConnectTried,
@@ -27,6 +27,7 @@ from swarmcache.gossip_records import (
     Numbered,
     Ping,
     PingFor,
+    ProfilesWanted,
     Received,
     Rumour,
     RumourKind,
@@ -39,9 +40,11 @@ from swarmcache.gossip_records import (
     encode_numbered,
     encode_ping,
     encode_profiles,
+    encode_profiles_wanted,
     encode_received,
     encode_rumours,
     encode_statuses,
+    encode_statuses_wanted,
     node_id,
     pack_profile,
     pack_rumour,
@@ -258,6 +261,24 @@ def test_nobody_is_declared_dead_without_being_asked_once_more_also_over_tcp() -
     assert any(first_of_last < i < last for i in tried)
 
 
+def test_who_clears_itself_while_it_is_tried_is_not_declared_dead() -> None:
+    def silent_for(duration_s: float) -> Alone:
+        alone = Alone(4)
+        while alone.now_s < duration_s and alone.state("other2:1") is not MemberState.DEAD:
+            alone.pass_time(0.1, silent="other2:1")
+        return alone
+
+    condemned = silent_for(100.0)
+    assert condemned.state("other2:1") is MemberState.DEAD
+    alone = silent_for(condemned.now_s - 0.5)
+    assert alone.state("other2:1") is MemberState.SUSPECT
+
+    alone.hear(alone.names[0], alone.status("other2:1", 1, epoch=EPOCH + 1))
+    alone.pass_time(1.0, silent="other2:1")
+
+    assert alone.state("other2:1") is MemberState.ALIVE
+
+
 def connect_all(alone: Alone, node: str) -> None:
     """The kernel of this node accepts all connections."""
     for effect in alone.effects:
@@ -362,3 +383,41 @@ def test_status_keeps_to_the_budget_and_a_death_goes_all_the_same() -> None:
 
     told = [address for address, _ in sections_to(alone.effects, Rumours)]
     assert len(set(told)) == 5
+
+
+def test_profiles_are_asked_of_who_has_told_of_most_and_of_who_has_waited_longest() -> None:
+    alone = Alone(6)
+    alone.effects.clear()
+    told = {
+        "other0:1": 1,
+        "other1:1": 2,
+        "other2:1": 5,
+        "other3:1": 4,
+        "other4:1": 3,
+        "other5:1": 9,
+    }
+    for sender, count in told.items():
+        for number in range(count):
+            alone.hear(sender, alone.status(f"new{number}-{sender}", 1))
+
+    alone.pass_time(0.3)
+
+    assert [
+        (effect.address, len(section.subjects))
+        for effect in alone.effects
+        if isinstance(effect, SendDatagram)
+        for section in decode_payload(effect.payload)
+        if isinstance(section, ProfilesWanted)
+    ] == [("other0:1", 1), ("other5:1", 9), ("other2:1", 5), ("other3:1", 4)]
+
+
+def test_profiles_are_sent_when_there_is_no_budget_left_for_records() -> None:
+    alone = Alone(30, budget_bytes_per_s=2_000.0)
+    wanted = [ring_id(name) for name in alone.names[:PROFILES_ASKED]]
+    while any(
+        isinstance(effect, SendDatagram)
+        for effect in alone.hear("other0:1", encode_statuses_wanted(wanted))
+    ):
+        pass
+
+    assert alone.hear("other0:1", encode_profiles_wanted(wanted))
