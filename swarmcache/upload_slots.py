@@ -42,6 +42,11 @@ class UploadSlots:
         self._uploads: dict[Upload, None] = {}
 
     @property
+    def full(self) -> bool:
+        """All places are taken."""
+        return len(self._uploads) >= self._uploads_max
+
+    @property
     def waiting(self) -> bool:
         """Somebody waits for the next place that becomes free."""
         return len(self._uploads) > self._uploads_max
@@ -57,8 +62,8 @@ class UploadSlots:
         return admitted
 
     def leave(self, upload: Upload) -> None:
-        """This one is done, or gave up waiting."""
-        del self._uploads[upload]
+        """This one is done, or gave up waiting; or another one was given its place before."""
+        self._uploads.pop(upload, None)
 
     def _may_wait(self, upload: Upload) -> bool:
         alone = True

@@ -436,6 +436,40 @@ async def test_a_server_with_a_full_queue_says_busy(path: Path) -> None:
                 assert ours == CHUNK_BYTES or isinstance(ours, PeerBusy)
 
 
+async def test_who_asks_again_at_once_keeps_its_place_and_the_source_stays_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "NEXT_REQUEST_MS", 60_000)
+    opened: list[bytes] = []
+
+    def open_source(version_id: bytes) -> Source:
+        opened.append(version_id)
+        return Source(path, LAYOUT)
+
+    async with serving(open_source) as peer:
+        with fetching(threads=1) as fetcher:
+            for chunk in range(LAYOUT.chunk_count):
+                await asyncio.wrap_future(fetch(fetcher, peer, chunk))
+
+    assert opened == [VERSION]
+
+
+async def test_the_place_of_a_peer_that_pauses_goes_to_whoever_finds_no_other(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "NEXT_REQUEST_MS", 60_000)
+    async with serving(lambda _: Source(path, LAYOUT), uploads_max=1) as peer:
+        with fetching(threads=1) as one, fetching(threads=1) as other:
+            await asyncio.wrap_future(fetch(one, peer))
+            for fetcher in (other, one, other):
+                # Its own chunk may not have been counted as sent when the other one asks.
+                result: object = None
+                while result != CHUNK_BYTES:
+                    future = asyncio.wrap_future(fetch(fetcher, peer, held_chunks=1))
+                    [result] = await asyncio.gather(future, return_exceptions=True)
+                    assert result == CHUNK_BYTES or isinstance(result, PeerBusy)
+
+
 async def test_a_receiver_that_takes_nothing_loses_its_upload_slot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,20 @@ def test_whoever_comes_is_served_while_there_are_places() -> None:
     assert not slots.waiting
 
 
+def test_the_place_of_one_who_has_left_is_free_once() -> None:
+    slots = UploadSlots(2)
+    ahead = Upload(A, 100)
+    assert slots.admit(ahead)
+    assert slots.admit(Upload(A, 100))
+
+    slots.leave(ahead)
+    slots.leave(ahead)  # its place was given to another one, and then it noticed
+
+    assert not slots.full
+    assert slots.admit(Upload(A, 100))
+    assert not slots.admit(Upload(A, 100))
+
+
 def test_an_equal_is_refused_when_all_places_are_taken() -> None:
     slots = full(4, held_chunks=100)
 
