@@ -28,8 +28,10 @@ from blake3 import blake3
 
 from benchmarks.report import Figure, Options, Spread
 from swarmcache.auth import ClusterKey, Keyring
+from swarmcache.chunk_fetcher import ChunkFetcher
+from swarmcache.chunk_protocol import ChunkRequest
+from swarmcache.chunk_server import ChunkServer
 from swarmcache.chunks import ChunkLayout
-from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 
 TMPFS = Path("/dev/shm")
 CHUNK_SIZE_BYTES = 2 * 1024 * 1024  # what a file of 1 GiB is cut into

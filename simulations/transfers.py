@@ -1,7 +1,8 @@
 """Chunks and small files on their way from node to node, and what may hold them up.
 
-What ``transfer.py`` does on real sockets. Simplified: what a stopped receiver was being sent still
-comes (its kernel takes it); what a stopped source was sending does not.
+What ``chunk_server.py`` and ``chunk_fetcher.py`` do on real sockets. Simplified: what a stopped
+receiver was being sent still comes (its kernel takes it); what a stopped source was sending does
+not.
 
 Invariant: a request ends in exactly one event, unless the daemon that asked has ended.
 """

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from swarmcache import errors
+from swarmcache.chunk_fetcher import ChunkFetcher, FileCorrupt
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion, SmallFile
 from swarmcache.disk import Cache, FileBatch, User
 from swarmcache.errors import LocalError
@@ -26,7 +27,6 @@ from swarmcache.peer_events import (
     PeerEvent,
 )
 from swarmcache.quantities import HostPort
-from swarmcache.transfer import ChunkFetcher, FileCorrupt
 
 log = logging.getLogger(__name__)
 

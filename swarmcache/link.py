@@ -3,7 +3,7 @@
 A WebSocket (aiohttp) that begins with the handshake of ``auth.py``. Afterwards every frame carries
 a MAC and a batch of messages: whatever is waiting when the socket is ready goes out together, so a
 burst of small messages costs one system call. Bytes of chunks never travel here (see
-``transfer.py``).
+``chunk_protocol.py``).
 
 Limits: ``HANDSHAKE_S`` for the handshake, ``BATCH_BYTES`` per batch plus one message,
 ``BACKLOG_BYTES`` waiting to be sent; whoever reads more slowly than that loses the connection.

@@ -1,7 +1,7 @@
 """The node daemon: sockets, threads and the timer around ``PeerState``.
 
 The event loop carries the control plane. Whatever may block runs in threads: looking at sources,
-the disk, reading from the file server, and the chunks themselves (``transfer.py``).
+the disk, reading from the file server, and the chunks themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from swarmcache.auth import IDENTITY_MAX_BYTES, Keyring
 from swarmcache.background import BackgroundTasks
 from swarmcache.batch_worker import BatchWorker
 from swarmcache.cache_requests import CacheRequests
+from swarmcache.chunk_fetcher import ChunkFetcher
+from swarmcache.chunk_protocol import ChunkRequest
+from swarmcache.chunk_server import ChunkServer
 from swarmcache.clock import now_s
 from swarmcache.cluster_caches import ClusterCaches
 from swarmcache.config import Config
@@ -133,7 +136,6 @@ from swarmcache.source_reader import RangeSink, read_range
 from swarmcache.stand_in import Candidate
 from swarmcache.status_meter import StatusMeter
 from swarmcache.tracker_client import TrackerClient
-from swarmcache.transfer import ChunkFetcher, ChunkRequest, ChunkServer
 from swarmcache.write_requests import WriteRequests
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Who is served by a node at once, who waits for a place, and who is to ask somebody else.
 
 Pure logic: knows of every upload only which file version it is of and how much of it the receiver
-holds. ``transfer.py`` and the simulator send the bytes.
+holds. ``chunk_server.py`` and the simulator send the bytes.
 
 A node keeps asking the peer that has just served it, so places stay with the same receivers for as
 long as there is something to send them. When every node has as many places as it keeps requests in

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from swarmcache import transfer
+from swarmcache import chunk_server
 from swarmcache.auth import (
     CHALLENGE_BYTES,
     Acceptor,
@@ -26,6 +26,9 @@ from swarmcache.auth import (
     Purpose,
     SessionKeys,
 )
+from swarmcache.chunk_fetcher import BufferPool, ChunkFetcher, FileCorrupt
+from swarmcache.chunk_protocol import REQUEST_BYTES, RESPONSE_BYTES, ChunkRequest
+from swarmcache.chunk_server import ChunkServer
 from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, ChunkLayout, SmallFile
 from swarmcache.errors import (
     ChunkAbsent,
@@ -35,7 +38,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
-from swarmcache.transfer import BufferPool, ChunkFetcher, ChunkRequest, ChunkServer, RateLimit
+from swarmcache.rate_limit import RATE_PIECE_MIN_BYTES, RateLimit
 from tests.box import wait_until
 
 KEY = Keyring([ClusterKey.from_secret(b"a secret")])
@@ -339,7 +342,7 @@ async def test_a_request_that_is_not_genuine_ends_the_connection(path: Path, att
         with sock:
             genuine = request(keys)
             sock.sendall(genuine)
-            read_exactly(sock, transfer.RESPONSE_BYTES + CHUNK_BYTES)
+            read_exactly(sock, RESPONSE_BYTES + CHUNK_BYTES)
             sock.sendall(genuine if attack == "replayed" else request(keys)[:-1] + b"\x01")
             return is_closed(sock)
 
@@ -356,7 +359,7 @@ async def test_requests_may_come_in_pieces_and_several_at_once(path: Path) -> No
             sock.sendall(stream[10:])
             answers = []
             for _ in range(3):
-                assert keys.open(read_exactly(sock, transfer.RESPONSE_BYTES))[0] == OK
+                assert keys.open(read_exactly(sock, RESPONSE_BYTES))[0] == OK
                 answers.append(read_exactly(sock, CHUNK_BYTES))
             return answers
 
@@ -367,8 +370,8 @@ async def test_requests_may_come_in_pieces_and_several_at_once(path: Path) -> No
 async def test_silent_strangers_do_not_block_uploads(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "STRANGERS_MAX", 8)
-    monkeypatch.setattr(transfer, "HANDSHAKE_S", 3600)
+    monkeypatch.setattr(chunk_server, "STRANGERS_MAX", 8)
+    monkeypatch.setattr(chunk_server, "HANDSHAKE_S", 3600)
     async with serving(lambda _: Source(path, LAYOUT), uploads_max=1) as peer:
         strangers = [socket.create_connection(peer, timeout=5) for _ in range(12)]
         for stranger in strangers[-4:]:
@@ -384,7 +387,7 @@ async def test_silent_strangers_do_not_block_uploads(
 async def test_a_handshake_that_takes_too_long_is_cut(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "HANDSHAKE_S", 0.05)
+    monkeypatch.setattr(chunk_server, "HANDSHAKE_S", 0.05)
     async with serving(lambda _: Source(path, LAYOUT)) as peer:
         with socket.create_connection(peer, timeout=5) as stranger:
             assert await asyncio.to_thread(is_closed, stranger)
@@ -393,7 +396,7 @@ async def test_a_handshake_that_takes_too_long_is_cut(
 async def test_idle_connections_are_closed_in_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "IDLE_SERVER_S", 0.05)
+    monkeypatch.setattr(chunk_server, "IDLE_SERVER_S", 0.05)
     async with serving(lambda _: Source(path, LAYOUT)) as peer:
         sock, _ = await asyncio.to_thread(talk, peer)
         with sock:
@@ -439,7 +442,7 @@ async def test_a_server_with_a_full_queue_says_busy(path: Path) -> None:
 async def test_who_asks_again_at_once_keeps_its_place_and_the_source_stays_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "NEXT_REQUEST_MS", 60_000)
+    monkeypatch.setattr(chunk_server, "NEXT_REQUEST_MS", 60_000)
     opened: list[bytes] = []
 
     def open_source(version_id: bytes) -> Source:
@@ -457,7 +460,7 @@ async def test_who_asks_again_at_once_keeps_its_place_and_the_source_stays_open(
 async def test_the_place_of_a_peer_that_pauses_goes_to_whoever_finds_no_other(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "NEXT_REQUEST_MS", 60_000)
+    monkeypatch.setattr(chunk_server, "NEXT_REQUEST_MS", 60_000)
     async with serving(lambda _: Source(path, LAYOUT), uploads_max=1) as peer:
         with fetching(threads=1) as one, fetching(threads=1) as other:
             await asyncio.wrap_future(fetch(one, peer))
@@ -473,7 +476,7 @@ async def test_the_place_of_a_peer_that_pauses_goes_to_whoever_finds_no_other(
 async def test_a_receiver_that_takes_nothing_loses_its_upload_slot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "SEND_STALL_S", 0.05)
+    monkeypatch.setattr(chunk_server, "SEND_STALL_S", 0.05)
     big = tmp_path / "big"
     big.touch()
     os.truncate(big, CHUNK_SIZE_MAX_BYTES)
@@ -484,7 +487,7 @@ async def test_a_receiver_that_takes_nothing_loses_its_upload_slot(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         with sock, fetching() as fetcher:
             sock.sendall(request(keys))
-            await asyncio.to_thread(read_exactly, sock, transfer.RESPONSE_BYTES)
+            await asyncio.to_thread(read_exactly, sock, RESPONSE_BYTES)
             # It waits for the slot, since its node lags behind.
             ours = ChunkRequest(VERSION, 0, held_chunks=0)
             future = fetcher.fetch(peer, ours, CHUNK_SIZE_MAX_BYTES, digest, lambda _: None, 10, 5)
@@ -500,11 +503,11 @@ async def test_stopping_the_server_cuts_uploads(tmp_path: Path) -> None:
     async with serving(lambda _: Source(big, layout), uploads_max=1) as peer:
         sock, keys = await asyncio.to_thread(talk, peer)
         sock.sendall(request(keys))
-        await asyncio.to_thread(read_exactly, sock, transfer.RESPONSE_BYTES)
+        await asyncio.to_thread(read_exactly, sock, RESPONSE_BYTES)
         before_s = time.monotonic()
     sock.close()
 
-    assert time.monotonic() - before_s < transfer.SEND_STALL_S / 2
+    assert time.monotonic() - before_s < chunk_server.SEND_STALL_S / 2
 
 
 # --- a fetcher among liars -----------------------------------------------------------------------
@@ -527,7 +530,7 @@ def lying_server(*answers: Answer, key: Keyring = KEY) -> Iterator[tuple[str, in
                 sock.sendall(reply or b"")
             keys = acceptor.session_keys()
             for answer in answers:
-                payload = keys.open(read_exactly(sock, transfer.REQUEST_BYTES))
+                payload = keys.open(read_exactly(sock, REQUEST_BYTES))
                 answer(sock, keys, int.from_bytes(payload[-8:-4], "big"))
                 if answer is stall:
                     done.wait(10)
@@ -600,7 +603,7 @@ def say_nothing(sock: socket.socket, keys: SessionKeys, chunk: int) -> None:
 
 
 def forge_the_header(sock: socket.socket, keys: SessionKeys, chunk: int) -> None:
-    sock.sendall(bytes(transfer.RESPONSE_BYTES) + chunk_bytes(chunk))
+    sock.sendall(bytes(RESPONSE_BYTES) + chunk_bytes(chunk))
 
 
 def say_busy(sock: socket.socket, keys: SessionKeys, chunk: int) -> None:
@@ -759,7 +762,7 @@ def test_a_buffer_is_used_again() -> None:
 def test_a_rate_limit_lets_small_pieces_pass_at_an_even_pace() -> None:
     assert RateLimit(None).piece_bytes(1 << 24) == 1 << 24
     assert RateLimit(1e6).piece_bytes(1 << 24) == 100_000
-    assert RateLimit(10.0).piece_bytes(1 << 24) == transfer.RATE_PIECE_MIN_BYTES
+    assert RateLimit(10.0).piece_bytes(1 << 24) == RATE_PIECE_MIN_BYTES
 
 
 # --- small files together ------------------------------------------------------------------------
@@ -813,7 +816,7 @@ async def test_of_small_files_with_wrong_bytes_among_them_none_is_taken(wrong: b
     sent = [SmallFile(SMALL[0].version_id, SMALL[0].digest, wrong), SMALL[1]]
     came: list[SmallFile] = []
     async with serving(lambda _: None, read_files=lambda _: sent) as peer:
-        with fetching() as fetcher, pytest.raises(transfer.FileCorrupt) as raised:
+        with fetching() as fetcher, pytest.raises(FileCorrupt) as raised:
             came = await fetch_together(fetcher, peer, sizes_of(SMALL[:2]))
     assert raised.value.version_id == SMALL[0].version_id
     assert came == []
