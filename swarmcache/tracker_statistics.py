@@ -156,8 +156,7 @@ class ServerStatistics(LedgerWatch):
 
     def check(self) -> None:
         """Assert the invariants."""
-        for name, value in asdict(self.figures).items():
-            assert value >= getattr(self.reported, name) >= 0, f"{name} has shrunk"
+        _check_grown(self.reported, self.figures)
         for claim, since_s in self._waiting_since_s.items():
             assert since_s <= self.owner.now_s, "waiting since some time to come"
             assert claim in self._queued, "what is not in the queue waits"
@@ -271,8 +270,7 @@ class TrackerStatistics:
         expected = Counter(len(nodes) for nodes in holders.values())
         assert self._files_by_holders == expected, "files miscounted"
         assert self._replicas == sum(map(len, holders.values())), "replicas miscounted"
-        for name, value in asdict(self._nodes).items():
-            assert value >= getattr(self._nodes_reported, name) >= 0, f"{name} has shrunk"
+        _check_grown(self._nodes_reported, self._nodes)
         for server in self._servers.values():
             server.check()
 
@@ -280,10 +278,19 @@ class TrackerStatistics:
 Figures = TypeVar("Figures", ServerFigures, NodeFigures)
 
 
+# ``fields`` and ``asdict`` take as long as all that is checked with them.
+_NAMES = {kind: tuple(each.name for each in fields(kind)) for kind in (ServerFigures, NodeFigures)}
+
+
+def _check_grown(before: Figures, after: Figures) -> None:
+    for name in _NAMES[type(after)]:
+        assert getattr(after, name) >= getattr(before, name) >= 0, f"{name} has shrunk"
+
+
 def _grown(before: Figures, after: Figures) -> Figures:
     """By how much each figure has grown."""
-    names = [each.name for each in fields(after)]
-    return type(after)(**{name: getattr(after, name) - getattr(before, name) for name in names})
+    grown = {name: getattr(after, name) - getattr(before, name) for name in _NAMES[type(after)]}
+    return type(after)(**grown)
 
 
 def statistics_line(report: Mapping[str, Any]) -> str:
