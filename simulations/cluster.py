@@ -135,6 +135,9 @@ class Cluster:
         for node in self.node_list:
             self.stand_ins.begin_daemon(node)
         self._until_check = settings.check_every
+        # The tracker's check goes through all nodes.
+        self._tracker_check_every = max(settings.nodes // 100, 1)
+        self._until_tracker_check = self._tracker_check_every
 
     # --- what a scenario asks for ----------------------------------------------------------------
 
@@ -262,8 +265,11 @@ class Cluster:
         if self._until_check == 0:
             self._until_check = self.settings.check_every
             machine.check()
-            if not self.strict:  # or else it was checked after its own last event
-                self.tracker.machine.check()
+            self._until_tracker_check -= 1
+            if self._until_tracker_check == 0:
+                self._until_tracker_check = self._tracker_check_every
+                if not self.strict:  # or else it was checked after its own last event
+                    self.tracker.machine.check()
 
     def _wake(self, node: Node) -> None:
         """The time has come that a machine named, unless it has named another one since."""
