@@ -5,9 +5,9 @@ feed it events and carry out the effects that it returns.
 
 It holds one ``Fetching`` per file version that is wanted and not yet complete, and one ``Seed`` per
 complete one that neighbours are interested in. Parts of it are the leases of this node, its
-neighbours, its seeds, what its clients write, and small files that come together
+neighbours, its seeds, what its clients write and ask, and small files that come together
 (``peer_leases.py``, ``peer_neighbours.py``, ``peer_seeds.py``, ``peer_writes.py``,
-``peer_batches.py``).
+``peer_questions.py``, ``peer_batches.py``).
 
 Invariants: a request is answered exactly once; every download that somebody waits for either makes
 progress, or waits for a slot that the tracker says is taken, or is answered with the original path
@@ -46,7 +46,6 @@ from swarmcache.messages import (
     Joined,
     Lease,
     Leave,
-    Locate,
     Located,
     Message,
     Missing,
@@ -64,7 +63,6 @@ from swarmcache.messages import (
     ReportCorrupt,
     Revoked,
     Status,
-    StatusRequest,
     Suspected,
     WriteLease,
 )
@@ -74,9 +72,7 @@ from swarmcache.peer_events import (
     AnnounceReplicas,
     AnswerCached,
     AnswerFiles,
-    AnswerHolders,
     AnswerOriginal,
-    AnswerStatus,
     CheckCopy,
     ChunkAbsent,
     ChunkArrived,
@@ -135,6 +131,7 @@ from swarmcache.peer_events import (
 )
 from swarmcache.peer_leases import NodeLease, PeerLeases
 from swarmcache.peer_neighbours import Neighbour, PeerNeighbours
+from swarmcache.peer_questions import PeerQuestions
 from swarmcache.peer_seeds import PeerSeeds
 from swarmcache.peer_writes import PeerWrites
 from swarmcache.timers import Timers
@@ -195,8 +192,6 @@ class PeerState:
         self._neighbours = PeerNeighbours(address.node)
         self._distrusted: set[str] = set()
         self._requests: dict[int, bytes] = {}
-        self._status_requests: set[int] = set()
-        self._holder_requests: dict[int, int] = {}  # how many file versions were asked about
         self._flights: dict[tuple[bytes, int, str], int] = {}
         self._flight_bytes = 0
         self._starved: dict[bytes, None] = {}
@@ -214,6 +209,7 @@ class PeerState:
         self._from_peers_bytes = 0
         self._stood_in = False  # the last one was not the tracker itself
         self._tracker_reason = "no connection to the tracker yet"
+        self._questions = PeerQuestions(self._tracker_reason)
 
     # --- the three calls of every machine -------------------------------------------------------
 
@@ -277,6 +273,7 @@ class PeerState:
         self._leases.check(self._busy)
         self._neighbours.check()
         self._writes.check()
+        self._questions.check()
         self._batches.check()
         for request, version_id in self._requests.items():
             assert request in self._fetching[version_id].requests, "a request would be forgotten"
@@ -341,21 +338,12 @@ class PeerState:
                 if version_id is not None:
                     del self._fetching[version_id].requests[event.request]
                     self._arm(version_id, now_s)
-                self._status_requests.discard(event.request)
-                self._holder_requests.pop(event.request, None)
+                self._questions.gone(event.request)
                 self._writes.gone(event.request, effects)
             case StatusWanted():
-                if not self.tracker_connected:
-                    effects.append(AnswerStatus(event.request, None, self._tracker_reason))
-                    return
-                self._status_requests.add(event.request)
-                self._tell(StatusRequest(event.request), effects)
+                self._questions.want_status(event, effects)
             case HoldersWanted():
-                if not self.tracker_connected:
-                    effects.append(AnswerHolders(event.request, None, self._tracker_reason))
-                    return
-                self._holder_requests[event.request] = len(event.version_ids)
-                self._tell(Locate(event.request, event.version_ids, event.nodes_max), effects)
+                self._questions.want_holders(event, effects)
 
     def _handle_writer(
         self, event: WriteWanted | WriterAnswered, now_s: float, effects: list[PeerEffect]
@@ -717,16 +705,12 @@ class PeerState:
             for fetching in self._fetching.values():
                 fetching.joined = False
                 fetching.waiting_for_slot = False
-            for request in sorted(self._status_requests):
-                effects.append(AnswerStatus(request, None, event.reason))
-            self._status_requests.clear()
-            for request in sorted(self._holder_requests):
-                effects.append(AnswerHolders(request, None, event.reason))
-            self._holder_requests.clear()
+            self._questions.tracker_lost(event.reason, effects)
             self._batches.tracker_lost(now_s, effects)
             self._leave_batches(now_s, effects)
             return
         self.tracker_connected = True
+        self._questions.tracker_connected()
         # One message has room for no more; the tracker does not adopt the others, so they end.
         writes = self._writes.held()
         register = Register(
@@ -811,16 +795,9 @@ class PeerState:
                 if message.version_id:
                     self._give_up(message.version_id, message.reason, now_s, effects)
             case Status():
-                if message.request_id in self._status_requests:
-                    self._status_requests.remove(message.request_id)
-                    effects.append(AnswerStatus(message.request_id, message.cluster))
+                self._questions.told_status(message, effects)
             case Located():
-                asked = self._holder_requests.pop(message.request_id, None)
-                if asked == len(message.holders):
-                    effects.append(AnswerHolders(message.request_id, message.holders))
-                elif asked is not None:
-                    reason = "the tracker's answer makes no sense"
-                    effects.append(AnswerHolders(message.request_id, None, reason))
+                self._questions.told_holders(message, effects)
             case HeldBy():
                 self._batches.told_holders(message, self._distrusted, now_s, effects)
                 self._leave_batches(now_s, effects)

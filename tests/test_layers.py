@@ -145,6 +145,7 @@ LAYERS = {
         "peer_batches",
         "peer_leases",
         "peer_neighbours",
+        "peer_questions",
         "peer_seeds",
         "peer_state",
         "peer_writes",
