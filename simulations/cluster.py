@@ -119,9 +119,9 @@ class Cluster:
         self.on_answer: Callable[[Node, int, FileVersion, bool, str], None] | None = None
         self.on_files: Callable[[Node, int], None] | None = None
         self.on_holders: Callable[[Node, AnswerHolders], None] | None = None
-        self.node_list = [Node(index, settings) for index in range(settings.nodes)]
-        for node, rack in zip(self.node_list, racks_of(settings), strict=True):
-            node.rack = rack
+        self.node_list = [
+            Node(index, settings, rack) for index, rack in enumerate(racks_of(settings))
+        ]
         self.nodes = {node.name: node for node in self.node_list}
         self.tracker = TrackerHost(settings)
         self.versions: dict[bytes, FileVersion] = {}

@@ -35,13 +35,13 @@ class Node:
     """A machine with a daemon. ``life`` grows with every end of the daemon: what a former life
     began is void. ``powered``: the machine runs, and its kernel answers for a dead daemon."""
 
-    def __init__(self, index: int, settings: ClusterSettings) -> None:
+    def __init__(self, index: int, settings: ClusterSettings, rack: Rack | None = None) -> None:
         self.index = index
         self.name = f"node{index:05d}:7381"
         self.settings = settings
         self.up = Link(f"{self.name} up", settings.node_rate)
         self.down = Link(f"{self.name} down", settings.node_rate)
-        self.rack: Rack | None = None
+        self.rack = rack
         self.clock = Clock()
         if settings.clock_spread_s or settings.clock_drift:
             rng = Random(f"{settings.seed} {self.name} clock")
@@ -66,7 +66,9 @@ class Node:
         self._begin_life()
 
     def _begin_life(self) -> None:
-        address = NodeAddress(self.name, 7382, f"node{self.index:05d}")
+        address = NodeAddress(
+            *(self.name, 7382, f"node{self.index:05d}"), self.rack.label if self.rack else ""
+        )
         seed = f"{self.settings.seed} {self.name}" + (f" {self.life}" if self.life else "")
         self.machine = PeerState(
             address,

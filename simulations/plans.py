@@ -151,6 +151,7 @@ def draw(seed: int) -> Plan:
     if theme == "tracker":  # a lease matters while it is out
         rate = min(settings.file_server_rate, 3e6)
         settings = replace(settings, file_server_rate=rate, node_rate=rate)
+    settings = _with_racks(settings)
     mixed_cuts = rng.random() < 0.15
     faults = _draw_faults(rng, theme, nodes) + _draw_liar(seed, theme, nodes)
     # Only where no copy can be lost, and every copy is of use, may there be jobs that cannot read.
@@ -162,6 +163,16 @@ def draw(seed: int) -> Plan:
     plan = Plan(seed, theme, settings, tuple(sizes), jobs, faults, mixed_cuts, copies)
     plan = _with_small_files(plan, rng_seed=f"small files {seed}")
     return _take_tracker(plan) if seed % WITHOUT_TRACKER_EVERY == 0 else plan
+
+
+def _with_racks(settings: ClusterSettings) -> ClusterSettings:
+    """In one plan of three nodes stand in racks; the last one may be the only one in its rack."""
+    rng = Random(f"racks {settings.seed}")
+    if rng.random() < 2 / 3:
+        return settings
+    nodes = rng.choice((1, 2, 3, 4))
+    rate = settings.node_rate * rng.choice((1, nodes))
+    return replace(settings, rack_nodes=nodes, rack_rate=rate)
 
 
 def _with_small_files(plan: Plan, rng_seed: str) -> Plan:

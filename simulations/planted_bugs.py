@@ -354,6 +354,25 @@ BUGS = (
         "self._renew(node, now_s)",
         "pass",
     ),
+    # --- racks ----
+    PlantedBug(
+        "what a neighbour says that it fetches is left to it for ever",
+        "rack_view:RackView.brings",
+        "self._timers.set(chunk, now_s + COMING_S)",
+        "pass",
+    ),
+    PlantedBug(
+        "a request in another rack that has failed still counts as one",
+        "download:Download._land",
+        "self._bringing &= ~(1 << chunk)",
+        "pass",
+    ),
+    PlantedBug(
+        "whoever leaves its rack is still one of those in other racks",
+        "neighbourhood:Neighbourhood.remove",
+        "position.far -= self._are_far(gone, position)",
+        "pass",
+    ),
     # --- writes ----
     PlantedBug(
         "a promise that has run out is renewed",

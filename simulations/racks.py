@@ -1,6 +1,6 @@
 """Racks: nodes that reach the others, and the file server, over two links which they share.
 
-The file server stands in no rack. Nobody tells swarmcache which node is in which rack.
+The file server stands in no rack. ``label`` is what daemons have as ``daemon.rack``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from simulations.settings import ClusterSettings
 class Rack:
     """The links of one rack: out of it, and into it."""
 
+    label: str
     up: Link
     down: Link
 
@@ -26,7 +27,11 @@ def racks_of(settings: ClusterSettings) -> list[Rack | None]:
     rate = settings.rack_rate
     count = -(-settings.nodes // settings.rack_nodes)
     racks = [
-        Rack(Link(f"rack {number} up", rate), Link(f"rack {number} down", rate))
+        Rack(
+            f"rack {number}" if settings.rack_labels else "",
+            Link(f"rack {number} up", rate),
+            Link(f"rack {number} down", rate),
+        )
         for number in range(count)
     ]
     return [racks[index // settings.rack_nodes] for index in range(settings.nodes)]

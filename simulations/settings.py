@@ -24,6 +24,7 @@ class ClusterSettings:
     ``disk_bytes``: the most that the cache of a node may take. ``clock_spread_s``: clocks of nodes
     differ by up to twice this; ``clock_drift``: and run faster or slower by up to this part.
     ``rack_nodes``: so many share the links of a rack, of ``rack_rate``; 0 for no racks.
+    ``rack_labels``: daemons know in which rack they are.
     ``policy``: which of ``POLICIES`` says what is evicted.
     """
 
@@ -47,3 +48,4 @@ class ClusterSettings:
     policy: str = "cluster"
     rack_nodes: int = 0
     rack_rate: float = math.inf
+    rack_labels: bool = True

@@ -6,6 +6,11 @@ happened and carries its requests out of the machine.
 A chunk is missing, in flight (asked of one or more peers), being read (in a range leased to this
 node) or held (on disk, digest right). Sets of chunks are bit masks.
 
+Where racks are known each chunk should come into a rack once. So peers in other racks are asked
+only for what nobody in this one has or is fetching (``rack_view.py``), which is the rarest there
+is, and therefore first; and of the peers in another rack one after the other is told of a new chunk
+first, so that they need not find out who fetches it.
+
 Invariant: every chunk is in exactly one of these four states; a chunk is asked only of a peer that
 announced it with the digest that we expect, at most once per peer, and of two peers at once only
 when nothing else is left to ask for.
@@ -31,6 +36,7 @@ from swarmcache.chunks import (
 )
 from swarmcache.messages import HAVE_CHUNKS_MAX, Have, NodeAddress
 from swarmcache.peer_events import FetchChunk, TellPeer
+from swarmcache.rack_view import RackView
 
 # A peer that takes this many times as long as others is not asked again for that it has just been.
 SLOW_FACTOR = 2.0
@@ -55,6 +61,7 @@ FAILURE_BACKOFF_S = 1.0
 FAILURE_BACKOFF_MAX_S = 30.0
 # The digest of a chunk that nobody has announced.
 UNKNOWN = b""
+ALL = -1  # the mask of all chunks
 
 
 @dataclass(slots=True)
@@ -62,8 +69,9 @@ class PeerView:
     """What a download knows of one neighbour.
 
     ``mask``: chunks that it has told of. ``complete``: it has all. ``source``: it may be asked (not
-    distrusted). ``busy``: it had no upload slot to spare when it came. ``service_s``: how long a
-    chunk from it takes, smoothed.
+    distrusted). ``busy``: it had no upload slot to spare when it came. ``near``: it is in the rack
+    of this node. ``turns``: the chunks that it is told of at once; of those in another rack each
+    has some. ``service_s``: how long a chunk from it takes, smoothed.
     """
 
     address: NodeAddress
@@ -72,6 +80,8 @@ class PeerView:
     source: bool = True
     busy: bool = False
     flights: set[int] = field(default_factory=set)
+    near: bool = False
+    turns: int = ALL
     service_s: float = 0.0
     failures: int = 0
     not_before_s: float = 0.0
@@ -80,8 +90,17 @@ class PeerView:
 class Download:
     """The chunks of one file version, and the neighbours that have them."""
 
-    def __init__(self, version: FileVersion, layout: ChunkLayout, rng: Random, window: int) -> None:
-        """``window``: the most chunks in flight; as many as a peer sends at once."""
+    def __init__(
+        self,
+        version: FileVersion,
+        layout: ChunkLayout,
+        rng: Random,
+        window: int,
+        *,
+        rack: str = "",
+    ) -> None:
+        """``window``: the most chunks in flight; as many as a peer sends at once. ``rack``: where
+        this node stands."""
         self.version = version
         self.layout = layout
         self.chunk_count = layout.chunk_count
@@ -103,7 +122,13 @@ class Download:
         self._rng = rng
         self._window = window
         self._last_source: PeerView | None = None
+        self._rack = RackView(rack)
+        self._bringing = 0  # chunks asked for in other racks, and not yet announced in this one
+        self._claimed = 0
         self._fresh = 0
+        self._late = 0
+        self._late_due_s = math.inf
+        self._turns_taken = False
         self._common = 0
         self._announced_s = -math.inf
         self._common_since_s = math.inf
@@ -136,7 +161,9 @@ class Download:
     def add_peer(self, address: NodeAddress, *, source: bool, busy: bool = False) -> list[TellPeer]:
         """A neighbour is there (or introduced once more): tells it all that this node holds."""
         if address.node not in self.peers:
-            self.peers[address.node] = PeerView(address, source=source, busy=busy)
+            near = self._rack.meet(address.node, address.rack)
+            self.peers[address.node] = PeerView(address, source=source, busy=busy, near=near)
+            self._take_turns(address.rack)
         return [TellPeer(address.node, have) for have in self._haves(self.held & ~self._fresh)]
 
     def remove_peer(self, node: str) -> None:
@@ -145,6 +172,8 @@ class Download:
         if peer is not None:
             self._forget_chunks(peer, peer.mask)
             self._turn_from(peer)
+            self._rack.part(node)
+            self._take_turns(peer.address.rack)
 
     def distrust(self, node: str) -> None:
         """Never ask this neighbour again; it may still ask us."""
@@ -181,11 +210,18 @@ class Download:
                 self.conflicts += 1
         mask &= ~peer.mask
         peer.mask |= mask
+        if peer.near:
+            self._rack.came(mask)
         mask &= ~self.held
         if not mask or not peer.source:
             return False
         self._picker.add(mask)
         return self._flight_count < self._window and bool(mask & self._missing)
+
+    def peer_brings(self, node: str, chunks: Sequence[int], now_s: float) -> None:
+        """A neighbour in this rack has asked for chunks in another one; see ``RackView``."""
+        here = [chunk for chunk in chunks if chunk < self.chunk_count]
+        self._rack.brings(node, here, now_s)
 
     def peer_completed(self, node: str) -> None:
         """This neighbour says that it holds every chunk."""
@@ -293,18 +329,17 @@ class Download:
             self._fresh |= self._common
             self._common = 0
             self._common_since_s = math.inf
-        if not self._fresh or now_s < self._announced_s + ANNOUNCE_INTERVAL_S:
-            return []
-        self._announced_s = now_s
-        fresh, self._fresh = self._fresh, 0
+        told = self._claims() if self._bringing != self._claimed else []
+        fresh, late = self._due(now_s)
+        if not fresh | late:
+            return told
         haves: dict[int, list[Have]] = {}
-        told: list[TellPeer] = []
         random = self._rng.random
         # In random order, or those who came first would fill one another's upload slots.
         lacking = [
             (random(), node, mask)
             for node, peer in self.peers.items()
-            if (mask := fresh & ~peer.mask)
+            if (mask := (fresh & peer.turns | (0 if peer.near else late)) & ~peer.mask)
         ]
         lacking.sort()
         for _, node, mask in lacking:
@@ -314,11 +349,34 @@ class Download:
                 told.append(TellPeer(node, have))
         return told
 
+    def _due(self, now_s: float) -> tuple[int, int]:
+        """What is to be announced now: chunks that came, and those of which so far not everybody in
+        other racks has been told."""
+        late_is_due = self._late and now_s >= self._late_due_s
+        if not (self._fresh or late_is_due) or now_s < self._announced_s + ANNOUNCE_INTERVAL_S:
+            return 0, 0
+        self._announced_s = now_s
+        fresh, self._fresh = self._fresh, 0
+        self._bringing &= ~fresh  # what the others are told of now is no longer coming
+        self._claimed &= ~fresh
+        if self._turns_taken:
+            if not self._late:
+                self._late_due_s = now_s + COMMON_INTERVAL_S
+            self._late |= fresh
+        late = self._late if now_s >= self._late_due_s else 0
+        self._late ^= late
+        return fresh, late
+
     def wake_at_s(self, now_s: float) -> float | None:
         """When ``requests`` or ``announcements`` may have something new without any event."""
         at_s = self._common_due_s(now_s) if self._common else math.inf
+        if self._late:
+            at_s = min(at_s, max(self._late_due_s, self._announced_s + ANNOUNCE_INTERVAL_S))
         if self._fresh:
             at_s = min(at_s, self._announced_s + ANNOUNCE_INTERVAL_S)
+        if self._rack:
+            self._rack.coming(now_s)
+            at_s = min(at_s, self._rack.wake_at_s() or math.inf)
         ends_s = self._backoff_ends_s
         while ends_s and ends_s[0] <= now_s:
             heapq.heappop(ends_s)
@@ -349,6 +407,25 @@ class Download:
             for part in (chunks[start : start + HAVE_CHUNKS_MAX],)
         ]
 
+    def _claims(self) -> list[TellPeer]:
+        """Tell this rack what this node is fetching from others."""
+        self._claimed = self._bringing
+        have = Have(self.version.version_id, [], b"", coming=list(chunks_in(self._bringing)))
+        return [TellPeer(node, have) for node, peer in self.peers.items() if peer.near]
+
+    def _take_turns(self, rack: str) -> None:
+        """The neighbours in another rack are told of chunks by turns, so that one of them brings a
+        chunk in and not all do. If it does not, the others hear of it a little later."""
+        if not rack or rack == self._rack.label:
+            return
+        others = sorted(node for node, peer in self.peers.items() if peer.address.rack == rack)
+        # A bit in each group of so many: a number of groups, divided by a group of ones.
+        groups = -(-self.chunk_count // max(len(others), 1))
+        every = ((1 << len(others) * groups) - 1) // ((1 << len(others)) - 1) if others else 0
+        for turn, node in enumerate(others):
+            self.peers[node].turns = every << turn if len(others) > 1 else ALL
+        self._turns_taken = any(peer.turns != ALL for peer in self.peers.values())
+
     def _common_due_s(self, now_s: float) -> float:
         """When the chunks that can wait are to be announced; the clock starts with the first."""
         if self._common_since_s == math.inf:
@@ -363,8 +440,8 @@ class Download:
         self._missing &= ~bit
         self._reading &= ~bit
         if not self.peers:
-            pass  # whoever joins is told of all that is held
-        elif self._picker.holders(chunk) < COMMON_HOLDERS:
+            self._bringing &= ~bit  # whoever joins is told of all that is held
+        elif self._picker.holders(chunk) < COMMON_HOLDERS or self._bringing & bit:
             self._fresh |= bit
         else:
             self._common |= bit
@@ -379,6 +456,8 @@ class Download:
         self._flight_count -= 1
         if not flights:
             del self._flights[chunk]
+            if not self.held >> chunk & 1:
+                self._bringing &= ~(1 << chunk)
             if not (self.held | self._reading) >> chunk & 1:
                 self._missing |= 1 << chunk
                 self._forget_digests(1 << chunk)
@@ -411,13 +490,26 @@ class Download:
             self._turn_from(peer)
             heapq.heappush(self._backoff_ends_s, until_s)
 
-    def _usable(self, now_s: float, wanted: int) -> list[PeerView]:
-        """The peers that may be asked now and have something of what is wanted."""
+    def _wanted_elsewhere(self, wanted: int, now_s: float) -> int:
+        """What of it is to be asked for in other racks: what nobody in this one has or brings."""
+        if not self._rack:
+            return wanted
+        here = self._rack.coming(now_s)
+        for peer in self.peers.values():
+            if peer.near and peer.source and not peer.failures:
+                here |= peer.mask
+        return wanted & ~here
+
+    def _usable(self, now_s: float, wanted: int, elsewhere: int) -> list[PeerView]:
+        """The peers that may be asked now and have something of what is wanted, in this rack and
+        elsewhere."""
         peers = self.peers.values()
         usable = [
             peer
             for peer in peers
-            if peer.not_before_s <= now_s and peer.source and peer.mask & wanted
+            if peer.not_before_s <= now_s
+            and peer.source
+            and peer.mask & (wanted if peer.near else elsewhere)
         ]
         flights_max = 1
         if len(usable) < self._window:
@@ -426,7 +518,8 @@ class Download:
         return [peer for peer in usable if len(peer.flights) < flights_max]
 
     def _next_request(self, now_s: float) -> FetchChunk | None:
-        """The rarest chunk of the peer that has just delivered, or of one that we ask for least.
+        """The rarest chunk of the peer that has just delivered, or of one that we ask for least;
+        first what is not yet in this rack.
 
         Whoever has just delivered has a place free for us; see ``upload_slots.py``. Who was busy
         and has delivered nothing yet comes after the others.
@@ -434,17 +527,21 @@ class Download:
         wanted = self._missing & self._picker.available
         if not wanted:
             return None
+        elsewhere = self._wanted_elsewhere(wanted, now_s)
         last, self._last_source = self._last_source, None
-        if last is not None and last.mask & wanted:
-            return self._ask_rarest(last, wanted, now_s)
-        usable = self._usable(now_s, wanted)
+        if last is not None and last.mask & (wanted if last.near else elsewhere):
+            return self._ask_rarest(last, wanted if last.near else elsewhere, now_s)
+        usable = self._usable(now_s, wanted, elsewhere)
         if not usable:
             return None
+        if self._rack:
+            usable = [peer for peer in usable if not peer.near] or usable
         random = self._rng.random
         loads = [
             len(peer.flights) + (peer.busy and not peer.service_s) + random() for peer in usable
         ]
-        return self._ask_rarest(usable[loads.index(min(loads))], wanted, now_s)
+        peer = usable[loads.index(min(loads))]
+        return self._ask_rarest(peer, wanted if peer.near else elsewhere, now_s)
 
     def _ask_rarest(self, peer: PeerView, wanted: int, now_s: float) -> FetchChunk:
         chunk = self._picker.pick(wanted & peer.mask)
@@ -465,7 +562,9 @@ class Download:
         for _, chunk in sorted(late):
             asked = self._flights[chunk]
             others = [
-                peer for peer in self._usable(now_s, 1 << chunk) if peer.address.node not in asked
+                peer
+                for peer in self._usable(now_s, 1 << chunk, 1 << chunk)
+                if peer.address.node not in asked
             ]
             if others:
                 self.hedges += 1
@@ -491,6 +590,8 @@ class Download:
         self._flights.setdefault(chunk, {})[node] = now_s
         self._flight_count += 1
         peer.flights.add(chunk)
+        if self._rack and not peer.near:
+            self._bringing |= 1 << chunk
         length_bytes = self.layout.length_bytes(chunk)
         return FetchChunk(
             self.version.version_id,
@@ -506,6 +607,14 @@ class Download:
     def check(self) -> None:
         """Assert the invariant."""
         self._picker.check()
+        self._rack.check()
+        known = mask_of(self._flights) | self._fresh
+        assert not self._bringing & ~known, (
+            "what is said to be coming is not, or has been announced"
+        )
+        for node, peer in self.peers.items():
+            assert peer.near == (node in self._rack), "a neighbour has moved to another rack"
+            assert peer.turns == ALL or not peer.near, "a neighbour in this rack hears of less"
         flying = mask_of(self._flights) & ~self.held & ~self._reading
         assert not self.held & self._missing, "a held chunk is missing"
         assert not self.held & self._reading, "a held chunk is being read"

@@ -24,7 +24,7 @@ MESSAGE_MAX_BYTES = 1 << 20
 HAVE_CHUNKS_MAX = 8192
 REPLICAS_MAX = 8192
 # How many file versions one ``Locate`` may name, and how many nodes one ``Located``: an address has
-# at most 1,279 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
+# at most 1,343 characters of 4 bytes, and a message at most MESSAGE_MAX_BYTES.
 LOCATE_MAX = 1024
 LOCATED_NODES_MAX = 128
 # How many holders are named to whoever asks for many small files: one request goes to each.
@@ -60,6 +60,7 @@ NodeId = Annotated[str, Meta(min_length=1, max_length=255)]
 KeyTags = Annotated[list[Annotated[str, Meta(max_length=16)]], Meta(max_length=KEY_TAGS_MAX)]
 Seeds = Annotated[list[NodeId], Meta(max_length=SEEDS_MAX)]
 Name = Annotated[str, Meta(max_length=1024)]
+Rack = Annotated[str, Meta(max_length=64)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(gt=0)]
 Port = Annotated[int, Meta(gt=0, lt=65536)]
@@ -71,12 +72,17 @@ class Message(Struct, tag_field="type", frozen=False):
     """Base of all messages."""
 
 
-class NodeAddress(Struct, frozen=True):
-    """How to reach a node: ``node`` is the advertised ``host:port`` of its control server."""
+class NodeAddress(Struct, frozen=True, omit_defaults=True):
+    """How to reach a node: ``node`` is the advertised ``host:port`` of its control server.
+
+    ``rack``: where it stands (``daemon.rack``); nodes with the same one are near one another. Empty
+    where nobody has said so.
+    """
 
     node: NodeId
     data_port: Port
     name: Name = ""
+    rack: Rack = ""
 
 
 class DiskStatus(Struct, frozen=True):
@@ -452,7 +458,8 @@ class Have(Message, tag="have", omit_defaults=True):
 
     An empty ``Have`` says that the sender is in the swarm. ``complete``: it has all chunks; those
     that the receiver has itself it has not been told of. ``chunk_size_bytes``: how the sender cuts
-    the file (0: not told). The last chunks of two ways to cut it may be equally long.
+    the file (0: not told). The last chunks of two ways to cut it may be equally long. ``coming``:
+    told to those in the rack of the sender: all chunks that it is fetching from another rack.
     """
 
     version_id: VersionId
@@ -460,6 +467,7 @@ class Have(Message, tag="have", omit_defaults=True):
     digests: bytes
     complete: bool = False
     chunk_size_bytes: Count = 0
+    coming: Annotated[list[Count], Meta(max_length=HAVE_CHUNKS_MAX)] | None = None
 
 
 class Gone(Message, tag="gone"):

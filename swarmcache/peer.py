@@ -234,7 +234,9 @@ class Daemon:
         stack.push_async_callback(self._chunk_server.stop)
         advertised = self._config.daemon.advertise or listen
         advertised = HostPort(advertised.host, advertised.port or port)
-        self.address = NodeAddress(str(advertised), data_port, socket.gethostname()[:64])
+        self.address = NodeAddress(
+            *(str(advertised), data_port, socket.gethostname()[:64]), self._config.daemon.rack
+        )
         self._identity = msgspec.msgpack.encode(self.address)
         if len(self._identity) > IDENTITY_MAX_BYTES:
             raise ConfigError(f"the advertised address {advertised} is too long")

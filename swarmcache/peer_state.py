@@ -608,7 +608,9 @@ class PeerState:
         if isinstance(event, SpaceReserved):
             fetching.chunk_size_bytes = event.chunk_size_bytes
             layout = ChunkLayout(fetching.version.size_bytes, event.chunk_size_bytes)
-            fetching.download = Download(fetching.version, layout, self._rng, self._window)
+            fetching.download = Download(
+                *(fetching.version, layout, self._rng, self._window), rack=self.address.rack
+            )
             return
         assert fetching.download is not None, "recovered chunks before there is room"
         fetching.download.recovered(event.digests)
@@ -1004,6 +1006,9 @@ class PeerState:
                     self._go_on(version_id, now_s, effects)
                 if message.complete:
                     fetching.download.peer_completed(node)
+                if message.coming is not None:
+                    fetching.download.peer_brings(node, message.coming, now_s)
+                    self._go_on(version_id, now_s, effects)
             case Gone():
                 self._part(node, version_id, now_s)
 

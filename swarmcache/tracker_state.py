@@ -20,8 +20,10 @@ that of one range, or of one file that is written; a node's leases end on its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from swarmcache.chunks import (
@@ -97,6 +99,9 @@ SWIFT_FACTOR = 1.5
 READ_FAILURES_MAX = 3
 READ_AGAIN_S = 10.0
 CHUNK_COUNT_MAX = 1 << 21
+# Of so many that may read one is chosen for its rack: thirty times the usual number of slots, and
+# looked through in a few hundred microseconds.
+CANDIDATES_MAX = 256
 
 
 @dataclass(slots=True)
@@ -502,18 +507,34 @@ class TrackerState:
     def _choose_reader(self, swarm: Swarm, now_s: float) -> str | None:
         """The first in line that may read; it goes to the end, until it has shown that it is swift.
 
-        So swift readers read on, then come those that have waited longest.
+        So swift readers read on, then come those that have waited longest. Of racks that are known
+        the one that has the fewest readers comes first, so that each reads its share.
         """
-        for position, name in enumerate(swarm.order):
-            member = swarm.members[name]
-            able = member.can_read and not member.complete and not member.reading
-            able = able and not self._nodes[name].silent
-            patient = member.failures < READ_FAILURES_MAX
-            patient = patient or member.failed_s + READ_AGAIN_S <= now_s
-            if able and member.trusted and patient:
-                swarm.order.append(swarm.order.pop(position))
-                return name
-        return None
+        able = (name for name in swarm.order if self._may_read(swarm, name, now_s))
+        if swarm.neighbourhood.racks:
+            reading = Counter(self._racks_of_readers(swarm))
+            first = islice(able, CANDIDATES_MAX)
+            name = min(first, key=lambda it: reading[swarm.neighbourhood.rack_of(it)], default=None)
+        else:
+            name = next(able, None)
+        if name is not None:
+            swarm.order.remove(name)
+            swarm.order.append(name)
+        return name
+
+    def _may_read(self, swarm: Swarm, name: str, now_s: float) -> bool:
+        member = swarm.members[name]
+        able = member.can_read and not member.complete and not member.reading
+        able = able and not self._nodes[name].silent
+        patient = member.failures < READ_FAILURES_MAX
+        patient = patient or member.failed_s + READ_AGAIN_S <= now_s
+        return able and member.trusted and patient
+
+    def _racks_of_readers(self, swarm: Swarm) -> Iterator[str]:
+        """Where those stand that read for this swarm now."""
+        for lease in self._ledger(swarm.file_server).leases.values():
+            if lease.claim == swarm.version_id and lease.node in swarm.members:
+                yield swarm.neighbourhood.rack_of(lease.node)
 
     def _lease(
         self,

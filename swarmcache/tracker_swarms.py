@@ -15,7 +15,7 @@ claim in its file server's ledger, and no other swarm has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -32,6 +32,7 @@ from swarmcache.messages import (
     Revoked,
     Suspected,
 )
+from swarmcache.neighbourhood import Neighbourhood
 from swarmcache.slot_ledger import SlotLedger
 from swarmcache.timers import Timers
 from swarmcache.tracker_events import TrackerEffect
@@ -47,7 +48,6 @@ class Member:
     can_read: bool
     complete: bool
     trusted: bool = True
-    neighbours: set[str] = field(default_factory=set)
     guarded: int = 0
     failures: int = 0
     failed_s: float = 0.0
@@ -85,6 +85,7 @@ class Swarm:
     user: str
     layout: ChunkLayout
     unread: int
+    neighbourhood: Neighbourhood
     members: dict[str, Member] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     searches: set[int] = field(default_factory=set)
@@ -140,7 +141,10 @@ class TrackerSwarms:
         """A swarm for a file version that nobody fetched; of its holders, so many as suffice."""
         version_id = message.version_id
         unread = full_mask(layout.chunk_count)
-        swarm = Swarm(version_id, message.file_server, message.user, layout, unread)
+        neighbourhood = Neighbourhood(self._rng, self._peers_max)
+        swarm = Swarm(
+            *(version_id, message.file_server, message.user, layout, unread), neighbourhood
+        )
         self._swarms[version_id] = swarm
         chosen = sorted(holders)
         if len(chosen) > self._peers_max // 2:
@@ -171,7 +175,7 @@ class TrackerSwarms:
                 self._end_search(query_id, now_s, effects)
         member.guarded = (member.guarded | found) & held
         if lost:
-            self._take_over(swarm, lost, sorted(member.neighbours), now_s, effects)
+            self._take_over(swarm, lost, sorted(swarm.neighbourhood.of(name)), now_s, effects)
         joined = Joined(swarm.version_id, swarm.layout.chunk_size_bytes)
         self._nodes.tell(name, joined, effects)
         self._introduce(swarm, name, effects)
@@ -197,6 +201,7 @@ class TrackerSwarms:
         member = Member(can_read=False, complete=complete)
         swarm.members[name] = member
         swarm.order.append(name)
+        swarm.neighbourhood.add(name, self._nodes[name].address.rack)
         self._of_node.setdefault(name, set()).add(swarm.version_id)
         if complete:
             member.guarded |= swarm.unread
@@ -207,8 +212,8 @@ class TrackerSwarms:
 
     def _introduce(self, swarm: Swarm, name: str, effects: list[TrackerEffect]) -> None:
         """Give a member neighbours (those it has count anew) and tell both sides."""
-        member = swarm.members[name]
-        chosen = sorted(member.neighbours) + self._choose_peers(swarm, name)
+        known = sorted(swarm.neighbourhood.of(name))
+        chosen = known + swarm.neighbourhood.choose(name, swarm.order)
         for other in chosen:
             self._link(swarm, name, other, effects)
         addresses = [self._nodes[other].address for other in chosen]
@@ -219,38 +224,10 @@ class TrackerSwarms:
 
     def _link(self, swarm: Swarm, name: str, other: str, effects: list[TrackerEffect]) -> None:
         """Make two members neighbours, and tell ``other``."""
-        swarm.members[name].neighbours.add(other)
-        swarm.members[other].neighbours.add(name)
+        swarm.neighbourhood.link(name, other)
         address = self._nodes[name].address
         peers = Peers(swarm.version_id, [address], swarm.layout.chunk_size_bytes)
         self._nodes.tell(other, peers, effects)
-
-    def _choose_peers(self, swarm: Swarm, name: str) -> list[str]:
-        """New neighbours for a member: everybody in a small swarm, some at random in a large one.
-
-        Those who come later choose among those who are here, so whoever is here must have room
-        left, or the swarm would fall apart into groups that never meet. With a quarter of the
-        limit per newcomer a member fills up only when the swarm is twenty times (e to the third) as
-        large as when it came itself.
-        """
-        member = swarm.members[name]
-        room = self._peers_max - len(member.neighbours)
-        candidates: Iterable[str] = swarm.order
-        if len(swarm.members) - 1 > self._peers_max // 2:
-            room = max(-(-self._peers_max // 4) - len(member.neighbours), 0)
-            candidates = self._drawn(swarm.order, 8 * self._peers_max)
-        chosen: dict[str, None] = {}
-        for other in candidates:
-            if len(chosen) >= room:
-                break
-            taken = other == name or other in member.neighbours
-            if not taken and len(swarm.members[other].neighbours) < self._peers_max:
-                chosen[other] = None
-        return list(chosen)
-
-    def _drawn(self, names: list[str], tries: int) -> Iterator[str]:
-        for _ in range(tries):
-            yield names[int(self._rng.random() * len(names))]
 
     # --- members go -----------------------------------------------------------------------------
 
@@ -285,16 +262,13 @@ class TrackerSwarms:
         member = swarm.members.pop(name)
         swarm.order.remove(name)
         self._forget_membership(name, swarm.version_id)
-        for other in member.neighbours:
-            swarm.members[other].neighbours.discard(name)
+        neighbours = swarm.neighbourhood.remove(name)
         if not swarm.wanted:
             self._dissolve(swarm)
             return
-        neighbours = sorted(member.neighbours)
         self._take_over(swarm, member.guarded | orphaned, neighbours, now_s, effects)
         for other in neighbours:
-            few = len(swarm.members[other].neighbours) < self._peers_max // 4
-            if few and len(swarm.members) > self._peers_max // 4:
+            if swarm.neighbourhood.lacks(other):
                 self._introduce(swarm, other, effects)
         self.reclaim(swarm)
 
@@ -363,7 +337,7 @@ class TrackerSwarms:
         if member is not None:
             member.reading = False
             member.read_failed(now_s)
-            neighbours = sorted(member.neighbours)
+            neighbours = sorted(swarm.neighbourhood.of(name))
         self._take_over(swarm, chunks, neighbours, now_s, effects)
         self.reclaim(swarm)
 
@@ -440,7 +414,8 @@ class TrackerSwarms:
             return None
         member.trusted = False
         chunks, member.guarded = member.guarded, 0
-        self._take_over(swarm, chunks, sorted(member.neighbours), now_s, effects)
+        neighbours = sorted(swarm.neighbourhood.of(message.node))
+        self._take_over(swarm, chunks, neighbours, now_s, effects)
         self.reclaim(swarm)
         return swarm
 
@@ -501,9 +476,9 @@ class TrackerSwarms:
         self._timers.set(query_id, None)
         swarm = self._swarms[search.version_id]
         swarm.searches.discard(query_id)
-        doubted = swarm.members.get(search.doubted) if search.doubted is not None else None
-        if doubted is not None:
-            self._take_over(swarm, search.wanted, sorted(doubted.neighbours), now_s, effects)
+        if search.doubted in swarm.members:
+            neighbours = sorted(swarm.neighbourhood.of(search.doubted))
+            self._take_over(swarm, search.wanted, neighbours, now_s, effects)
         else:
             self._orphan(swarm, search.wanted)
         self.reclaim(swarm)
@@ -545,7 +520,6 @@ class TrackerSwarms:
             assert node in self._nodes, "a member is not connected"
             assert swarm.version_id in self._of_node[node], "a node forgot its swarm"
             known |= member.guarded
-            for other in member.neighbours:
-                assert node in swarm.members[other].neighbours, "neighbours on one side only"
+        swarm.neighbourhood.check()
         assert known == full_mask(swarm.layout.chunk_count), "a chunk is lost"
         assert sorted(swarm.order) == sorted(swarm.members), "members and their order differ"

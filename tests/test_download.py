@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from random import Random
 
@@ -11,9 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from swarmcache.chunks import ChunkLayout, FileVersion, chunks_in, full_mask
-from swarmcache.download import ANNOUNCE_INTERVAL_S, Download
-from swarmcache.messages import HAVE_CHUNKS_MAX, NodeAddress
+from swarmcache.download import (
+    ANNOUNCE_INTERVAL_S,
+    COMMON_INTERVAL_S,
+    Download,
+)
+from swarmcache.messages import HAVE_CHUNKS_MAX, Have, NodeAddress
 from swarmcache.peer_events import FetchChunk, TellPeer
+from swarmcache.rack_view import COMING_S
 
 CHUNK_BYTES = 100
 WINDOW = 4
@@ -29,16 +35,17 @@ def wrong(chunk: int) -> bytes:
     return b"wrong %03d" % chunk + bytes(23)
 
 
-def address(node: str) -> NodeAddress:
-    return NodeAddress(node, 7382)
+def address(node: str, rack: str = "") -> NodeAddress:
+    return NodeAddress(node, 7382, rack=rack)
 
 
-def fresh(chunk_count: int, *, seed: int = 1, peers: str = "") -> Download:
+def fresh(chunk_count: int, *, seed: int = 1, peers: str = "", rack: str = "") -> Download:
     """A download whose last chunk is one byte long, with these peers."""
     size_bytes = max((chunk_count - 1) * CHUNK_BYTES + 1, 0)
     layout = ChunkLayout(size_bytes, CHUNK_BYTES)
     assert layout.chunk_count == chunk_count
-    download = Download(FileVersion(b"/nfs/file", size_bytes, 1), layout, Random(seed), WINDOW)
+    version = FileVersion(b"/nfs/file", size_bytes, 1)
+    download = Download(version, layout, Random(seed), WINDOW, rack=rack)
     for node in peers:
         download.add_peer(address(node), source=True)
     return download
@@ -60,9 +67,15 @@ def _chunks_of(tell: TellPeer) -> list[int]:
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """Peers come, lie, stall and go; leases begin and end; chunks come from both sides."""
 
-    @initialize(chunk_count=st.integers(0, 7), seed=st.integers(0, 3), data=st.data())
-    def begin(self, chunk_count: int, seed: int, data: st.DataObject) -> None:
-        self.download = fresh(chunk_count, seed=seed)
+    @initialize(
+        chunk_count=st.integers(0, 7),
+        seed=st.integers(0, 3),
+        racks=st.lists(st.sampled_from(["", "r1", "r2"]), min_size=5, max_size=5),
+        data=st.data(),
+    )
+    def begin(self, chunk_count: int, seed: int, racks: list[str], data: st.DataObject) -> None:
+        self.racks = racks
+        self.download = fresh(chunk_count, seed=seed, rack=racks[0])
         self.count = chunk_count
         self.now_s = 0.0
         self.flying: set[tuple[int, str]] = set()
@@ -75,7 +88,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     @rule(node=nodes, source=st.booleans())
     def peer_comes(self, node: str, source: bool) -> None:
-        told = self.download.add_peer(address(node), source=source)
+        rack = self.racks["abcd".index(node) + 1]
+        told = self.download.add_peer(address(node, rack), source=source)
         assert told, "even who holds nothing says that it is in the swarm"
         assert {tell.node for tell in told} == {node}
         assert {chunk for _, chunk in told_chunks(told)} <= self.held
@@ -102,6 +116,10 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         if node in self.announced:
             for chunk, digest in zip(chunks, digests, strict=True):
                 self.announced[node].setdefault(chunk, digest)
+
+    @rule(node=nodes, chunks=st.lists(st.integers(0, 8), max_size=3))
+    def peer_brings(self, node: str, chunks: list[int]) -> None:
+        self.download.peer_brings(node, chunks, self.now_s)
 
     @rule(room=st.integers(0, 8))
     def ask(self, room: int) -> None:
@@ -181,7 +199,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert chunk in self.held
             assert node in self.announced
             assert not self.download.peers[node].mask >> chunk & 1, "told to one who has it"
-        if told:
+        if told_chunks(told):
             assert self.download.announcements(self.now_s + ANNOUNCE_INTERVAL_S / 2) == []
 
     @invariant()
@@ -196,7 +214,10 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         missing = set(chunks_in(self.download._missing))
         assert set(chunks_in(unreachable)) >= missing - reach
         wake_at_s = self.download.wake_at_s(self.now_s)
-        assert wake_at_s is None or wake_at_s > self.now_s or self.download._fresh
+        assert wake_at_s is None or wake_at_s > self.now_s or self._unannounced()
+
+    def _unannounced(self) -> int:
+        return self.download._fresh | self.download._late
 
     def _mask(self, node: str) -> int:
         return self.download.peers[node].mask
@@ -578,3 +599,107 @@ def test_recovered_chunks_are_not_asked_for() -> None:
     assert download.recovered_bytes == CHUNK_BYTES
     assert download.held == 0b010
     assert download.held != full_mask(3)
+
+
+# --- racks ----------------------------------------------------------------------------------------
+
+
+def in_racks(chunk_count: int, *, near: str = "", far: str = "", seed: int = 1) -> Download:
+    """A download in one rack; peers in it and in another one."""
+    download = fresh(chunk_count, seed=seed, rack="here")
+    for node in near:
+        download.add_peer(address(node, "here"), source=True)
+    for node in far:
+        download.add_peer(address(node, "there"), source=True)
+    return download
+
+
+def coming(told: list[TellPeer]) -> dict[str, list[int]]:
+    """What its rack is told to be on its way."""
+    return {
+        tell.node: tell.message.coming
+        for tell in told
+        if isinstance(tell.message, Have) and tell.message.coming is not None
+    }
+
+
+def test_what_the_rack_has_is_asked_for_there_and_elsewhere_only_what_it_has_not() -> None:
+    for seed in range(10):
+        download = in_racks(4, near="a", far="xyz", seed=seed)
+        announce(download, "a", 0, 1)
+        for node in "xyz":
+            announce(download, node, 0, 1, 2)
+
+        requests = dict(asked(download))
+        assert requests.pop(2) in "xyz"
+        assert requests in ({0: "a"}, {1: "a"})
+
+
+def test_the_rack_is_told_what_is_fetched_from_elsewhere_and_when_that_fails() -> None:
+    download = in_racks(2, near="ab", far="x")
+    announce(download, "x", 0)
+    assert asked(download) == [(0, "x")]
+    assert coming(download.announcements(0.0)) == {"a": [0], "b": [0]}
+    assert download.announcements(0.0) == []
+
+    download.peer_busy(0, "x", 0.1)
+    assert coming(download.announcements(0.1)) == {"a": [], "b": []}
+    assert asked(download, 1.0) == [(0, "x")]
+    download.announcements(1.0)
+    download.chunk_arrived(0, "x", 2.0)
+    told = download.announcements(2.0)
+    assert coming(told) == {}
+    assert told_chunks(told) == Counter({("a", 0): 1, ("b", 0): 1})
+
+
+def test_what_another_node_of_the_rack_fetches_is_left_to_it_until_it_fails_or_goes() -> None:
+    download = in_racks(3, near="ab", far="x")
+    announce(download, "x", 0, 1, 2)
+    download.peer_brings("a", [0, 1], 0.0)
+    download.peer_brings("b", [2], 0.0)
+    assert asked(download, 0.0) == []
+
+    download.peer_brings("a", [0], 0.1)
+    assert asked(download, 0.1) == [(1, "x")]
+    download.remove_peer("b")
+    assert asked(download, 0.2) == [(2, "x")]
+    wake_at_s = download.wake_at_s(0.2)
+    assert wake_at_s == COMING_S + 0.1
+    assert asked(download, wake_at_s) == [(0, "x")]
+
+
+def test_what_only_a_failing_neighbour_in_the_rack_has_is_asked_for_elsewhere() -> None:
+    download = in_racks(2, near="a", far="x")
+    announce(download, "a", 0)
+    announce(download, "x", 0)
+    assert asked(download) == [(0, "a")]
+    download.peer_failed(0, "a", 0.1)
+
+    assert asked(download, 0.1) == [(0, "x")]
+
+
+def test_of_another_rack_one_node_hears_of_a_chunk_at_once_and_the_others_a_little_later() -> None:
+    download = in_racks(12, near="a", far="xyz")
+    download.add_peer(address("o"), source=True)
+    download.read_begins(0, 12)
+    for chunk in range(12):
+        download.chunk_read(chunk, right(chunk))
+
+    at_once = told_chunks(download.announcements(0.0))
+    assert Counter(node for node, _ in at_once) == dict(a=12, o=12, x=4, y=4, z=4)
+    assert len({chunk for node, chunk in at_once if node in "xyz"}) == 12
+    wake_at_s = download.wake_at_s(0.0)
+    assert wake_at_s == COMMON_INTERVAL_S
+    later = told_chunks(download.announcements(wake_at_s))
+    assert {(node, chunk) for node in "xyz" for chunk in range(12)} <= at_once.keys() | later.keys()
+    assert not any(node == "a" for node, _ in later)
+
+
+def test_a_download_that_ends_leaves_nobody_out() -> None:
+    download = in_racks(12, far="xyz")
+    download.read_begins(0, 12)
+    for chunk in range(12):
+        download.chunk_read(chunk, right(chunk))
+
+    told = told_chunks(download.announcements(math.inf))
+    assert told.keys() == {(node, chunk) for node in "xyz" for chunk in range(12)}

@@ -229,3 +229,21 @@ def test_every_message_has_its_own_tag() -> None:
 
     assert len(tags) == len(set(tags))
     assert Replicas.__struct_config__.tag == "replicas"
+
+
+class AddressOfOld(msgspec.Struct):
+    """``NodeAddress`` before nodes said in which rack they stand."""
+
+    node: str
+    data_port: int
+    name: str = ""
+
+
+def test_nodes_that_know_of_no_racks_and_nodes_that_do_understand_one_another() -> None:
+    old = AddressOfOld("n1:7381", 7382, "n1")
+    new = NodeAddress("n1:7381", 7382, "n1", "rack 7")
+    without = NodeAddress("n1:7381", 7382, "n1")
+
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=AddressOfOld) == old
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(old), type=NodeAddress) == without
+    assert msgspec.msgpack.encode(without) == msgspec.msgpack.encode(old)

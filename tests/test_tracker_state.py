@@ -149,7 +149,13 @@ class Bench:
                     self.present_s = self.now_s
         return effects
 
-    def connect(self, *names: str, leases: Iterable[HeldLease] = (), offset_s: float = 0.0) -> None:
+    def connect(
+        self,
+        *names: str,
+        leases: Iterable[HeldLease] = (),
+        offset_s: float = 0.0,
+        rack: str = "",
+    ) -> None:
         """Nodes connect and register."""
         for name in names:
             session = len(self.names) + 1
@@ -157,7 +163,7 @@ class Bench:
             self.names[session] = name
             self.offsets_s[name] = offset_s
             self.handle(NodeConnected(session))
-            address = NodeAddress(name, 7382)
+            address = NodeAddress(name, 7382, rack=rack)
             self.say(name, Register(address, self.now_s + offset_s, list(leases)))
 
     def say(self, name: str, *said: ToTracker) -> list[TrackerEffect]:
@@ -279,6 +285,29 @@ def test_a_swift_reader_reads_on_and_a_slow_one_goes_to_the_end_of_the_line() ->
 
     # "a" is slow the third time.
     assert readers == ["a", "a", "a", "b", "b"]
+
+
+def test_readers_are_spread_over_the_racks_that_are_known() -> None:
+    bench = Bench(slots_max=4)
+    bench.connect("a", "b", "c", "d", rack="r1")
+    bench.connect("e", "f", rack="r2")
+    bench.connect("g")
+    bench.join(*"abcdefg", chunks=100)
+    for lease in bench.out():
+        bench.finish(lease)
+
+    racks = [{"e": "r2", "f": "r2", "g": ""}.get(bench.holder(it), "r1") for it in bench.out()]
+    assert sorted(racks) in (["", "r1", "r1", "r2"], ["", "r1", "r2", "r2"])
+
+
+def test_neighbours_learn_in_which_rack_each_other_stands() -> None:
+    bench = Bench()
+    bench.connect("a", rack="r1")
+    bench.connect("b", rack="r2")
+    bench.join("a", "b")
+
+    assert [each.rack for told in bench.messages(Peers, "a") for each in told.peers] == ["r2"]
+    assert {each.rack for told in bench.messages(Peers, "b") for each in told.peers} == {"r1"}
 
 
 def test_the_slots_of_a_server_hold_over_many_swarms_and_users_take_turns() -> None:
@@ -877,7 +906,7 @@ def test_who_delivers_wrong_bytes_guards_nothing_any_more() -> None:
 
 def graph(bench: Bench, file: bytes = FILE) -> dict[str, set[str]]:
     swarm = bench.state._swarms[file]
-    return {name: set(member.neighbours) for name, member in swarm.members.items()}
+    return {name: set(swarm.neighbourhood.of(name)) for name in swarm.members}
 
 
 def connected(edges: dict[str, set[str]]) -> int:

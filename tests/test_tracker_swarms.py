@@ -204,4 +204,4 @@ def test_whoever_joins_is_a_neighbour_of_somebody(count: int) -> None:
     for name in names:
         bench.join(name)
 
-    assert all(bench.swarm.members[name].neighbours for name in names)
+    assert all(bench.swarm.neighbourhood.of(name) for name in names)
