@@ -23,6 +23,7 @@ import time
 
 from swarmcache.errors import BadMessage, DaemonUnavailable, NotCached, SourceUnreadable
 from swarmcache.local_socket import (
+    FOUND_BYTES_MAX,
     SILENCE_S_MAX,
     Connection,
     Connections,
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 REQUESTS_MAX = 16  # in flight at once: enough to hide the round trips of small files
 ATTEMPTS_MAX = 3  # the first one, and two more for a source that changes meanwhile
 GRACE_S = 2.0  # how much later than ``timeout_s`` the daemon's own answer may come
-LOOK_UP_FILES = 64  # as many as the daemon takes in one request
-# In flight at once: we open files for the next one while the daemon is busy with another, and it
-# asks for one while it writes what has come for another.
-LOOK_UPS_MAX = 3
+LOOK_UP_FILES = 192  # as many as the daemon takes in one request
+# In flight at once: we open files for the next one while the daemon is busy with another. With more
+# its threads would only wait for one another.
+LOOK_UPS_MAX = 2
 
 
 class Answer(str):
@@ -467,7 +468,7 @@ class Exchanges:
         """Settle what is cached. All else is asked for singly, which also tells what is wrong."""
         assert look_up.connection is not None
         try:
-            lines = look_up.connection.receive()
+            lines = look_up.connection.receive(FOUND_BYTES_MAX)
             if not lines:
                 return
             copies, fetched = parse_found(lines[0], len(look_up.files))

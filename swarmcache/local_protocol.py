@@ -27,8 +27,9 @@ from swarmcache.messages import PLACED_AT_ONCE_MAX
 LINE_MAX_BYTES = 64 * 1024
 # Files in one look-up: with more, what is done once for all of them does not count any more, be it
 # of hits (see benchmarks/api.py) or of what is fetched, with a question to the tracker and some
-# transactions. An open descriptor of the client and of the daemon for each of them meanwhile.
-LOOK_UP_MAX = 64
+# transactions. An open descriptor of the client and of the daemon for each of them meanwhile; the
+# kernel lets 253 come with one message (SCM_MAX_FD).
+LOOK_UP_MAX = 192
 
 PATH_MAX_BYTES = 4096
 # How many nodes and paths one request about the caches of other nodes may name.

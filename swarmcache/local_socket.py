@@ -46,6 +46,7 @@ SEND_S_MAX = 10  # to be accepted by the daemon, and to take our line
 DESCRIPTORS_PAUSE_S = 0.01
 IDLE_MAX = 16  # connections kept; see REQUESTS_MAX in exchanges.py
 ANSWER_BYTES_MAX = 64 * 1024
+FOUND_BYTES_MAX = 2 << 20  # 192 paths of 4 kB at most, in base64
 STATUS_BYTES_MAX = 256 * 1024 * 1024  # some kB for each of 10,000 nodes
 RECEIVE_BYTES = 64 * 1024
 CONFIG_FILE_BYTES_MAX = 1 << 20

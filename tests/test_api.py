@@ -177,7 +177,7 @@ def test_a_program_imports_only_what_it_uses() -> None:
 
 def test_many_files_are_looked_up_together(client: swarmcache.Client, tmp_path: Path) -> None:
     """Some are cached already, some are not, some do not exist, some are named twice."""
-    files = small_files(tmp_path, 3 * LOOK_UP_MAX)
+    files = small_files(tmp_path, LOOK_UP_MAX + 10)
     assert all(answer.cached for answer in client.get_many(files[::2]))
     asked = [*files, tmp_path / "missing", *files[:5]]
 
@@ -205,7 +205,7 @@ def test_a_changed_source_is_no_hit(client: swarmcache.Client, tmp_path: Path) -
 def test_as_many_files_are_open_as_may_be(
     client: swarmcache.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = small_files(tmp_path, 2 * LOOK_UP_MAX)
+    files = small_files(tmp_path, 100)
     opened, real = [0], exchanges.open_source
 
     def open_few(asked: bytes) -> exchanges.Source:
@@ -448,7 +448,7 @@ def text_of(path: str | Path) -> str:
 
 
 async def test_coroutines_have_the_same_names(async_client: aio.Client, tmp_path: Path) -> None:
-    files = small_files(tmp_path, 2 * LOOK_UP_MAX)
+    files = small_files(tmp_path, LOOK_UP_MAX + 10)
     (tmp_path / "tree").mkdir()
     small_files(tmp_path / "tree", 1)
 

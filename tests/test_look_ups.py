@@ -9,15 +9,16 @@ from random import Random
 
 import pytest
 
+from swarmcache import exchanges
 from swarmcache.client import Answer, Client, open_source
-from swarmcache.local_protocol import LOOK_UP_MAX
 from swarmcache.local_socket import look_up_line
 from tests.box import wait_until
 from tests.local_daemons import LocalDaemons, LocalNode
 
 pytestmark = pytest.mark.slow
 
-COUNT = LOOK_UP_MAX + 10
+LOOK_UP_FILES = 64  # so that few files are several look-ups
+COUNT = LOOK_UP_FILES + 10
 
 
 class Pair:
@@ -50,7 +51,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    monkeypatch.setattr(exchanges, "LOOK_UP_FILES", LOOK_UP_FILES)
     with LocalDaemons(tmp_path) as local:
         yield Pair(tmp_path, local)
 
@@ -92,7 +94,7 @@ def test_a_client_that_goes_leaves_nothing_open(pair: Pair) -> None:
     pair.get(pair.holder)
     descriptors = Path(f"/proc/{pair.cold.process.pid}/fd")
     before = len(list(descriptors.iterdir()))
-    sources = [open_source(bytes(file)) for file in pair.files[:LOOK_UP_MAX]]
+    sources = [open_source(bytes(file)) for file in pair.files[:LOOK_UP_FILES]]
     with Client(bytes(pair.cold.socket)) as client:
         connection, _ = client.send(
             look_up_line(len(sources), None, None), *(source.fd for source in sources)
