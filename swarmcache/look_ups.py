@@ -99,7 +99,7 @@ class LookUps:
         nothing: list[bytes | None] = [None] * len(fds)
         asked = Asked(connection, fds, [None] * len(fds), nothing, request.tree, request.wait_s)
         try:
-            asked.versions = [self._version_of(fd) for fd in fds]
+            asked.versions = self._examiner.versions(fds)
             self._find(asked, range(len(fds)))
         except Exception:
             log.exception("cannot look up files")  # a bug of ours; they can still be fetched
@@ -189,13 +189,6 @@ class LookUps:
         paths = self._cache.lookup_many(list(wanted.values()), asked.connection.user)
         for place, path in zip(wanted, paths, strict=True):
             asked.paths[place] = None if path is None else os.fsencode(path)
-
-    def _version_of(self, fd: int) -> FileVersion | None:
-        try:
-            return self._examiner.examine(fd).version
-        except SwarmcacheError as error:
-            log.debug("cannot look at a source: %s", error)  # a ``get`` tells its client
-            return None
 
     def _end(self, asked: Asked, found: Found) -> None:
         """End a request for which nothing was fetched."""

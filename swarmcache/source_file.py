@@ -8,11 +8,13 @@ could mount something of their own over a path of everybody's and have it cached
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
 import socket
 import stat
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,15 @@ from swarmcache.chunks import FileVersion
 from swarmcache.config import Config
 from swarmcache.errors import SourceFailed, SourceUnreadable
 
+log = logging.getLogger(__name__)
+
 # File systems that only one machine sees. Everything else is taken for shared.
 LOCAL_FILE_SYSTEMS = frozenset(
     {"bcachefs", "btrfs", "cramfs", "devtmpfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs"}
     | {"hfsplus", "iso9660", "jfs", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiserfs"}
     | {"rootfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs"}
 )
+_NAME_FAULT = "its name does not lead to it (deleted, or mounted for you alone)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +64,12 @@ class MountTable:
         """Close the kernel's file."""
         self._file.close()
 
-    def find(self, path: bytes) -> Mount:
-        """The mount that a real path is on. Whole components count, the last mount wins.
-
-        Safe to call from many threads. Raises SourceUnreadable where there is none.
-        """
+    def current(self) -> dict[bytes, Mount]:
+        """The mounts as they are now, by mount point. Safe to call from many threads."""
         with self._lock:
             if self._poll.poll(0):
                 self._mounts = self._read()
-            mounts = self._mounts
-        point = path
-        while (mount := mounts.get(point)) is None:
-            if point in (b"/", b""):
-                raise SourceUnreadable("it is on no file system that the daemon sees")
-            point = point.rpartition(b"/")[0] or b"/"
-        return mount
+            return self._mounts
 
     def _read(self) -> dict[bytes, Mount]:
         """By mount point; of several on one point the last, which hides the others."""
@@ -85,6 +81,17 @@ class MountTable:
             fs_type, source = after.split(b" ")[:2]
             mounts[point] = Mount(point, os.fsdecode(fs_type), os.fsdecode(_unescape(source)))
         return mounts
+
+
+def find_mount(mounts: dict[bytes, Mount], path: bytes) -> Mount:
+    """The mount that a real path is on. Whole components count. Raises SourceUnreadable where there
+    is none."""
+    point = path
+    while (mount := mounts.get(point)) is None:
+        if point in (b"/", b""):
+            raise SourceUnreadable("it is on no file system that the daemon sees")
+        point = point.rpartition(b"/")[0] or b"/"
+    return mount
 
 
 class SourceExaminer:
@@ -102,21 +109,37 @@ class SourceExaminer:
 
     def examine(self, fd: int) -> SourceFile:
         """What the descriptor leads to. Raises SourceUnreadable, SourceFailed."""
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
-            raise SourceUnreadable("the descriptor is not open for reading")
+        path, status = _look_at(fd)
+        file_server, local = self._place(path, self._mounts.current())
+        return SourceFile(self._version(path, status, local=local), file_server)
+
+    def versions(self, fds: Sequence[int]) -> list[FileVersion | None]:
+        """The file versions of many descriptors; None for what ``examine`` would refuse.
+
+        Quicker than one after the other: the mounts are looked at once, and files of one directory
+        are on one file system, unless something is mounted over one of them.
+        """
+        mounts = self._mounts.current()
+        places: dict[bytes, bool] = {}
+        return [self._version_or_none(fd, mounts, places) for fd in fds]
+
+    def _version_or_none(
+        self, fd: int, mounts: dict[bytes, Mount], places: dict[bytes, bool]
+    ) -> FileVersion | None:
         try:
-            status = os.fstat(fd)
-            path = os.readlink(b"/proc/self/fd/%d" % fd)
-        except OSError as error:
-            raise SourceFailed(f"cannot look at the source: {error}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceUnreadable("not a regular file")
-        _check_name(path, status)
-        file_server, local = self._place(path)
+            path, status = _look_at(fd)
+            directory = path if path in mounts else path.rpartition(b"/")[0]
+            local = places.get(directory)
+            if local is None:
+                local = places[directory] = self._place(path, mounts)[1]
+        except (SourceUnreadable, SourceFailed) as error:
+            log.debug("cannot look at a source: %s", error)  # a ``get`` tells its client
+            return None
+        return self._version(path, status, local=local)
+
+    def _version(self, path: bytes, status: os.stat_result, *, local: bool) -> FileVersion:
         origin = self._boot_id if local else ""
-        version = FileVersion(path, status.st_size, status.st_mtime_ns, origin)
-        return SourceFile(version, file_server)
+        return FileVersion(path, status.st_size, status.st_mtime_ns, origin)
 
     def file_server_of_directory(self, fd: int) -> str:
         """The file server of a directory. Raises SourceUnreadable, SourceFailed.
@@ -131,7 +154,7 @@ class SourceExaminer:
         if not stat.S_ISDIR(status.st_mode):
             raise SourceUnreadable("not a directory")
         _check_name(path, status)
-        return self._place(path)[0]
+        return self._place(path, self._mounts.current())[0]
 
     def file_server(self, version: FileVersion) -> str | None:
         """The file server of a source that was examined earlier; None when it is not mounted now.
@@ -139,19 +162,38 @@ class SourceExaminer:
         Does not look at the source.
         """
         try:
-            file_server, local = self._place(version.path)
+            file_server, local = self._place(version.path, self._mounts.current())
         except SourceUnreadable:
             return None
         return file_server if version.origin == (self._boot_id if local else "") else None
 
-    def _place(self, path: bytes) -> tuple[str, bool]:
+    def _place(self, path: bytes, mounts: dict[bytes, Mount]) -> tuple[str, bool]:
         """The file server of a real path, and whether only this machine sees it."""
-        mount = self._mounts.find(path)
+        mount = find_mount(mounts, path)
         file_server = self._config.file_server_for_path(path)
         if file_server is not None:
             return file_server, False
         local = mount.fs_type in LOCAL_FILE_SYSTEMS
         return (f"{self._host}:{mount.source}" if local else mount.source), local
+
+
+def _look_at(fd: int) -> tuple[bytes, os.stat_result]:
+    """The real path of a regular file that is open for reading, and what stat says of it.
+
+    Raises SourceUnreadable, SourceFailed.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+        raise SourceUnreadable("the descriptor is not open for reading")
+    try:
+        status = os.fstat(fd)
+        path = os.readlink(b"/proc/self/fd/%d" % fd)
+    except OSError as error:
+        raise SourceFailed(f"cannot look at the source: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceUnreadable("not a regular file")
+    _check_name(path, status)
+    return path, status
 
 
 def same_version(fd: int, version: FileVersion) -> bool:
@@ -165,23 +207,22 @@ def same_version(fd: int, version: FileVersion) -> bool:
 
 def _check_name(path: bytes, status: os.stat_result) -> None:
     """The kernel's name must lead to the file in our own view, as far as we may look."""
-    refused = SourceUnreadable("its name does not lead to it (deleted, or mounted for you alone)")
     if not path.startswith(b"/"):
-        raise refused
+        raise SourceUnreadable(_NAME_FAULT)
     try:
         seen = os.stat(path, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise refused from error
+        raise SourceUnreadable(_NAME_FAULT) from error
     except PermissionError:
         # We may not look there (a file server that does not trust root): the directory must at
         # least be on the same file system as the file.
         if _nearest_device(os.path.dirname(path)) != status.st_dev:
-            raise refused from None
+            raise SourceUnreadable(_NAME_FAULT) from None
         return
     except OSError as error:
         raise SourceFailed(f"cannot look at the source: {error}") from error
     if (seen.st_dev, seen.st_ino) != (status.st_dev, status.st_ino):
-        raise refused
+        raise SourceUnreadable(_NAME_FAULT)
 
 
 def _nearest_device(directory: bytes) -> int:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from swarmcache.source_file import (
     SourceExaminer,
     SourceFile,
     _unescape,
+    find_mount,
     same_version,
 )
 
@@ -212,7 +214,8 @@ def test_a_file_of_a_configured_prefix_is_shared_and_has_the_file_server_that_is
 
 def mounted(examiner: SourceExaminer, fs_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every path be on a file system of this type."""
-    monkeypatch.setattr(examiner._mounts, "find", lambda _: Mount(b"/", fs_type, "nfs01:/export"))
+    mounts = {b"/": Mount(b"/", fs_type, "nfs01:/export")}
+    monkeypatch.setattr(examiner._mounts, "current", lambda: mounts)
 
 
 @pytest.mark.parametrize("fs_type", ["nfs", "nfs4", "lustre", "fuse.sshfs", "beegfs", "9p", "new"])
@@ -238,12 +241,38 @@ def test_equal_paths_on_local_file_systems_of_two_machines_are_two_files(
     assert source.file_server.endswith("nfs01:/export")
 
 
+def test_many_descriptors_lead_to_what_each_leads_to_alone(
+    examiner: SourceExaminer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "deep/b", "deep/over", "deep/c", "gone"]
+    (tmp_path / "deep").mkdir()
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.write_text(file.name)
+    local = Mount(b"/", "ext4", "/dev/sda")
+    over = Mount(os.fsencode(files[2].resolve()), "nfs", "nfs01:/export")  # of a file, over a file
+    monkeypatch.setattr(examiner._mounts, "current", lambda: {b"/": local, over.point: over})
+    with ExitStack() as stack:
+        fds = [stack.enter_context(file.open("rb")).fileno() for file in files]
+        fds.append(stack.enter_context(files[0].open("ab")).fileno())
+        fds.append(os.open(tmp_path, os.O_RDONLY))
+        stack.callback(os.close, fds[-1])
+        files[-1].unlink()
+
+        found = examiner.versions(fds)
+
+        assert found[:4] == [examiner.examine(fd).version for fd in fds[:4]]
+        assert [bool(each and each.origin) for each in found[:4]] == [True, True, False, True]
+        assert found[4:] == [None, None, None]
+
+
 def test_the_mount_table_finds_the_mount_of_a_path(tmp_path: Path) -> None:
     table = MountTable()
     try:
-        assert table.find(b"/proc/self/status").fs_type == "proc"
-        assert table.find(b"/proc").point == b"/proc"
-        assert table.find(b"/processes/of/mine").point == table.find(b"/").point
+        mounts = table.current()
+        assert find_mount(mounts, b"/proc/self/status").fs_type == "proc"
+        assert find_mount(mounts, b"/proc").point == b"/proc"
+        assert find_mount(mounts, b"/processes/of/mine").point == find_mount(mounts, b"/").point
     finally:
         table.close()
 
@@ -270,12 +299,12 @@ def test_a_new_mount_is_seen_and_its_odd_name_understood(tmp_path: Path) -> None
     point.mkdir()
     script = (
         "import os, subprocess, sys\n"
-        "from swarmcache.source_file import MountTable\n"
+        "from swarmcache.source_file import MountTable, find_mount\n"
         "point = sys.argv[1]\n"
         "table = MountTable()\n"
-        "before = table.find(os.fsencode(point) + b'/x')\n"
+        "before = find_mount(table.current(), os.fsencode(point) + b'/x')\n"
         "subprocess.run(['mount', '-t', 'tmpfs', 'odd source', point], check=True)\n"
-        "after = table.find(os.fsencode(point) + b'/x')\n"
+        "after = find_mount(table.current(), os.fsencode(point) + b'/x')\n"
         "assert before.point != os.fsencode(point), before\n"
         "assert after.point == os.fsencode(point), after\n"
         "assert (after.fs_type, after.source) == ('tmpfs', 'odd source'), after\n"
