@@ -29,7 +29,7 @@ from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, choose_chunk_s
 from swarmcache.client import Client
 from swarmcache.config import load
 from swarmcache.disk_calls import Stamp
-from swarmcache.partial import encode_manifest
+from swarmcache.manifest_files import encode_manifest
 from swarmcache.partial_store import OVERHEAD_BYTES
 from swarmcache.source_file import SourceExaminer
 from swarmcache.user_tree import User

@@ -2,7 +2,7 @@
 
     <cache.dir>/.swarmcache/index.sqlite           which replicas there are
     <cache.dir>/.swarmcache/objects/ab/<id>        a replica, read-only, with the source's mtime
-    <cache.dir>/.swarmcache/objects/ab/<id>.manifest
+    <cache.dir>/.swarmcache/objects/ab/<id>.manifest   its digests, see ``manifest_files``
     <cache.dir>/.swarmcache/partial/<id>           being fetched, its space reserved
     <cache.dir>/.swarmcache/partial/<id>.chunks    journal of the chunks that it has
     <cache.dir>/<user>/<real path of the source>   hard link to the replica
@@ -46,9 +46,10 @@ from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
 from swarmcache.file_batch import FileBatch
 from swarmcache.in_use import FileId, UseCheck
-from swarmcache.index_rebuild import MANIFEST, SLICE_FILES, IndexRebuild
+from swarmcache.index_rebuild import SLICE_FILES, IndexRebuild
+from swarmcache.manifest_files import SUFFIX, decode_manifest, encode_manifest, manifest_in
 from swarmcache.messages import DiskStatus, ReplicaPlace
-from swarmcache.partial import Partial, decode_manifest, encode_manifest
+from swarmcache.partial import Partial
 from swarmcache.partial_store import PartialStore, SpaceLimits
 from swarmcache.quiet_read import digest_quietly, open_quietly
 from swarmcache.retention import Retention
@@ -490,7 +491,7 @@ class CacheDir:
             try:
                 fds = [
                     self._open_object(stack, name),
-                    self._open_object(stack, name + MANIFEST),
+                    self._open_object(stack, name + SUFFIX),
                     self._open_object(stack, name[:2]),
                 ]
             except FileNotFoundError:
@@ -913,9 +914,7 @@ class CacheDir:
     def _settle(self, replica: Replica, linked: Sequence[User] = ()) -> None:
         """Note the ctime that links made or taken have left. Raises LocalError if more changed."""
         stamp = self._stamp(replica.version_id)
-        if stamp is None or dataclasses.replace(stamp, ctime_ns=replica.stamp.ctime_ns) != (
-            replica.stamp
-        ):
+        if stamp is None or not stamp.same_but_for_ctime(replica.stamp):
             raise LocalError(f"the copy of {os.fsdecode(replica.path)} was touched just now")
         trust = max(replica.trust, Trust.WRITTEN)
         self._index.settle(replica.version_id, stamp, trust, self._boot_id, linked)
@@ -969,7 +968,7 @@ class CacheDir:
         self._unlink_users(replica)
         with disk_errors(f"remove {name}"):
             unlink_if_there(name, self._objects_fd)
-            unlink_if_there(name + MANIFEST, self._objects_fd)
+            unlink_if_there(name + SUFFIX, self._objects_fd)
 
     def _unlink_users(self, replica: Replica) -> list[User]:
         """Take a copy out of all users' directories; returns in whose it was."""
@@ -1022,21 +1021,23 @@ class CacheDir:
             self._index.doubt(version_id)
             if not self._partials.adopt(version, manifest, (name, self._objects_fd)):
                 return None
-            unlink_if_there(name + MANIFEST, self._objects_fd)
+            unlink_if_there(name + SUFFIX, self._objects_fd)
             self._index.delete(version_id)
             self._sources.let_go(version_id)
             return Damaged(version, manifest.layout.chunk_size_bytes)
 
     def _read_manifest(self, version_id: bytes) -> tuple[FileVersion, Manifest] | None:
-        name = _object_name(version_id) + MANIFEST
+        name = _object_name(version_id) + SUFFIX
         with disk_errors(f"read {name}"):
             try:
                 fd = os.open(name, _READ, dir_fd=self._objects_fd)
             except FileNotFoundError:
                 return None
-            with os.fdopen(fd, "rb") as file:
-                data = file.read()
-        decoded = decode_manifest(data)
+            try:
+                data = os.pread(fd, os.fstat(fd).st_size, 0)
+            finally:
+                os.close(fd)
+        decoded = decode_manifest(manifest_in(data, version_id))
         return decoded if decoded and decoded[0].version_id == version_id else None
 
     def _open_object(self, stack: ExitStack, name: str) -> int:
@@ -1221,12 +1222,12 @@ class CacheDir:
         with suppress(FileExistsError):  # one of 256, nearly always there
             os.mkdir(target[:2], 0o700, dir_fd=self._objects_fd)
         data = encode_manifest(partial.version, partial.manifest())
-        fd = os.open(name + MANIFEST, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
+        fd = os.open(name + SUFFIX, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
         try:
             write_all(fd, data, 0)
         finally:
             os.close(fd)
-        for suffix in (MANIFEST, ""):
+        for suffix in (SUFFIX, ""):
             os.rename(
                 name + suffix,
                 target + suffix,

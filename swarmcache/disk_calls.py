@@ -153,6 +153,12 @@ class Stamp:
     ctime_ns: int
     inode: int
 
+    def same_but_for_ctime(self, other: Stamp) -> bool:
+        """Whether nothing but links was changed in between."""
+        return (self.size_bytes, self.mtime_ns, self.inode) == (
+            *(other.size_bytes, other.mtime_ns, other.inode),
+        )
+
     @staticmethod
     def of(status: os.stat_result) -> Stamp:
         return Stamp(

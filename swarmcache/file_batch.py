@@ -10,7 +10,6 @@ its links are made; who looks at objects and rows under the lock finds either bo
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import stat
@@ -22,16 +21,16 @@ from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
 from swarmcache.disk_calls import Stamp, disk_errors, write_all
 from swarmcache.errors import LocalError
-from swarmcache.index_rebuild import MANIFEST
-from swarmcache.partial import encode_manifest
+from swarmcache.manifest_files import SUFFIX, encode_manifest, encode_pack, is_packed
 from swarmcache.partial_store import PartialStore, Reservation
 from swarmcache.user_tree import User, UserTree
 
 log = logging.getLogger(__name__)
 
 # Files that are put in place under the lock at once. Look-ups of hits do not need it, others wait
-# for some milliseconds.
-SLICE_FILES = 32
+# for some ten milliseconds. A transaction writes every page once that it has changed, and version
+# ids lie anywhere: with 32 files it was one page for each file and index, with 128 much fewer.
+SLICE_FILES = 128
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_ONLY = 0o444
 
@@ -92,15 +91,41 @@ class FileBatch:
         with disk_errors("put small files in place"):
             try:
                 replicas = [self._write(file) for file in files]
+                sharing = self._write_manifests(files)
                 with self._lock:
                     self._check_mounted()
-                    self._put_in_place(replicas, users)
+                    self._put_in_place(replicas, sharing, users)
             except BaseException:
                 self._partials.remove_written([file.version_id for file in files])
                 raise
 
+    def _write_manifests(self, files: Sequence[SmallFile]) -> list[str]:
+        """Write the manifests beside; returns the names of those files that share the first one's.
+
+        A manifest that is not shared has the name of its own file.
+        """
+        packed: list[tuple[bytes, bytes]] = []
+        for file in files:
+            version, layout = self._wanted[file.version_id]
+            manifest = encode_manifest(version, Manifest(layout, (file.digest,)))
+            if is_packed(version, layout):
+                packed.append((file.version_id, manifest))
+            else:
+                self._write_beside(file.version_id.hex() + SUFFIX, manifest)
+        names = [version_id.hex() for version_id, _ in packed]
+        if names:
+            self._write_beside(names[0] + SUFFIX, encode_pack(packed))
+        return names
+
+    def _write_beside(self, name: str, data: bytes) -> None:
+        fd = os.open(name, _NEW, 0o600, dir_fd=self._partial_fd)
+        try:
+            write_all(fd, data, 0)
+        finally:
+            os.close(fd)
+
     def _write(self, file: SmallFile) -> Replica:
-        """Write a file and its manifest beside; returns its row."""
+        """Write a file beside; returns its row."""
         version, layout = self._wanted[file.version_id]
         name = file.version_id.hex()
         fd = os.open(name, _NEW, _READ_ONLY, dir_fd=self._partial_fd)
@@ -113,12 +138,6 @@ class FileBatch:
                 os.fchmod(fd, _READ_ONLY)
         finally:
             os.close(fd)
-        manifest = encode_manifest(version, Manifest(layout, (file.digest,)))
-        fd = os.open(name + MANIFEST, _NEW, 0o600, dir_fd=self._partial_fd)
-        try:
-            write_all(fd, manifest, 0)
-        finally:
-            os.close(fd)
         return Replica(
             *(file.version_id, version.path, layout.chunk_size_bytes),
             self._reservation.size_of(file.version_id),
@@ -128,15 +147,16 @@ class FileBatch:
             verified_s=now_s,
         )
 
-    def _put_in_place(self, replicas: Sequence[Replica], users: Sequence[User]) -> None:
+    def _put_in_place(
+        self, replicas: Sequence[Replica], sharing: Sequence[str], users: Sequence[User]
+    ) -> None:
         self._partials.hand_over_some(
             self._reservation,
             [replica.version_id for replica in replicas],
             lambda: self._index.insert_linked(replicas, users),
         )
         try:
-            for replica in replicas:
-                self._move_into_objects(replica.version_id.hex())
+            self._move_into_objects([replica.version_id.hex() for replica in replicas], sharing)
             for user in users:
                 self._link(replicas, user)
             self._index.settle_all(
@@ -148,18 +168,29 @@ class FileBatch:
                     self._drop(replica)
             raise
 
-    def _move_into_objects(self, name: str) -> None:
-        directory = name[:2]
-        for suffix in (MANIFEST, ""):
-            source, target = name + suffix, f"{directory}/{name}{suffix}"
-            try:
-                self._rename(source, target)
-            except FileNotFoundError:  # one of 256 directories, nearly always there
-                os.mkdir(directory, 0o700, dir_fd=self._objects_fd)
-                self._rename(source, target)
+    def _move_into_objects(self, names: Sequence[str], sharing: Sequence[str]) -> None:
+        """Every manifest before its object; the one that is ``sharing``'s under all their names."""
+        for name in sharing[1:]:
+            self._enter(os.link, sharing[0] + SUFFIX, name, SUFFIX)
+        others = set(names) - set(sharing[1:])
+        for name in names:
+            if name in others:
+                self._enter(os.rename, name + SUFFIX, name, SUFFIX)
+        for name in names:
+            self._enter(os.rename, name, name)
 
-    def _rename(self, source: str, target: str) -> None:
-        os.rename(source, target, src_dir_fd=self._partial_fd, dst_dir_fd=self._objects_fd)
+    def _enter(self, call: Callable[..., None], source: str, name: str, suffix: str = "") -> None:
+        """Link or rename what was written beside into the directory of objects."""
+        target = f"{name[:2]}/{name}{suffix}"
+        fds = {"src_dir_fd": self._partial_fd, "dst_dir_fd": self._objects_fd}
+        try:
+            call(source, target, **fds)
+        except FileNotFoundError:  # one of 256 directories, nearly always there
+            os.mkdir(name[:2], 0o700, dir_fd=self._objects_fd)
+            call(source, target, **fds)
+        except FileExistsError:  # a manifest that a power cut has left; a rename would replace it
+            os.unlink(target, dir_fd=self._objects_fd)
+            call(source, target, **fds)
 
     def _link(self, replicas: Sequence[Replica], user: User) -> None:
         objects = {replica.path: _object_name(replica) for replica in replicas}
@@ -170,7 +201,7 @@ class FileBatch:
         """What stat says now that all links are made. Raises LocalError if more has changed."""
         status = os.stat(_object_name(replica), dir_fd=self._objects_fd, follow_symlinks=False)
         stamp = Stamp.of(status)
-        if dataclasses.replace(stamp, ctime_ns=replica.stamp.ctime_ns) != replica.stamp:
+        if not stamp.same_but_for_ctime(replica.stamp):
             raise LocalError(f"the copy of {os.fsdecode(replica.path)} was touched just now")
         return stamp
 

@@ -21,11 +21,12 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.disk_calls import Stamp, disk_errors, unlink_if_there
-from swarmcache.partial import MANIFEST_MAGIC, decode_header
+from swarmcache.manifest_files import MANIFEST_MAGIC, SUFFIX, decode_header, is_pack, manifest_in
 from swarmcache.user_tree import User, UserTree
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,17 @@ log = logging.getLogger(__name__)
 SLICE_FILES = 100
 # A head has 68 bytes and two names: the real path, and the boot id of a file of one machine.
 HEAD_BYTES = 8192
-MANIFEST = ".manifest"
 _NAME = re.compile("[0-9a-f]{64}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class StoredBytes(Protocol):
+    """``PartialStore.stored_bytes``."""
+
+    def __call__(
+        self, version: FileVersion, layout: ChunkLayout, *, packed: bool = False
+    ) -> int: ...
 
 
 @dataclass(slots=True)
@@ -58,7 +66,7 @@ class IndexRebuild:
         tree: UserTree,
         lock: AbstractContextManager[object],
         boot_id: bytes,
-        stored_bytes: Callable[[FileVersion, ChunkLayout], int],
+        stored_bytes: StoredBytes,
         drop: Callable[[Replica], None],
     ) -> None:
         """``lock`` guards objects and index; ``drop``, called with it, removes a replica."""
@@ -94,7 +102,7 @@ class IndexRebuild:
         names = self._names(f"{first_byte:02x}")
         listed = {version_id.hex() for version_id in self._index.listed(first_byte)}
         objects = {name for name in names if _NAME.fullmatch(name)}
-        manifests = {n.removesuffix(MANIFEST) for n in names if n.endswith(MANIFEST)}
+        manifests = {n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX)}
         yield
         halves = (objects ^ manifests) | (listed - objects - manifests)
         for batch in _batches(halves):
@@ -139,14 +147,17 @@ class IndexRebuild:
         """None when the two do not belong together, or one has gone meanwhile."""
         try:
             status = os.stat(_path(name), dir_fd=self._objects_fd, follow_symlinks=False)
-            manifest_fd = os.open(_path(name) + MANIFEST, _READ, dir_fd=self._objects_fd)
+            manifest_fd = os.open(_path(name) + SUFFIX, _READ, dir_fd=self._objects_fd)
         except FileNotFoundError:
             return None
         try:
-            decoded = decode_header(MANIFEST_MAGIC, os.pread(manifest_fd, HEAD_BYTES, 0))
-            created_s = os.fstat(manifest_fd).st_mtime
+            data = os.pread(manifest_fd, HEAD_BYTES, 0)
+            manifest_status = os.fstat(manifest_fd)
+            if packed := is_pack(data):
+                data = os.pread(manifest_fd, manifest_status.st_size, 0)
         finally:
             os.close(manifest_fd)
+        decoded = decode_header(MANIFEST_MAGIC, manifest_in(data, bytes.fromhex(name)))
         if decoded is None:
             return None
         version, layout, _ = decoded
@@ -160,12 +171,12 @@ class IndexRebuild:
             version.version_id,
             version.path,
             layout.chunk_size_bytes,
-            self._stored_bytes(version, layout),
+            self._stored_bytes(version, layout, packed=packed),
             Trust.DOUBTFUL,
             self._boot_id,
             # The time that it must have; whether it has shows when it is digested.
             Stamp(stamp.size_bytes, version.mtime_ns, stamp.ctime_ns, stamp.inode),
-            created_s=created_s,
+            created_s=manifest_status.st_mtime,
             last_used_s=status.st_atime,
             verified_s=0.0,
         )
@@ -177,7 +188,7 @@ class IndexRebuild:
         with self._lock:
             for name in names:
                 object_there = self._inode(_path(name)) is not None
-                manifest_there = self._inode(_path(name) + MANIFEST) is not None
+                manifest_there = self._inode(_path(name) + SUFFIX) is not None
                 if object_there and manifest_there:
                     continue  # put in place just now
                 replica = self._index.find(bytes.fromhex(name))
@@ -201,7 +212,7 @@ class IndexRebuild:
                 self._orphans[name] = Stamp.of(status).inode
                 return
         unlink_if_there(path, self._objects_fd)
-        unlink_if_there(path + MANIFEST, self._objects_fd)
+        unlink_if_there(path + SUFFIX, self._objects_fd)
 
     def _remove_orphans(self) -> None:
         """Their links are gone now. One that was taken back or put in place meanwhile stays."""
@@ -211,7 +222,7 @@ class IndexRebuild:
                 unlisted = self._index.find(bytes.fromhex(name)) is None
                 if unlisted and self._inode(path) == inode:
                     unlink_if_there(path, self._objects_fd)
-                    unlink_if_there(path + MANIFEST, self._objects_fd)
+                    unlink_if_there(path + SUFFIX, self._objects_fd)
 
 
 def _batches(names: Collection[str]) -> Iterator[Sequence[str]]:

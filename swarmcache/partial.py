@@ -1,12 +1,10 @@
-"""A file on its way into the cache: its chunks, the journal of them, and its manifest.
+"""A file on its way into the cache: its chunks, and the journal of them.
 
 The journal lists every chunk that has been written, with its digest, so that a daemon that was
 killed can go on where it was. It is a list of claims: each is digested again before it counts.
 
-Journal and manifest begin with the same header, which says of which file version and chunk size
-they are. In a journal there follow records of 36 bytes (chunk number and digest) in the order of
-arrival; in a manifest the digests in the order of the chunks, and the root digest. All numbers
-are little-endian.
+A journal begins with the same header as a manifest (``manifest_files``). There follow records of 36
+bytes, chunk number and digest, in the order of arrival.
 
 Invariant: a chunk is had only if all its bytes are written and its digest is in the journal; a
 chunk that is had is never written again.
@@ -26,53 +24,12 @@ from blake3 import blake3
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, FileVersion, Manifest
 from swarmcache.disk_calls import SharedFile, clone, disk_errors, is_full, write_all
 from swarmcache.errors import LocalError
+from swarmcache.manifest_files import decode_header, encode_header
 from swarmcache.user_tree import User
 
-_HEADER = struct.Struct("<8sQqIII")  # magic, size, mtime, chunk size, lengths of path and origin
 _RECORD = struct.Struct(f"<I{DIGEST_BYTES}s")
 JOURNAL_MAGIC = b"swcJrnl1"
-MANIFEST_MAGIC = b"swcMnfs1"
 READ_SIZE_BYTES = 1 << 20  # BLAKE3 is at full speed from 128 KiB on; this stays in the L2 cache
-
-
-def encode_header(magic: bytes, version: FileVersion, layout: ChunkLayout) -> bytes:
-    """What a journal or manifest of this file version and chunk size begins with."""
-    origin = os.fsencode(version.origin)
-    numbers = (version.size_bytes, version.mtime_ns, layout.chunk_size_bytes)
-    header = _HEADER.pack(magic, *numbers, len(version.path), len(origin)) + version.path + origin
-    return header + blake3(header).digest()
-
-
-def decode_header(magic: bytes, data: bytes) -> tuple[FileVersion, ChunkLayout, int] | None:
-    """File version, layout and length in bytes of the header of ``data``; None if it has none."""
-    if len(data) < _HEADER.size:
-        return None
-    found, size_bytes, mtime_ns, chunk_size_bytes, path_len, origin_len = _HEADER.unpack_from(data)
-    end = _HEADER.size + path_len + origin_len
-    if found != magic or blake3(data[:end]).digest() != data[end : end + DIGEST_BYTES]:
-        return None
-    path = data[_HEADER.size : _HEADER.size + path_len]
-    origin = os.fsdecode(data[_HEADER.size + path_len : end])
-    version = FileVersion(path, size_bytes, mtime_ns, origin)
-    return version, ChunkLayout(size_bytes, chunk_size_bytes), end + DIGEST_BYTES
-
-
-def encode_manifest(version: FileVersion, manifest: Manifest) -> bytes:
-    header = encode_header(MANIFEST_MAGIC, version, manifest.layout)
-    return header + b"".join(manifest.digests) + manifest.root
-
-
-def decode_manifest(data: bytes) -> tuple[FileVersion, Manifest] | None:
-    """The inverse of ``encode_manifest``; None when the bytes are not a whole manifest."""
-    decoded = decode_header(MANIFEST_MAGIC, data)
-    if decoded is None:
-        return None
-    version, layout, start = decoded
-    if len(data) != start + DIGEST_BYTES * (layout.chunk_count + 1):
-        return None
-    digests = [data[at : at + DIGEST_BYTES] for at in range(start, len(data), DIGEST_BYTES)]
-    manifest = Manifest(layout, tuple(digests[:-1]))
-    return (version, manifest) if manifest.root == digests[-1] else None
 
 
 def encode_record(chunk: int, digest: bytes) -> bytes:
@@ -104,12 +61,6 @@ def journal_size_bytes(version: FileVersion, layout: ChunkLayout) -> int:
     """Length of a journal in which every chunk has one record."""
     header = encode_header(JOURNAL_MAGIC, version, layout)
     return len(header) + layout.chunk_count * _RECORD.size
-
-
-def manifest_size_bytes(version: FileVersion, layout: ChunkLayout) -> int:
-    """Length of the manifest."""
-    header = encode_header(MANIFEST_MAGIC, version, layout)
-    return len(header) + (layout.chunk_count + 1) * DIGEST_BYTES
 
 
 def digest_range(fd: int, offset_bytes: int, length_bytes: int) -> bytes:

@@ -30,15 +30,19 @@ from swarmcache.disk_calls import (
     write_all,
 )
 from swarmcache.errors import DiskFailed, LocalError, NoSpace
+from swarmcache.manifest_files import (
+    SUFFIX,
+    decode_header,
+    encode_header,
+    is_packed,
+    manifest_size_bytes,
+)
 from swarmcache.partial import (
     JOURNAL_MAGIC,
     Partial,
-    decode_header,
     decode_journal,
-    encode_header,
     encode_record,
     journal_size_bytes,
-    manifest_size_bytes,
 )
 from swarmcache.user_tree import User
 
@@ -52,7 +56,8 @@ ABANDONED_S = 300.0
 UNCOUNTED_MAX_BYTES = 8 << 20
 # What a file takes besides its blocks and those of its manifest: a row in the index, two inodes
 # where they are made on demand (XFS), names in three directories. Measured with a directory for
-# each file: 1.9 KiB on ext4, 2.4 KiB on XFS.
+# each file: 1.9 KiB on ext4, 2.4 KiB on XFS. Small files have a part of a pack in place of the
+# second inode, see manifest_files.PACKED_MAX_BYTES.
 OVERHEAD_BYTES = 4096
 # After an eviction the file system may give the blocks back behind our back (XFS): time to do so.
 GIVE_BACK_S = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
@@ -157,9 +162,12 @@ class PartialStore:
         batches_bytes = sum(left_bytes for left_bytes, _ in list(self._batches.values()))
         return sum(list(self._reserved_bytes.values())) + batches_bytes
 
-    def stored_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
-        """What a replica takes of the disk, with its manifest, in whole blocks."""
-        return self._in_blocks(version.size_bytes, manifest_size_bytes(version, layout))
+    def stored_bytes(
+        self, version: FileVersion, layout: ChunkLayout, *, packed: bool = False
+    ) -> int:
+        """What a replica takes of the disk, with its manifest if that is not ``packed`` with those
+        of others, in whole blocks."""
+        return self._in_blocks(*_sizes_bytes(version, layout, packed=packed))
 
     def wanted_bytes(self, version: FileVersion, layout: ChunkLayout) -> int:
         """What is reserved for a file. The journal is no shorter than the manifest."""
@@ -213,7 +221,7 @@ class PartialStore:
             block = os.fstatvfs(self._fd).f_frsize
         sizes = {
             version.version_id: _in_blocks(
-                block, version.size_bytes, manifest_size_bytes(version, layout)
+                block, *_sizes_bytes(version, layout, packed=is_packed(version, layout))
             )
             for version, layout in files
         }
@@ -544,7 +552,7 @@ class PartialStore:
         with self._lock:
             self._half_removed.add(version_id)
             self._hide(version_id.hex())
-            for suffix in ("", _JOURNAL, ".manifest"):
+            for suffix in ("", _JOURNAL, SUFFIX):
                 unlink_if_there(version_id.hex() + suffix, self._fd)
             self._forget(version_id)
             self._half_removed.discard(version_id)
@@ -554,6 +562,15 @@ class PartialStore:
             self._open.pop(version_id, None)
             self._reserved_bytes.pop(version_id, None)
             self._unallocated.pop(version_id, None)
+
+
+def _sizes_bytes(version: FileVersion, layout: ChunkLayout, *, packed: bool) -> list[int]:
+    """Of the files that a replica takes for itself."""
+    return (
+        [version.size_bytes]
+        if packed
+        else [version.size_bytes, manifest_size_bytes(version, layout)]
+    )
 
 
 def _in_blocks(block: int, *sizes: int) -> int:

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from swarmcache.cache_dir import CacheDir
+from swarmcache.manifest_files import is_pack
 
 _JOURNAL, _MANIFEST = ".chunks", ".manifest"
 
@@ -60,10 +61,17 @@ def _in_index(own: Path) -> set[str]:
     return {version_id.hex() for (version_id,) in rows}
 
 
+def _is_pack(path: Path) -> bool:
+    return path.name.endswith(_MANIFEST) and is_pack(path.read_bytes())
+
+
 def taken_bytes(root: Path) -> int:
-    """What the disk says that objects and manifests take of it, and partial files will take."""
+    """What the disk says that objects and manifests take of it, and partial files will take.
+
+    Manifests that share a file count as nothing, see ``manifest_files.PACKED_MAX_BYTES``.
+    """
     own = root / ".swarmcache"
-    objects = [path.stat() for path in (own / "objects").glob("*/*")]
+    objects = [path.stat() for path in (own / "objects").glob("*/*") if not _is_pack(path)]
     partial = [path.stat() for path in (own / "partial").iterdir()]
     taken = sum(512 * status.st_blocks for status in objects)
     return taken + sum(max(status.st_size, 512 * status.st_blocks) for status in partial)

@@ -26,14 +26,8 @@ from swarmcache.cache_dir import CacheDir, Partial, User
 from swarmcache.cache_index import CacheIndex, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.errors import CacheDirUnusable, LocalError, NoSpace
-from swarmcache.partial import (
-    JOURNAL_MAGIC,
-    decode_journal,
-    decode_manifest,
-    encode_header,
-    encode_manifest,
-    encode_record,
-)
+from swarmcache.manifest_files import decode_manifest, encode_header, encode_manifest
+from swarmcache.partial import JOURNAL_MAGIC, decode_journal, encode_record
 from swarmcache.partial_store import OVERHEAD_BYTES, UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
     CHUNK_BYTES,

@@ -172,6 +172,7 @@ LAYERS = {
         "gossip_records",
         "local_protocol",
         "locations",
+        "manifest_files",
         "messages",
         "path_digests",
         "peer_events",
