@@ -313,8 +313,8 @@ BUGS = (
     ),
     PlantedBug(
         "only one of two neighbours is told",
-        "tracker_swarms:TrackerSwarms._link",
-        "swarm.members[other].neighbours.add(name)",
+        "neighbourhood:Neighbourhood.link",
+        "two.neighbours.add(name)",
         "pass",
     ),
     PlantedBug(
@@ -344,7 +344,7 @@ BUGS = (
     ),
     PlantedBug(
         "who failed to read is never asked again",
-        "tracker_state:TrackerState._choose_reader",
+        "tracker_state:TrackerState._may_read",
         "member.failed_s + READ_AGAIN_S <= now_s",
         "False",
     ),
@@ -451,7 +451,7 @@ BUGS = (
     PlantedBug(
         "an upload slot is never free again",
         "upload_slots:UploadSlots.leave",
-        "del self._uploads[upload]",
+        "self._uploads.pop(upload, None)",
         "pass",
     ),
     PlantedBug(

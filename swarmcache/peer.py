@@ -239,7 +239,8 @@ class Daemon:
         )
         self._identity = msgspec.msgpack.encode(self.address)
         if len(self._identity) > IDENTITY_MAX_BYTES:
-            raise ConfigError(f"the advertised address {advertised} is too long")
+            told = f"the advertised address {advertised} and daemon.rack are too long together"
+            raise ConfigError(told)
         return HostPort(listen.host, port)
 
     def _bind(self, listen: HostPort) -> tuple[socket.socket, socket.socket | None]:
