@@ -129,7 +129,7 @@ class Client:
         """Cache many files, some at a time; each answer as soon as it and all before it are there.
 
         ``timeout_s`` is for all of them together. ``trees``: the directories, by path, of those
-        that are to lie on one disk with the other files of such a directory.
+        that are to lie on one disk with the other files of such a directory. These are real paths.
         """
         exchanges = Exchanges(self.connections, paths, timeout_s, on_progress, trees)
         try:

@@ -151,9 +151,10 @@ def list_directory(asked: bytes) -> Listing:
 def _list_one(listing: Listing, name: bytes) -> list[bytes]:
     """Note what is in one directory of the tree; the directories among it, still to be listed."""
     directories = []
+    prefix = name + b"/" if name else b""
     with os.scandir(os.path.join(listing.root, name)) as entries:
         for entry in entries:
-            below = os.path.join(name, entry.name)
+            below = prefix + entry.name
             if entry.is_symlink():
                 _note_link(listing, below)
             elif entry.is_dir():
@@ -243,9 +244,10 @@ def _compare(root: bytes, names: set[bytes]) -> None:
     missing, waiting = set(names), [b""]
     while waiting:
         within = waiting.pop()
+        prefix = within + b"/" if within else b""
         with os.scandir(os.path.join(root, within)) as entries:
             for entry in entries:
-                name = os.path.join(within, entry.name)
+                name = prefix + entry.name
                 if name in names:
                     missing.discard(name)
                 elif entry.is_dir(follow_symlinks=False):

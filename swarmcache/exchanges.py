@@ -193,8 +193,9 @@ class Source:
         os.close(self.fd)
 
 
-def open_source(asked: bytes) -> Source:
-    """Open a file as the calling user. Raises SourceUnreadable.
+def open_source(asked: bytes, *, real: bool = False) -> Source:
+    """Open a file as the calling user. Raises SourceUnreadable. ``real``: that is a real path, so
+    the kernel need not be asked for it.
 
     Looked at before it is opened, since opening a device or a FIFO can have effects of its own;
     opened without waiting, since it may have become a FIFO in between.
@@ -208,7 +209,7 @@ def open_source(asked: bytes) -> Source:
         found = os.fstat(fd)
         _check_regular(found)
         os.set_blocking(fd, True)  # the daemon reads through it, and shall not have to ask twice
-        return Source(fd, _real_path_of_open(fd, asked), found)
+        return Source(fd, asked if real else _real_path_of_open(fd, asked), found)
     except OSError as error:
         os.close(fd)
         raise SourceUnreadable(reason_of(error)) from error
@@ -417,7 +418,8 @@ class Exchanges:
                 self._put_off.append(item)  # a request is about files of one tree
                 break
             try:
-                opened.append(Exchange(index, asked, open_source(asked)))
+                source = open_source(asked, real=asked in self._trees)
+                opened.append(Exchange(index, asked, source))
             except SourceUnreadable as error:
                 busy = opened or self._in_flight or self._look_ups
                 if busy and getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
@@ -568,7 +570,7 @@ class Exchanges:
     def _look_again(self, exchange: Exchange, answer: Answer) -> None:
         """Compare with the source as it is now; settle where it is the same."""
         try:
-            source = open_source(exchange.asked)
+            source = open_source(exchange.asked, real=exchange.asked in self._trees)
         except SourceUnreadable as error:
             self._settle(exchange, _unusable(exchange.asked, error))
             return

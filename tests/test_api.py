@@ -206,14 +206,14 @@ def test_as_many_files_are_open_as_may_be(
     client: swarmcache.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = small_files(tmp_path, 100)
-    opened, real = [0], exchanges.open_source
+    opened, real_open = [0], exchanges.open_source
 
-    def open_few(asked: bytes) -> exchanges.Source:
+    def open_few(asked: bytes, *, real: bool) -> exchanges.Source:
         if len(os.listdir("/proc/self/fd")) > before + 10:
             opened[0] += 1
             refused = OSError(24, "Too many open files")
             raise swarmcache.SourceUnreadable(str(refused)) from refused
-        return real(asked)
+        return real_open(asked, real=real)
 
     client.get(files[0])
     before = len(os.listdir("/proc/self/fd"))
