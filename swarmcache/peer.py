@@ -16,7 +16,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from itertools import islice
@@ -694,12 +694,13 @@ class Daemon:
         assert partial is not None, "reading a range without room for it"
         tell = self._shell.handle_from_thread
 
-        def on_chunk(chunk: int, digest: bytes) -> None:
-            partial.commit_chunk(chunk, digest)
-            tell(ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
+        def on_chunks(digests: Mapping[int, bytes]) -> None:
+            partial.commit_chunks(digests)
+            for chunk, digest in digests.items():
+                tell(ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
 
         sink = RangeSink(
-            lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunk
+            lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunks
         )
         began_s = time.monotonic()
         try:

@@ -132,11 +132,8 @@ def test_many_threads_write_and_serve_one_file_at_once(cache: CacheDir) -> None:
     source.close()
 
 
-def test_publish_waits_for_a_second_copy_of_a_chunk_that_is_still_being_written(
-    cache: CacheDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version, data = a_file(CHUNK_BYTES)
-    partial = cache.begin(version, CHUNK_BYTES)
+def hold_up_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The thread called "slow" waits before each write: whether it does, and what it waits for."""
     in_write, go_on = threading.Event(), threading.Event()
     real_pwrite = os.pwrite
 
@@ -147,6 +144,15 @@ def test_publish_waits_for_a_second_copy_of_a_chunk_that_is_still_being_written(
         return real_pwrite(fd, piece, offset_bytes)
 
     monkeypatch.setattr(os, "pwrite", slow_pwrite)
+    return in_write, go_on
+
+
+def test_publish_waits_for_a_second_copy_of_a_chunk_that_is_still_being_written(
+    cache: CacheDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, data = a_file(CHUNK_BYTES)
+    partial = cache.begin(version, CHUNK_BYTES)
+    in_write, go_on = hold_up_writes(monkeypatch)
     slow = threading.Thread(target=write, args=(partial, data, 0), name="slow")
     slow.start()
     assert in_write.wait(10)
@@ -160,6 +166,26 @@ def test_publish_waits_for_a_second_copy_of_a_chunk_that_is_still_being_written(
     slow.join()
 
     assert cache.lookup(version, ME) is not None
+
+
+@pytest.mark.parametrize("end", [Partial.discard, Partial.close])
+def test_a_partial_file_that_ends_stays_open_for_who_still_writes(
+    cache: CacheDir, monkeypatch: pytest.MonkeyPatch, end: Callable[[Partial], None]
+) -> None:
+    version, data = a_file(CHUNK_BYTES)
+    partial = cache.begin(version, CHUNK_BYTES)
+    in_write, go_on = hold_up_writes(monkeypatch)
+    slow = threading.Thread(target=partial.write_piece, args=(0, data), name="slow")
+    slow.start()
+    assert in_write.wait(10)
+
+    end(partial)
+
+    os.fstat(partial.file.fd)  # or the bytes would go to whatever is opened next
+    go_on.set()
+    slow.join()
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(partial.file.fd)
 
 
 def test_a_file_can_be_begun_while_another_one_is_being_put_in_place(
@@ -210,6 +236,26 @@ def test_a_source_outlives_the_file_that_it_reads(cache: CacheDir) -> None:
     source.close()
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.fstat(source.fd)
+
+
+def test_chunks_that_are_committed_together_are_had_and_found_again(cache: CacheDir) -> None:
+    version, data = a_file(4 * CHUNK_BYTES)
+    pieces = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+    digests = [blake3(piece).digest() for piece in pieces]
+    partial = cache.begin(version, CHUNK_BYTES)
+    for chunk in (0, 1, 3):
+        partial.write_piece(chunk * CHUNK_BYTES, pieces[chunk])
+
+    partial.commit_chunks({chunk: digests[chunk] for chunk in (3, 0)})
+    journal_end = partial._journal_end
+    partial.commit_chunks({0: digests[0]})
+    assert partial._journal_end == journal_end  # each is noted once, for which there is room
+    partial.commit_chunks({0: digests[0], 1: digests[1]})
+    assert [partial.has(chunk) for chunk in range(4)] == [True, True, False, True]
+
+    partial.close()
+    found = dict(cache.begin(version, CHUNK_BYTES).recover())
+    assert found == {chunk: digests[chunk] for chunk in (0, 1, 3)}
 
 
 def test_a_discarded_partial_file_serves_nothing(cache: CacheDir) -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.errors import LeaseExpired, NoSpace, SourceChanged, SourceFailed
 from swarmcache.source_reader import (
     AHEAD_MAX_BYTES,
     AHEAD_STEP_BYTES,
+    RUN_SHARE,
     RangeSink,
+    Runs,
     _ahead_bytes,
     read_range,
 )
@@ -55,10 +59,26 @@ class Reading:
             self.target[offset : offset + len(piece)] = piece
             meddle()
 
-        sink = RangeSink(may_go_on, write_piece, self.digests.__setitem__)
+        sink = RangeSink(may_go_on, write_piece, self.digests.update)
         return read_range(
-            self.fd, self.version, LAYOUT, first, count, sink, split_bytes=split_bytes
+            *(self.fd, self.version, LAYOUT, first, count, sink),
+            split_bytes=split_bytes,
+            run_min_bytes=1,
         )
+
+
+class Together:
+    """Lets two threads go on when both have come here for the first time."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2)
+        self._seen: set[int] = set()
+
+    def meet(self) -> bool:
+        if threading.get_ident() not in self._seen:
+            self._seen.add(threading.get_ident())
+            self._barrier.wait(10)
+        return True
 
 
 @pytest.fixture
@@ -85,7 +105,7 @@ def test_a_range_is_read_and_digested_and_nothing_else(reading: Reading) -> None
 
 
 def test_a_long_range_is_read_by_two_threads(reading: Reading) -> None:
-    read_bytes = reading.read(0, 6, split_bytes=SIZE_BYTES)
+    read_bytes = reading.read(0, 6, Together().meet, split_bytes=SIZE_BYTES)
 
     assert read_bytes == SIZE_BYTES
     assert len(reading.threads) == 2
@@ -93,21 +113,43 @@ def test_a_long_range_is_read_by_two_threads(reading: Reading) -> None:
     assert reading.digests == {chunk: digest_of(chunk) for chunk in range(6)}
 
 
-def test_when_one_half_fails_no_thread_goes_on(reading: Reading) -> None:
-    def only_the_second_half() -> bool:
-        return threading.current_thread().name.startswith("read half")
+def test_when_one_thread_fails_the_other_does_not_go_on(reading: Reading) -> None:
+    together = Together()
+
+    def only_the_other() -> bool:
+        together.meet()
+        return threading.current_thread().name.startswith("read along")
 
     with pytest.raises(LeaseExpired):
-        reading.read(0, 6, may_go_on=only_the_second_half, split_bytes=SIZE_BYTES)
+        reading.read(0, 6, may_go_on=only_the_other, split_bytes=SIZE_BYTES)
 
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read half")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read along")]
 
 
-def test_reading_stops_when_the_lease_is_over(reading: Reading) -> None:
+@given(first=st.integers(0, 100), count=st.integers(1, 2000), run_min=st.integers(1, 20))
+def test_runs_are_all_of_a_range_in_order_and_the_last_ones_short(
+    first: int, count: int, run_min: int
+) -> None:
+    runs = Runs(first, count, run_min)
+
+    taken = [*iter(runs.take, range(first + count, first + count))]
+
+    assert [chunk for run in taken for chunk in run] == list(range(first, first + count))
+    assert all(len(run) >= run_min for run in taken[:-1])
+    left = count
+    for run in taken:
+        assert len(run) <= max(left / RUN_SHARE, run_min)
+        left -= len(run)
+
+
+def test_reading_stops_when_the_lease_is_over_and_what_was_read_counts(reading: Reading) -> None:
+    last_of_two = slice(2 * CHUNK_BYTES - 8, 2 * CHUNK_BYTES)
+
     with pytest.raises(LeaseExpired):
-        reading.read(0, 6, may_go_on=lambda: len(reading.digests) < 2)
+        reading.read(0, 6, may_go_on=lambda: not any(reading.target[last_of_two]))
 
-    assert list(reading.digests) == [0, 1]
+    assert reading.digests == {chunk: digest_of(chunk) for chunk in (0, 1)}
+    assert not any(reading.target[2 * CHUNK_BYTES :])
 
 
 def test_a_slow_source_is_asked_for_a_quarter_of_a_second_ahead_and_a_fast_one_for_no_more() -> (
