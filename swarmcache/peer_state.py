@@ -965,8 +965,15 @@ class PeerState:
     def _handle_connected(
         self, address: NodeAddress, now_s: float, effects: list[PeerEffect]
     ) -> None:
+        former = self._neighbours.get(address.node)
+        anew = former is not None and former.up
         neighbour = self._neighbours.connected(address, now_s)
         for version_id in sorted(neighbour.versions):
+            fetching = self._fetching.get(version_id)
+            if anew and fetching is not None and fetching.download is not None:
+                # It may have lost since, with its machine, what it told before the connection
+                # broke, which we have not noticed. What it still has it tells now.
+                fetching.download.remove_peer(address.node)
             self._greet(neighbour, version_id, now_s, effects)
             self._go_on(version_id, now_s, effects)
 

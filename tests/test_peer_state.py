@@ -962,6 +962,26 @@ def test_who_had_no_upload_slot_to_spare_is_asked_after_others() -> None:
         assert first.address != busy
 
 
+def test_who_connects_anew_is_told_again_what_it_had_before_its_machine_lost_it() -> None:
+    """Nobody has noticed yet that the former connection broke."""
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+    bench.lease(file, 1, 0, 3)
+    bench.heard(HIGHER, have(file, 0, 1))
+
+    bench.tell(PeerConnected(HIGHER))
+    bench.heard(HIGHER, have(file))
+    bench.seen.clear()
+    bench.read(file, 1, 0)
+    bench.wait_until(101.0)
+
+    (told_of,) = [effect.message for effect in of(TellPeer, bench.seen)]
+    assert isinstance(told_of, Have)
+    assert told_of.chunks == [0]
+
+
 def test_a_connection_that_no_swarm_needs_is_closed_after_a_while() -> None:
     bench = Bench()
     file = version()
