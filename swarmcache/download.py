@@ -385,10 +385,10 @@ class Download:
             at_s = ends_s[0]
         may_hedge = self._flights and self.hedges < self._hedges_max
         if may_hedge and not self._missing & self._picker.available:
-            since_s = min(min(flights.values()) for flights in self._flights.values())
-            hedge_at_s = since_s + self._hedge_after_s()
-            if hedge_at_s > now_s:
-                at_s = min(at_s, hedge_at_s)
+            after_s = self._hedge_after_s()
+            for since_s, _ in self._asked_once():
+                if now_s < since_s + after_s < at_s:
+                    at_s = since_s + after_s
         return None if at_s == math.inf else at_s
 
     # --- inside ---------------------------------------------------------------------------------
@@ -554,11 +554,7 @@ class Download:
         if self._missing & self._picker.available or self.hedges >= self._hedges_max:
             return None
         overdue_s = now_s - self._hedge_after_s()
-        late = [
-            (next(iter(flights.values())), chunk)
-            for chunk, flights in self._flights.items()
-            if len(flights) == 1 and next(iter(flights.values())) <= overdue_s
-        ]
+        late = [(since_s, chunk) for since_s, chunk in self._asked_once() if since_s <= overdue_s]
         for _, chunk in sorted(late):
             asked = self._flights[chunk]
             others = [
@@ -570,6 +566,15 @@ class Download:
                 self.hedges += 1
                 return self._ask(chunk, self._best(others), now_s)
         return None
+
+    def _asked_once(self) -> list[tuple[float, int]]:
+        """The chunks for which one peer is asked, and since when; not those that have come in
+        another way meanwhile."""
+        return [
+            (next(iter(flights.values())), chunk)
+            for chunk, flights in self._flights.items()
+            if len(flights) == 1 and not self.held >> chunk & 1
+        ]
 
     def _hedge_after_s(self) -> float:
         return max(HEDGE_MIN_S, HEDGE_FACTOR * self._service_s)

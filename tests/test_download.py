@@ -492,6 +492,19 @@ def test_the_loser_of_a_hedge_changes_nothing() -> None:
     download.check()
 
 
+def test_what_has_come_is_not_asked_for_again_because_the_other_one_is_still_at_it() -> None:
+    download = fresh(2, peers="abc")
+    for peer in "abc":
+        announce(download, peer, 0)
+    ((_, first),) = asked(download)
+    ((_, second),) = asked(download, 9.0)
+    download.chunk_arrived(0, second, 9.1)
+
+    assert asked(download, 99.0) == []
+    download.peer_failed(0, first, 99.0)
+    download.check()
+
+
 def test_a_chunk_that_one_of_two_peers_failed_to_bring_is_not_missing() -> None:
     download = fresh(1, peers="ab")
     announce(download, "a", 0)
