@@ -293,6 +293,11 @@ def test_a_peer_that_sends_flipped_bits_is_found_out_and_not_asked_again(
 
     gets = swarm.get_everywhere(first)
     swarm.assert_all_cached(gets, first)
+    # Whoever had no need of the liar so far needs it for a file that nobody else has.
+    for node in honest:
+        file = swarm.put(f"for {node.name}", MIB)
+        swarm.assert_all_cached(swarm.get_everywhere(file, [liar]), file)
+        swarm.assert_all_cached(swarm.get_everywhere(file, [node]), file)
 
     for node in honest:
         swarm.wait_for(node, lambda status: distrusted(status) == [swarm.node_id(liar)], "distrust")
@@ -301,7 +306,8 @@ def test_a_peer_that_sends_flipped_bits_is_found_out_and_not_asked_again(
         assert table.wait(PATIENCE_S) == 0
         assert f"Not asked again, having sent wrong bytes: {swarm.node_id(liar)}" in table.stdout
     (corrupt,) = swarm.status(liar)["cluster"]["corrupt"]
-    assert corrupt == {"node": swarm.node_id(liar), "reports": 3}
+    assert corrupt["node"] == swarm.node_id(liar)
+    assert corrupt["reports"] >= 3  # one of each node and swarm in which it met the liar
 
     uploaded_bytes = swarm.status(liar)["node"]["uploaded_bytes"]
     swarm.assert_all_cached(swarm.get_everywhere(second), second)
