@@ -38,11 +38,18 @@ STUCK_MAX_S = 12.0
 @dataclass(frozen=True, slots=True)
 class Told:
     """What a node had of a file version at the last look, and over which connection it was to tell
-    a neighbour."""
+    a neighbour. ``hearing``: the neighbour's own download; one that it has begun since hears of
+    everything anew."""
 
     link: int
     download: Download
+    hearing: Download | None
     held: int
+
+    def is_same_pair(self, other: Told) -> bool:
+        """Nothing was begun anew in between, on neither side."""
+        same = self.download is other.download and self.hearing is other.hearing
+        return same and self.link == other.link
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +128,11 @@ class Watch:
                     assert download is not None
                     version_id = fetching.version.version_id
                     key = (node.name, name, version_id)
-                    self._told[key] = now = Told(link, download, download.held)
+                    hears = other.machine.fetching(version_id)
+                    hearing = hears.download if hears is not None else None
+                    self._told[key] = now = Told(link, download, hearing, download.held)
                     before = former.get(key)
-                    if before is not None and before.link == link and before.download is download:
+                    if before is not None and before.is_same_pair(now):
                         self._look_at_told(now, before, node.name, other)
 
     def _look_at_told(self, now: Told, before: Told, name: str, other: Node) -> None:
