@@ -182,6 +182,8 @@ def _with_small_files(plan: Plan, rng_seed: str) -> Plan:
         return plan
     nodes = range(plan.settings.nodes)
     sizes = [rng.randint(1, CHUNK_BYTES) for _ in range(rng.randint(2, 6))]
+    # Each of them must find room on a disk that was drawn for the other files.
+    room_bytes = max(plan.settings.disk_bytes, *sizes)
     first = len(plan.sizes_bytes)
     jobs = [
         Job(rng.random() * 2.0, rng.choice(nodes), first + number, "ada", True, CHUNK_BYTES)
@@ -191,6 +193,7 @@ def _with_small_files(plan: Plan, rng_seed: str) -> Plan:
     together = [Together(rng.random() * spread_s, rng.choice(nodes)) for _ in range(len(nodes))]
     return replace(
         plan,
+        settings=replace(plan.settings, disk_bytes=room_bytes),
         sizes_bytes=(*plan.sizes_bytes, *sizes),
         jobs=tuple(sorted([*plan.jobs, *jobs], key=lambda job: job.at_s)),
         small_files=len(sizes),
