@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -439,22 +440,38 @@ async def test_a_server_with_a_full_queue_says_busy(path: Path) -> None:
                 assert ours == CHUNK_BYTES or isinstance(ours, PeerBusy)
 
 
-async def test_who_asks_again_at_once_keeps_its_place_and_the_source_stays_open(
+async def test_who_asks_again_at_once_keeps_its_place_and_no_source_stays_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunk_server, "NEXT_REQUEST_MS", 60_000)
-    opened: list[bytes] = []
+    places: list[object] = []
+    serve = ChunkServer._serve
+
+    def counted_serve(self: ChunkServer, *arguments: Any) -> bool:
+        places.append(arguments)
+        return serve(self, *arguments)
+
+    monkeypatch.setattr(ChunkServer, "_serve", counted_serve)
+    still_open: set[Source] = set()
+
+    class CountedSource(Source):
+        def close(self) -> None:
+            still_open.remove(self)
+            super().close()
 
     def open_source(version_id: bytes) -> Source:
-        opened.append(version_id)
-        return Source(path, LAYOUT)
+        assert not still_open
+        source = CountedSource(path, LAYOUT)
+        still_open.add(source)
+        return source
 
     async with serving(open_source) as peer:
         with fetching(threads=1) as fetcher:
             for chunk in range(LAYOUT.chunk_count):
                 await asyncio.wrap_future(fetch(fetcher, peer, chunk))
 
-    assert opened == [VERSION]
+    assert len(places) == 1
+    assert not still_open
 
 
 async def test_the_place_of_a_peer_that_pauses_goes_to_whoever_finds_no_other(
