@@ -22,7 +22,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, FileVersion, Manifest
-from swarmcache.disk_calls import SharedFile, clone, disk_errors, is_full, local_error, write_all
+from swarmcache.disk_calls import SharedFile, clone, disk_errors, is_full, write_all
 from swarmcache.errors import LocalError
 from swarmcache.manifest_files import decode_header, encode_header
 from swarmcache.user_tree import User
@@ -216,10 +216,8 @@ class Partial:
             new = {chunk: digests[chunk] for chunk in digests if chunk not in self._digests}
             records = b"".join(encode_record(*record) for record in new.items())
             # At an offset of our own, so that a record cut short by a full disk is overwritten.
-            try:
+            with disk_errors("write the journal of a partial file"):
                 self._put(self._journal_fd, records, self._journal_end)
-            except OSError as error:
-                raise local_error(error, "write the journal of a partial file") from error
             self._journal_end += len(records)
             self._digests |= new
 
@@ -282,9 +280,8 @@ class Partial:
         if not self._begin_use(chunk):
             return False
         try:
-            self._put(self.file.fd, data, offset_bytes)
-        except OSError as error:
-            raise local_error(error, "write a chunk") from error
+            with disk_errors("write a chunk"):
+                self._put(self.file.fd, data, offset_bytes)
         finally:
             self._end_use()
         return True

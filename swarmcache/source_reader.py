@@ -120,11 +120,9 @@ class _RangeReading:
         self._sink = sink
         self._runs = runs
         self._failed = threading.Event()
-        try:
+        with _SOURCE_ERRORS:
             self._ctime_ns = os.fstat(fd).st_ctime_ns
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        except OSError as error:
-            raise _source_failed(error) from error
         self._check_unchanged()
 
     def read_runs(self) -> None:
@@ -171,10 +169,8 @@ class _RangeReading:
 
     def _read_piece(self, buffer: memoryview, offset: int, hasher: blake3) -> int:
         """Read, digest and pass on up to a buffer full; returns how much."""
-        try:
+        with _SOURCE_ERRORS:
             size_bytes = os.preadv(self._fd, [buffer], offset)
-        except OSError as error:
-            raise _source_failed(error) from error
         if size_bytes == 0:
             raise SourceChanged("the source became shorter while it was read")
         piece = buffer[:size_bytes]
@@ -187,20 +183,16 @@ class _RangeReading:
 
     def _ask_ahead(self, asked: int, until: int) -> int:
         """Have the kernel fetch what comes next; returns up to where it was asked by now."""
-        try:
+        with _SOURCE_ERRORS:
             while asked < until:
                 step_bytes = min(AHEAD_STEP_BYTES, until - asked)
                 os.posix_fadvise(self._fd, asked, step_bytes, os.POSIX_FADV_WILLNEED)
                 asked += step_bytes
-        except OSError as error:
-            raise _source_failed(error) from error
         return asked
 
     def _check_unchanged(self) -> None:
-        try:
+        with _SOURCE_ERRORS:
             status = os.fstat(self._fd)
-        except OSError as error:
-            raise _source_failed(error) from error
         found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if found != (self._version.size_bytes, self._version.mtime_ns, self._ctime_ns):
             raise SourceChanged("size, modification or change time of the source is another now")
@@ -213,5 +205,15 @@ def _ahead_bytes(size_bytes: int, elapsed_s: float) -> int:
     return int(min(max(size_bytes / elapsed_s * AHEAD_S, AHEAD_STEP_BYTES), AHEAD_MAX_BYTES))
 
 
-def _source_failed(error: OSError) -> SourceFailed:
-    return SourceFailed(f"cannot read the source: {error.strerror}")
+class _SourceErrors:
+    """Turns each ``OSError`` of a block into ``SourceFailed``. No generator: see ``DiskErrors``."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise SourceFailed(f"cannot read the source: {error.strerror}") from error
+
+
+_SOURCE_ERRORS = _SourceErrors()
