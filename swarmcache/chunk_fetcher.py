@@ -501,13 +501,7 @@ class ChunkFetcher:
     ) -> list[SmallFile]:
         """Receive what the peer has of these files. The connection is free again afterwards."""
         request = FilesRequest(b"".join([version_id for version_id, _ in files]))
-        connection, status, length = self._ask(peer, request, patience)
-        if status != OK:
-            self._connections.give_back(connection)
-            if status == BUSY:
-                raise PeerBusy("all upload slots of the peer are taken")
-            raise _CopyUnreadable("the peer cannot read its copies")
-        try:
+        with self._asked(peer, request, patience) as (connection, length):
             found: list[SmallFile] = []
             filled = 0
             digests = connection.receive_digests(len(files), patience)
@@ -520,10 +514,6 @@ class ChunkFetcher:
                 raise FileCorrupt(files[0][0])
             for _ in connection.receive_pieces(into[:filled], patience, self._rate):
                 pass
-        except BaseException:
-            self._connections.drop(connection)
-            raise
-        self._connections.give_back(connection)
         return found
 
     def _receive(
@@ -534,23 +524,31 @@ class ChunkFetcher:
         patience: _Patience,
     ) -> bytes:
         """Receive the chunk and return its digest. The connection is free again afterwards."""
+        with self._asked(peer, request, patience) as (connection, length):
+            if length != len(into):
+                raise ChunkCorrupt(f"{length} bytes for a chunk of {len(into)}")
+            return connection.receive_chunk(into, patience, self._rate)
+
+    @contextmanager
+    def _asked(
+        self, peer: tuple[str, int], request: ChunkRequest | FilesRequest, patience: _Patience
+    ) -> Iterator[tuple[_Outbound, int]]:
+        """Ask; the block is to receive from the connection so many bytes as it says. The connection
+        is kept only if the block has done so. Raises what the peer answers instead of bytes."""
         connection, status, length = self._ask(peer, request, patience)
         if status == OK:
             try:
-                if length != len(into):
-                    raise ChunkCorrupt(f"{length} bytes for a chunk of {len(into)}")
-                digest = connection.receive_chunk(into, patience, self._rate)
+                yield connection, length
             except BaseException:
                 self._connections.drop(connection)
                 raise
-            self._connections.give_back(connection)
-            return digest
         self._connections.give_back(connection)
         if status == BUSY:
             raise PeerBusy("all upload slots of the peer are taken")
-        if status == ABSENT:
+        if status == ABSENT and isinstance(request, ChunkRequest):
             raise ChunkAbsent(f"the peer does not have chunk {request.chunk}")
-        raise _CopyUnreadable("the peer cannot read its copy")
+        if status != OK:
+            raise _CopyUnreadable("the peer cannot read its copy")
 
     def _ask(
         self, peer: tuple[str, int], request: ChunkRequest | FilesRequest, patience: _Patience
