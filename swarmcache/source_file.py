@@ -146,11 +146,7 @@ class SourceExaminer:
 
         A directory that may be entered but not listed can be opened with O_PATH only.
         """
-        try:
-            status = os.fstat(fd)
-            path = os.readlink(b"/proc/self/fd/%d" % fd)
-        except OSError as error:
-            raise SourceFailed(f"cannot look at the directory: {error}") from error
+        path, status = _named(fd, "the directory")
         if not stat.S_ISDIR(status.st_mode):
             raise SourceUnreadable("not a directory")
         _check_name(path, status)
@@ -185,15 +181,20 @@ def _look_at(fd: int) -> tuple[bytes, os.stat_result]:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise SourceUnreadable("the descriptor is not open for reading")
-    try:
-        status = os.fstat(fd)
-        path = os.readlink(b"/proc/self/fd/%d" % fd)
-    except OSError as error:
-        raise SourceFailed(f"cannot look at the source: {error}") from error
+    path, status = _named(fd, "the source")
     if not stat.S_ISREG(status.st_mode):
         raise SourceUnreadable("not a regular file")
     _check_name(path, status)
     return path, status
+
+
+def _named(fd: int, what: str) -> tuple[bytes, os.stat_result]:
+    """The kernel's name of what is open, and what stat says of it. Raises SourceFailed."""
+    try:
+        status = os.fstat(fd)
+        return os.readlink(b"/proc/self/fd/%d" % fd), status
+    except OSError as error:
+        raise SourceFailed(f"cannot look at {what}: {error}") from error
 
 
 def same_version(fd: int, version: FileVersion) -> bool:

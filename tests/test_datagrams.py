@@ -181,23 +181,33 @@ async def test_the_error_of_one_datagram_is_no_business_of_the_next() -> None:
         assert one.counts["errors"] >= 3
 
 
+def a_socket_that_nobody_reads(tmp_path: Path) -> tuple[socket.socket, socket.socket, Any]:
+    """A stand-in for a network card that hangs: ours, theirs, and its address."""
+    ours, theirs = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+    theirs.bind(str(tmp_path / "theirs"))
+    return ours, theirs, str(tmp_path / "theirs")
+
+
+async def send_until_it_hangs(
+    datagrams: Datagrams[bytes], address: Address, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, module.__name__):
+        while "has sent nothing" not in caplog.text:
+            datagrams.send(bytes(1000), address)
+            await asyncio.sleep(0.001)
+
+
 @pytest.mark.slow
 @on_both_loops
 async def test_a_socket_that_takes_no_more_does_not_hold_up_the_next_datagrams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A stand-in for a network card that hangs: a local socket that nobody reads."""
     monkeypatch.setattr(module, "SEND_S", 0.2)
-    ours, theirs = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
-    address: Any = str(tmp_path / "theirs")
-    theirs.bind(address)
+    ours, theirs, address = a_socket_that_nobody_reads(tmp_path)
     theirs.setblocking(False)
     with theirs:
         async with open_datagrams(ours) as (datagrams, _):
-            with caplog.at_level(logging.WARNING, module.__name__):
-                while "has sent nothing" not in caplog.text:
-                    datagrams.send(bytes(1000), address)
-                    await asyncio.sleep(0.001)
+            await send_until_it_hangs(datagrams, address, caplog)
             while True:
                 try:
                     theirs.recv(2000)
@@ -217,16 +227,11 @@ async def test_nothing_is_left_of_a_socket_that_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "SEND_S", 0.2)
-    ours, theirs = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
-    address: Any = str(tmp_path / "theirs")
-    theirs.bind(address)
+    ours, theirs, address = a_socket_that_nobody_reads(tmp_path)
     with theirs:
         open_before = len(os.listdir("/proc/self/fd"))
         async with open_datagrams(ours) as (datagrams, _):
-            with caplog.at_level(logging.WARNING, module.__name__):
-                while "has sent nothing" not in caplog.text:
-                    datagrams.send(bytes(1000), address)
-                    await asyncio.sleep(0.001)
+            await send_until_it_hangs(datagrams, address, caplog)
 
         for _ in range(3):  # turns of the loop, in which transports end
             await asyncio.sleep(0)
