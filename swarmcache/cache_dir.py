@@ -22,7 +22,6 @@ import errno
 import fcntl
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,11 +46,11 @@ from swarmcache.evictor import Evictor
 from swarmcache.file_batch import FileBatch
 from swarmcache.in_use import FileId, UseCheck
 from swarmcache.index_rebuild import SLICE_FILES, IndexRebuild
-from swarmcache.manifest_files import SUFFIX, decode_manifest, encode_manifest, manifest_in
+from swarmcache.manifest_files import SUFFIX, encode_manifest
 from swarmcache.messages import DiskStatus, ReplicaPlace
+from swarmcache.object_files import ObjectFiles, finish, object_name
 from swarmcache.partial import Partial
 from swarmcache.partial_store import PartialStore, SpaceLimits
-from swarmcache.quiet_read import digest_quietly, open_quietly
 from swarmcache.retention import Retention
 from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
 from swarmcache.uses import Uses
@@ -130,7 +129,6 @@ class CacheDir:
         self._boot_id = _boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
         self._objects_lock = threading.RLock()
-        self._sources = OpenReplicas(self._open_for_peers)
         self._damaged: dict[bytes, Damaged | None] = {}
         self._damaged_lock = threading.Lock()
         self._uses = Uses()
@@ -147,9 +145,10 @@ class CacheDir:
                 own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
                 check_ours(own_fd, own, forbidden=0o077)
                 self._lock_fd = self._lock_directory(stack, own_fd, own)
-                self._objects_fd = self._open_directory(stack, "objects", own_fd)
+                self._objects = ObjectFiles(self._open_directory(stack, "objects", own_fd))
                 self._partial_fd = self._open_directory(stack, "partial", own_fd)
                 self._tree = UserTree(path, self._root_fd)
+            self._sources = OpenReplicas(self._objects.open)
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
             self._listed = self._index.complete or self._begin_empty(own)
@@ -318,7 +317,7 @@ class CacheDir:
 
     def manifest(self, version_id: bytes) -> Manifest | None:
         """The digests of a replica; None when there is none, or its manifest is damaged."""
-        decoded = self._read_manifest(version_id)
+        decoded = self._objects.manifest(version_id)
         return decoded[1] if decoded else None
 
     def drop(self, version_id: bytes) -> None:
@@ -360,7 +359,7 @@ class CacheDir:
     def _current(self, entry: Entry, root: bytes) -> Entry:
         """An entry with what the index does not know, or not yet."""
         replica = entry.replica
-        read_s = min(self.real_use_s(replica.version_id), time.time())
+        read_s = min(self._objects.read_s(replica.version_id), time.time())
         last_used_s = max(self._uses.used_s(replica.version_id), read_s)
         if last_used_s > replica.last_used_s:
             replica = dataclasses.replace(replica, last_used_s=last_used_s)
@@ -399,19 +398,13 @@ class CacheDir:
 
     def _with_use(self, found: Surveyed) -> Surveyed:
         """With what the index does not know yet."""
-        read_s = min(self.real_use_s(found.version_id), time.time())
+        read_s = min(self._objects.read_s(found.version_id), time.time())
         used_s = max(self._uses.used_s(found.version_id), read_s, found.last_used_s)
         return dataclasses.replace(found, last_used_s=used_s)
 
     def files(self, version_ids: Iterable[bytes]) -> dict[bytes, FileId]:
         """Device and inode of each replica that is here."""
-        found = {}
-        with disk_errors("look at replicas"):
-            for version_id in version_ids:
-                with suppress(FileNotFoundError):
-                    status = os.stat(_object_name(version_id), dir_fd=self._objects_fd)
-                    found[version_id] = (status.st_dev, status.st_ino)
-        return found
+        return self._objects.ids(version_ids)
 
     def held(self, version_id: bytes) -> bool:
         """Whether a client holds the replica."""
@@ -485,20 +478,15 @@ class CacheDir:
         A copy whose fsync fails is dropped, since nobody knows what of it the disk has: fsync
         reports an error once and would then succeed. Raises LocalError in that case.
         """
-        name = _object_name(version_id)
-        with ExitStack() as stack, disk_errors(f"sync {name}"):
+        with ExitStack() as stack, disk_errors(f"sync {object_name(version_id)}"):
             self._check_mounted()
             try:
-                fds = [
-                    self._open_object(stack, name),
-                    self._open_object(stack, name + SUFFIX),
-                    self._open_object(stack, name[:2]),
-                ]
+                fds = self._objects.open_to_sync(stack, version_id)
             except FileNotFoundError:
                 return  # dropped meanwhile
             inode = Stamp.of(os.fstat(fds[0])).inode
             try:
-                for fd in (*fds, self._objects_fd):
+                for fd in fds:
                     os.fsync(fd)
             except OSError:
                 with self._objects_lock:
@@ -517,7 +505,7 @@ class CacheDir:
         Works between one ``next`` and the other, a few milliseconds each. Raises LocalError.
         """
         rebuild = IndexRebuild(
-            self._objects_fd,
+            self._objects,
             self._index,
             self._tree,
             self._objects_lock,
@@ -564,14 +552,14 @@ class CacheDir:
     def _make_all_durable(
         self, version_ids: Sequence[bytes], failed: Callable[[bytes], None]
     ) -> None:
-        inodes = {version_id: self._inode(version_id) for version_id in version_ids}
+        inodes = {version_id: self._objects.inode(version_id) for version_id in version_ids}
         version_ids = [version_id for version_id in version_ids if inodes[version_id]]
         if not version_ids:
             return
         try:
             with disk_errors("sync the file system of the cache"):
                 self._check_mounted()
-                sync_file_system(self._objects_fd)
+                sync_file_system(self._objects.fd)
         except LocalError:
             with self._objects_lock:
                 for version_id in version_ids:
@@ -582,11 +570,6 @@ class CacheDir:
             with self._objects_lock:
                 self._index.mark_durable({each: inodes[each] for each in some})
         self._index.sync()
-
-    def _inode(self, version_id: bytes) -> int:
-        """Of an object; 0 where there is none."""
-        stamp = self._stamp(version_id)
-        return stamp.inode if stamp is not None else 0
 
     def verify(
         self, version_id: bytes, after_piece: Callable[[int], None] = go_on
@@ -603,8 +586,8 @@ class CacheDir:
             return None
         shown = os.fsdecode(replica.path)
         with ExitStack() as stack, disk_errors(f"check the copy of {shown}"):
-            fd, stamp = self._open_quietly(stack, version_id)
-            bad = self._bad_chunks(version_id, fd, after_piece)
+            fd, stamp = self._objects.open_in(stack, version_id)
+            bad = self._objects.bad_chunks(version_id, fd, after_piece)
             with self._objects_lock:
                 replica = self._checked(version_id)
                 if replica is None:
@@ -703,7 +686,7 @@ class CacheDir:
             self._index,
             self._tree,
             self._objects_lock,
-            objects_fd=self._objects_fd,
+            objects=self._objects,
             partial_fd=self._partial_fd,
             boot_id=self._boot_id,
             check_mounted=self._check_mounted,
@@ -727,7 +710,7 @@ class CacheDir:
         manifest = self.manifest(replica.version_id)
         with disk_errors("read a replica"):
             try:
-                fd = open_quietly(_object_name(replica.version_id), self._objects_fd)
+                fd = self._objects.open(replica.version_id)
             except FileNotFoundError:
                 return None
             try:
@@ -742,7 +725,7 @@ class CacheDir:
     def knows(self, version_id: bytes) -> bool:
         """Whether there is a replica, trusted or not, or a partial file. Raises LocalError."""
         # Not what the index says: it may not list all of them yet.
-        return self._partials.knows(version_id) or self._stamp(version_id) is not None
+        return self._partials.knows(version_id) or self._objects.stamp(version_id) is not None
 
     def count_beside(self, path: bytes) -> int:
         """How many replicas there are of sources in the same directory; counts to 1000."""
@@ -797,7 +780,7 @@ class CacheDir:
     def _begin_empty(self, own: str) -> bool:
         """Whether an index that lists nothing yet is right, since there is nothing to list."""
         with disk_errors("list the objects"):
-            empty = not os.listdir(self._objects_fd)
+            empty = not os.listdir(self._objects.fd)
         if empty:
             self._index.mark_complete()
         elif self._index.lost:
@@ -858,7 +841,7 @@ class CacheDir:
         replica = self._index.find(version_id)
         if replica is None or not replica.trusted(self._boot_id):
             return None
-        stamp = self._stamp(version_id)
+        stamp = self._objects.stamp(version_id)
         if stamp == replica.stamp:
             return replica
         log.warning(
@@ -867,17 +850,6 @@ class CacheDir:
         )
         self._take_out(replica)
         return None
-
-    def _stamp(self, version_id: bytes) -> Stamp | None:
-        """What stat says of an object; None when there is no such file."""
-        with disk_errors("look at a replica"):
-            try:
-                status = os.stat(
-                    _object_name(version_id), dir_fd=self._objects_fd, follow_symlinks=False
-                )
-            except FileNotFoundError:
-                return None
-        return Stamp.of(status) if _is_file(status) else None
 
     def _link(
         self, replica: Replica, users: Sequence[User]
@@ -913,7 +885,7 @@ class CacheDir:
 
     def _settle(self, replica: Replica, linked: Sequence[User] = ()) -> None:
         """Note the ctime that links made or taken have left. Raises LocalError if more changed."""
-        stamp = self._stamp(replica.version_id)
+        stamp = self._objects.stamp(replica.version_id)
         if stamp is None or not stamp.same_but_for_ctime(replica.stamp):
             raise LocalError(f"the copy of {os.fsdecode(replica.path)} was touched just now")
         trust = max(replica.trust, Trust.WRITTEN)
@@ -921,14 +893,13 @@ class CacheDir:
 
     def _link_one(self, replica: Replica, user: User) -> str:
         path = self._tree.path(user, replica.path)
-        name = _object_name(replica.version_id)
         scratch = replica.version_id.hex() + ".link"
         self._clear_scratch()
         self._half_linked.add(scratch)
         self._tree.link(
             user,
             replica.path,
-            (name, self._objects_fd),
+            (object_name(replica.version_id), self._objects.fd),
             (scratch, self._partial_fd),
             self._index.versions_of(replica.path).values(),
         )
@@ -964,21 +935,18 @@ class CacheDir:
         del self._half_dropped[replica.version_id]
 
     def _remove_files(self, replica: Replica) -> None:
-        name = _object_name(replica.version_id)
         self._unlink_users(replica)
-        with disk_errors(f"remove {name}"):
-            unlink_if_there(name, self._objects_fd)
-            unlink_if_there(name + SUFFIX, self._objects_fd)
+        self._objects.remove(replica.version_id)
 
     def _unlink_users(self, replica: Replica) -> list[User]:
         """Take a copy out of all users' directories; returns in whose it was."""
         users = self._index.links(replica.version_id)
         for user in users:
             self._tree.unlink(user, replica.path, replica.stamp.inode)
-        with disk_errors("look at a replica"), suppress(FileNotFoundError):
-            status = os.stat(_object_name(replica.version_id), dir_fd=self._objects_fd)
-            if status.st_nlink > 1:  # the index does not know of all: it was lost, and made again
-                users += self._tree.unlink_all(replica.path, Stamp.of(status).inode)
+        status = self._objects.status(replica.version_id)
+        if status is not None and status.st_nlink > 1:
+            # The index does not know of all: it was lost, and made again.
+            users += self._tree.unlink_all(replica.path, Stamp.of(status).inode)
         return users
 
     # --- copies that may be wrong -------------------------------------------------------------
@@ -990,7 +958,7 @@ class CacheDir:
         """
         version_id = replica.version_id
         self._sources.withhold(version_id)
-        stamp = self._stamp(version_id)
+        stamp = self._objects.stamp(version_id)
         users = self._unlink_users(replica)
         # Of another file in its place, or one of another size, nothing is known at all.
         same_file = stamp is not None and (stamp.inode, stamp.size_bytes) == (
@@ -1009,88 +977,46 @@ class CacheDir:
 
         After a kill on the way there is either a doubtful row with its object, or a partial file.
         """
-        if self._stamp(version_id) is None:
+        if self._objects.stamp(version_id) is None:
             return None  # the usual case of ``begin``, which must not wait for the lock
-        name = _object_name(version_id)
+        name = object_name(version_id)
         with self._objects_lock, disk_errors(f"take back {name}"):
-            stamp = self._stamp(version_id)
-            decoded = self._read_manifest(version_id)
+            stamp = self._objects.stamp(version_id)
+            decoded = self._objects.manifest(version_id)
             if stamp is None or decoded is None or stamp.size_bytes != decoded[0].size_bytes:
                 return None
             version, manifest = decoded
             self._index.doubt(version_id)
-            if not self._partials.adopt(version, manifest, (name, self._objects_fd)):
+            if not self._partials.adopt(version, manifest, (name, self._objects.fd)):
                 return None
-            unlink_if_there(name + SUFFIX, self._objects_fd)
+            self._objects.remove_manifest(version_id)
             self._index.delete(version_id)
             self._sources.let_go(version_id)
             return Damaged(version, manifest.layout.chunk_size_bytes)
 
-    def _read_manifest(self, version_id: bytes) -> tuple[FileVersion, Manifest] | None:
-        name = _object_name(version_id) + SUFFIX
-        with disk_errors(f"read {name}"):
-            try:
-                fd = os.open(name, _READ, dir_fd=self._objects_fd)
-            except FileNotFoundError:
-                return None
-            try:
-                data = os.pread(fd, os.fstat(fd).st_size, 0)
-            finally:
-                os.close(fd)
-        decoded = decode_manifest(manifest_in(data, version_id))
-        return decoded if decoded and decoded[0].version_id == version_id else None
-
-    def _open_object(self, stack: ExitStack, name: str) -> int:
-        fd = open_quietly(name, self._objects_fd)
-        stack.callback(os.close, fd)
-        return fd
-
     def _recover(self, version_id: bytes, after_piece: Callable[[int], None]) -> bool:
         """Digest a replica in doubt; whether it is one that can be trusted now."""
-        name = _object_name(version_id)
-        with ExitStack() as stack, disk_errors(f"check {name}"):
-            fd, stamp = self._open_quietly(stack, version_id)
-            bad = self._bad_chunks(version_id, fd, after_piece)
+        with ExitStack() as stack, disk_errors(f"check {object_name(version_id)}"):
+            fd, stamp = self._objects.open_in(stack, version_id)
+            bad = self._objects.bad_chunks(version_id, fd, after_piece)
             with self._objects_lock:
                 replica = self._index.find(version_id)
                 if replica is None or replica.trusted(self._boot_id):
                     return False  # dropped or published anew meanwhile
-                if stamp is None and self._stamp(version_id) is not None:
+                if stamp is None and self._objects.stamp(version_id) is not None:
                     return False  # it is just being evicted
-                if bad or self._stamp(version_id) != stamp:
+                if bad or self._objects.stamp(version_id) != stamp:
                     shown = os.fsdecode(replica.path)
                     log.warning("the copy of %s did not survive: taken out", shown)
                     self._take_out(replica)
                     return False
                 # A power cut may have taken the time of the source away, or the mode.
-                _finish(fd, replica.stamp.mtime_ns)
+                finish(fd, replica.stamp.mtime_ns)
                 stamp = Stamp.of(os.fstat(fd))
                 self._index.settle(
                     *(version_id, stamp, Trust.WRITTEN, self._boot_id), verified_s=time.time()
                 )
                 return True
-
-    def _open_quietly(self, stack: ExitStack, version_id: bytes) -> tuple[int, Stamp | None]:
-        """An object, to be digested in the background; (-1, None) when there is none."""
-        try:
-            fd = open_quietly(_object_name(version_id), self._objects_fd)
-        except FileNotFoundError:
-            return -1, None
-        stack.callback(os.close, fd)
-        return fd, Stamp.of(os.fstat(fd))
-
-    def _bad_chunks(
-        self, version_id: bytes, fd: int, after_piece: Callable[[int], None]
-    ) -> list[int]:
-        """The chunks that do not have their digest; the first where nothing can be said."""
-        manifest = self.manifest(version_id)
-        if fd < 0 or manifest is None or os.fstat(fd).st_size != manifest.layout.size_bytes:
-            return [0]
-        return [
-            chunk
-            for chunk, digest in enumerate(manifest.digests)
-            if _digest(fd, manifest.layout, chunk, after_piece) != digest
-        ]
 
     # --- eviction -----------------------------------------------------------------------------
 
@@ -1120,22 +1046,18 @@ class CacheDir:
         return self._retention is not None and self._retention.drop_unused(wall_s, up_s)
 
     def real_use_s(self, version_id: bytes) -> float:
-        """When some process last read the file, as far as the mount keeps such times; else 0."""
-        with disk_errors("look at a replica"):
-            try:
-                return os.stat(_object_name(version_id), dir_fd=self._objects_fd).st_atime
-            except FileNotFoundError:
-                return 0.0
+        """See ``ObjectFiles.read_s``."""
+        return self._objects.read_s(version_id)
 
     @contextmanager
     def unused(self, version_ids: Sequence[bytes]) -> Iterator[set[bytes]]:
         """See ``UseCheck.unused``."""
-        names = {_object_name(version_id): version_id for version_id in version_ids}
+        names = {object_name(version_id): version_id for version_id in version_ids}
         for version_id in version_ids:
             self._sources.let_go(version_id)  # unless a peer is being served
         with (
             disk_errors("find out which files are in use"),
-            self._use_check.unused(list(names), self._objects_fd) as unused,
+            self._use_check.unused(list(names), self._objects.fd) as unused,
         ):
             yield {names[name] for name in unused}
 
@@ -1165,9 +1087,6 @@ class CacheDir:
             return self._sources.open(replica.version_id, layout)
         return None
 
-    def _open_for_peers(self, version_id: bytes) -> int:
-        return open_quietly(_object_name(version_id), self._objects_fd)
-
     # --- publishing ---------------------------------------------------------------------------
 
     def _install(self, partial: Partial, users: Sequence[User]) -> dict[int, str]:
@@ -1190,9 +1109,8 @@ class CacheDir:
 
     def _with_former(self, replica: Replica, users: Sequence[User]) -> Sequence[User]:
         """``users``, and those who have links from before the copy had to be digested again."""
-        with disk_errors("look at a replica"):
-            status = os.stat(_object_name(replica.version_id), dir_fd=self._objects_fd)
-        if status.st_nlink == 1:
+        status = self._objects.status(replica.version_id)
+        if status is None or status.st_nlink == 1:
             return users
         former = self._tree.linked_users(self._tree.users(), replica.path, Stamp.of(status).inode)
         return [*(user for user in former if user not in users), *users]
@@ -1201,7 +1119,7 @@ class CacheDir:
         """The row of a file that is about to be published, with its final times and mode."""
         version = partial.version
         fd = partial.file.fd
-        _finish(fd, version.mtime_ns)
+        finish(fd, version.mtime_ns)
         now_s = time.time()
         return Replica(
             version.version_id,
@@ -1217,10 +1135,8 @@ class CacheDir:
         )
 
     def _move_into_objects(self, partial: Partial) -> None:
-        name = partial.version.version_id.hex()
-        target = _object_name(partial.version.version_id)
-        with suppress(FileExistsError):  # one of 256, nearly always there
-            os.mkdir(target[:2], 0o700, dir_fd=self._objects_fd)
+        version_id = partial.version.version_id
+        name = version_id.hex()
         data = encode_manifest(partial.version, partial.manifest())
         fd = os.open(name + SUFFIX, _MAKE | os.O_TRUNC, 0o600, dir_fd=self._partial_fd)
         try:
@@ -1228,12 +1144,7 @@ class CacheDir:
         finally:
             os.close(fd)
         for suffix in (SUFFIX, ""):
-            os.rename(
-                name + suffix,
-                target + suffix,
-                src_dir_fd=self._partial_fd,
-                dst_dir_fd=self._objects_fd,
-            )
+            self._objects.enter(os.rename, name + suffix, self._partial_fd, version_id, suffix)
 
 
 def _boot_id() -> bytes:
@@ -1243,34 +1154,3 @@ def _boot_id() -> bytes:
     except FileNotFoundError:
         return os.urandom(16)
     return bytes.fromhex(text.strip().replace("-", ""))
-
-
-def _digest(
-    fd: int, layout: ChunkLayout, chunk: int, after_piece: Callable[[int], None]
-) -> bytes | None:
-    """None for a chunk that the disk itself has found to be rotten. Raises OSError."""
-    try:
-        begin, length = layout.offset_bytes(chunk), layout.length_bytes(chunk)
-        return digest_quietly(fd, begin, length, after_piece)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return None
-
-
-def _finish(fd: int, mtime_ns: int) -> None:
-    """Give a complete file the time of its source, and take away the right to write it."""
-    status = os.fstat(fd)
-    if status.st_mtime_ns != mtime_ns:
-        os.utime(fd, ns=(status.st_atime_ns, mtime_ns))
-    if stat.S_IMODE(status.st_mode) != 0o444:
-        os.fchmod(fd, 0o444)
-
-
-def _object_name(version_id: bytes) -> str:
-    name = version_id.hex()
-    return f"{name[:2]}/{name}"
-
-
-def _is_file(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode)

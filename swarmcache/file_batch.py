@@ -22,6 +22,7 @@ from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
 from swarmcache.disk_calls import Stamp, disk_errors, write_all
 from swarmcache.errors import LocalError
 from swarmcache.manifest_files import SUFFIX, encode_manifest, encode_pack, is_packed
+from swarmcache.object_files import READ_ONLY, ObjectFiles, object_name
 from swarmcache.partial_store import PartialStore, Reservation
 from swarmcache.user_tree import User, UserTree
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 # ids lie anywhere: with 32 files it was one page for each file and index, with 128 much fewer.
 SLICE_FILES = 128
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ_ONLY = 0o444
 
 
 class FileBatch:
@@ -47,7 +47,7 @@ class FileBatch:
         tree: UserTree,
         lock: AbstractContextManager[object],
         *,
-        objects_fd: int,
+        objects: ObjectFiles,
         partial_fd: int,
         boot_id: bytes,
         check_mounted: Callable[[], None],
@@ -60,7 +60,7 @@ class FileBatch:
         self._index = index
         self._tree = tree
         self._lock = lock
-        self._objects_fd = objects_fd
+        self._objects = objects
         self._partial_fd = partial_fd
         self._boot_id = boot_id
         self._check_mounted = check_mounted
@@ -99,8 +99,8 @@ class FileBatch:
                 self._partials.remove_written([file.version_id for file in files])
                 raise
 
-    def _write_manifests(self, files: Sequence[SmallFile]) -> list[str]:
-        """Write the manifests beside; returns the names of those files that share the first one's.
+    def _write_manifests(self, files: Sequence[SmallFile]) -> list[bytes]:
+        """Write the manifests beside; returns the version ids of those that share the first one's.
 
         A manifest that is not shared has the name of its own file.
         """
@@ -112,10 +112,9 @@ class FileBatch:
                 packed.append((file.version_id, manifest))
             else:
                 self._write_beside(file.version_id.hex() + SUFFIX, manifest)
-        names = [version_id.hex() for version_id, _ in packed]
-        if names:
-            self._write_beside(names[0] + SUFFIX, encode_pack(packed))
-        return names
+        if packed:
+            self._write_beside(packed[0][0].hex() + SUFFIX, encode_pack(packed))
+        return [version_id for version_id, _ in packed]
 
     def _write_beside(self, name: str, data: bytes) -> None:
         fd = os.open(name, _NEW, 0o600, dir_fd=self._partial_fd)
@@ -128,14 +127,14 @@ class FileBatch:
         """Write a file beside; returns its row."""
         version, layout = self._wanted[file.version_id]
         name = file.version_id.hex()
-        fd = os.open(name, _NEW, _READ_ONLY, dir_fd=self._partial_fd)
+        fd = os.open(name, _NEW, READ_ONLY, dir_fd=self._partial_fd)
         try:
             write_all(fd, file.data, 0)
             now_s = time.time()
             os.utime(fd, ns=(int(now_s * 1e9), version.mtime_ns))
             status = os.fstat(fd)
-            if stat.S_IMODE(status.st_mode) != _READ_ONLY:  # the umask is a tight one
-                os.fchmod(fd, _READ_ONLY)
+            if stat.S_IMODE(status.st_mode) != READ_ONLY:  # the umask is a tight one
+                os.fchmod(fd, READ_ONLY)
         finally:
             os.close(fd)
         return Replica(
@@ -148,7 +147,7 @@ class FileBatch:
         )
 
     def _put_in_place(
-        self, replicas: Sequence[Replica], sharing: Sequence[str], users: Sequence[User]
+        self, replicas: Sequence[Replica], sharing: Sequence[bytes], users: Sequence[User]
     ) -> None:
         self._partials.hand_over_some(
             self._reservation,
@@ -156,7 +155,7 @@ class FileBatch:
             lambda: self._index.insert_linked(replicas, users),
         )
         try:
-            self._move_into_objects([replica.version_id.hex() for replica in replicas], sharing)
+            self._move_into_objects([replica.version_id for replica in replicas], sharing)
             for user in users:
                 self._link(replicas, user)
             self._index.settle_all(
@@ -168,44 +167,30 @@ class FileBatch:
                     self._drop(replica)
             raise
 
-    def _move_into_objects(self, names: Sequence[str], sharing: Sequence[str]) -> None:
+    def _move_into_objects(self, ids: Sequence[bytes], sharing: Sequence[bytes]) -> None:
         """Every manifest before its object; the one that is ``sharing``'s under all their names."""
-        for name in sharing[1:]:
-            self._enter(os.link, sharing[0] + SUFFIX, name, SUFFIX)
-        others = set(names) - set(sharing[1:])
-        for name in names:
-            if name in others:
-                self._enter(os.rename, name + SUFFIX, name, SUFFIX)
-        for name in names:
-            self._enter(os.rename, name, name)
+        for version_id in sharing[1:]:
+            self._enter(os.link, sharing[0].hex() + SUFFIX, version_id, SUFFIX)
+        others = set(ids) - set(sharing[1:])
+        for version_id in ids:
+            if version_id in others:
+                self._enter(os.rename, version_id.hex() + SUFFIX, version_id, SUFFIX)
+        for version_id in ids:
+            self._enter(os.rename, version_id.hex(), version_id)
 
-    def _enter(self, call: Callable[..., None], source: str, name: str, suffix: str = "") -> None:
-        """Link or rename what was written beside into the directory of objects."""
-        target = f"{name[:2]}/{name}{suffix}"
-        fds = {"src_dir_fd": self._partial_fd, "dst_dir_fd": self._objects_fd}
-        try:
-            call(source, target, **fds)
-        except FileNotFoundError:  # one of 256 directories, nearly always there
-            os.mkdir(name[:2], 0o700, dir_fd=self._objects_fd)
-            call(source, target, **fds)
-        except FileExistsError:  # a manifest that a power cut has left; a rename would replace it
-            os.unlink(target, dir_fd=self._objects_fd)
-            call(source, target, **fds)
+    def _enter(
+        self, call: Callable[..., None], source: str, version_id: bytes, suffix: str = ""
+    ) -> None:
+        self._objects.enter(call, source, self._partial_fd, version_id, suffix)
 
     def _link(self, replicas: Sequence[Replica], user: User) -> None:
-        objects = {replica.path: _object_name(replica) for replica in replicas}
-        for path, error in self._tree.link_all(user, objects, self._objects_fd).items():
+        objects = {replica.path: object_name(replica.version_id) for replica in replicas}
+        for path, error in self._tree.link_all(user, objects, self._objects.fd).items():
             log.warning("no link for uid %d to %s: %s", user.uid, os.fsdecode(path), error)
 
     def _settled(self, replica: Replica) -> Stamp:
         """What stat says now that all links are made. Raises LocalError if more has changed."""
-        status = os.stat(_object_name(replica), dir_fd=self._objects_fd, follow_symlinks=False)
-        stamp = Stamp.of(status)
-        if not stamp.same_but_for_ctime(replica.stamp):
+        stamp = self._objects.stamp(replica.version_id)
+        if stamp is None or not stamp.same_but_for_ctime(replica.stamp):
             raise LocalError(f"the copy of {os.fsdecode(replica.path)} was touched just now")
         return stamp
-
-
-def _object_name(replica: Replica) -> str:
-    name = replica.version_id.hex()
-    return f"{name[:2]}/{name}"

@@ -19,14 +19,15 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion
-from swarmcache.disk_calls import Stamp, disk_errors, unlink_if_there
+from swarmcache.disk_calls import Stamp, disk_errors
 from swarmcache.manifest_files import MANIFEST_MAGIC, SUFFIX, decode_header, is_pack, manifest_in
+from swarmcache.object_files import ObjectFiles, object_name
 from swarmcache.user_tree import User, UserTree
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class IndexRebuild:
 
     def __init__(
         self,
-        objects_fd: int,
+        objects: ObjectFiles,
         index: CacheIndex,
         tree: UserTree,
         lock: AbstractContextManager[object],
@@ -70,7 +71,7 @@ class IndexRebuild:
         drop: Callable[[Replica], None],
     ) -> None:
         """``lock`` guards objects and index; ``drop``, called with it, removes a replica."""
-        self._objects_fd = objects_fd
+        self._objects = objects
         self._index = index
         self._tree = tree
         self._lock = lock
@@ -78,7 +79,7 @@ class IndexRebuild:
         self._stored_bytes = stored_bytes
         self._drop = drop
         self._users: Collection[User] = ()
-        self._orphans: dict[str, int] = {}  # inodes of what has links of nobody knows whom
+        self._orphans: dict[bytes, int] = {}  # inodes of what has links of nobody knows whom
         self.found_count = 0
         self.removed_count = 0
 
@@ -100,9 +101,10 @@ class IndexRebuild:
     def _compare(self, first_byte: int) -> Iterator[None]:
         """All version ids that begin with this byte: one directory of objects."""
         names = self._names(f"{first_byte:02x}")
-        listed = {version_id.hex() for version_id in self._index.listed(first_byte)}
-        objects = {name for name in names if _NAME.fullmatch(name)}
-        manifests = {n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX)}
+        listed = self._index.listed(first_byte)
+        objects = {bytes.fromhex(name) for name in names if _NAME.fullmatch(name)}
+        beside = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+        manifests = {bytes.fromhex(name) for name in beside if _NAME.fullmatch(name)}
         yield
         halves = (objects ^ manifests) | (listed - objects - manifests)
         for batch in _batches(halves):
@@ -114,7 +116,7 @@ class IndexRebuild:
 
     def _names(self, directory: str) -> set[str]:
         try:
-            fd = os.open(directory, _DIRECTORY, dir_fd=self._objects_fd)
+            fd = os.open(directory, _DIRECTORY, dir_fd=self._objects.fd)
         except FileNotFoundError:  # until the first object comes to it
             return set()
         try:
@@ -122,32 +124,27 @@ class IndexRebuild:
         finally:
             os.close(fd)
 
-    def _inode(self, path: str) -> int | None:
-        """Inode of an object or manifest as of now; None when there is none."""
-        try:
-            return Stamp.of(os.stat(path, dir_fd=self._objects_fd, follow_symlinks=False)).inode
-        except FileNotFoundError:
-            return None
-
     # --- pairs without a row ------------------------------------------------------------------
 
-    def _enter(self, names: Sequence[str]) -> None:
-        found = {name: self._look_at(name) for name in names}
+    def _enter(self, version_ids: Sequence[bytes]) -> None:
+        found = {version_id: self._look_at(version_id) for version_id in version_ids}
         with self._lock:
             same = []
-            for name, pair in found.items():
+            for version_id, pair in found.items():
                 if pair is None:
-                    self._remove_pair(name)
-                elif self._inode(_path(name)) == pair.replica.stamp.inode:
+                    self._remove_pair(version_id)
+                elif self._objects.inode(version_id) == pair.replica.stamp.inode:
                     same.append((pair.replica, pair.users))
             self._index.insert_found(same)
         self.found_count += len(same)
 
-    def _look_at(self, name: str) -> Found | None:
+    def _look_at(self, version_id: bytes) -> Found | None:
         """None when the two do not belong together, or one has gone meanwhile."""
+        status = self._objects.status(version_id)
+        if status is None:
+            return None
         try:
-            status = os.stat(_path(name), dir_fd=self._objects_fd, follow_symlinks=False)
-            manifest_fd = os.open(_path(name) + SUFFIX, _READ, dir_fd=self._objects_fd)
+            manifest_fd = os.open(object_name(version_id) + SUFFIX, _READ, dir_fd=self._objects.fd)
         except FileNotFoundError:
             return None
         try:
@@ -157,12 +154,12 @@ class IndexRebuild:
                 data = os.pread(manifest_fd, manifest_status.st_size, 0)
         finally:
             os.close(manifest_fd)
-        decoded = decode_header(MANIFEST_MAGIC, manifest_in(data, bytes.fromhex(name)))
+        decoded = decode_header(MANIFEST_MAGIC, manifest_in(data, version_id))
         if decoded is None:
             return None
         version, layout, _ = decoded
         stamp = Stamp.of(status)
-        if version.version_id.hex() != name or version.size_bytes != stamp.size_bytes:
+        if version.version_id != version_id or version.size_bytes != stamp.size_bytes:
             return None
         users: Sequence[User] = ()
         if status.st_nlink > 1:
@@ -184,53 +181,43 @@ class IndexRebuild:
 
     # --- what can never be served -------------------------------------------------------------
 
-    def _remove_halves(self, names: Sequence[str]) -> None:
+    def _remove_halves(self, version_ids: Sequence[bytes]) -> None:
         with self._lock:
-            for name in names:
-                object_there = self._inode(_path(name)) is not None
-                manifest_there = self._inode(_path(name) + SUFFIX) is not None
+            for version_id in version_ids:
+                object_there = self._objects.status(version_id) is not None
+                manifest_there = self._objects.has_manifest(version_id)
                 if object_there and manifest_there:
                     continue  # put in place just now
-                replica = self._index.find(bytes.fromhex(name))
+                replica = self._index.find(version_id)
                 if replica is not None:
                     self._drop(replica)
                 self.removed_count += replica is not None or object_there or manifest_there
-                self._unlink(name)
+                self._remove(version_id)
 
-    def _remove_pair(self, name: str) -> None:
+    def _remove_pair(self, version_id: bytes) -> None:
         """Called with the lock held. It stays if it was entered meanwhile."""
-        if self._index.find(bytes.fromhex(name)) is None and self._inode(_path(name)) is not None:
-            self._unlink(name)
+        if self._index.find(version_id) is None and self._objects.status(version_id) is not None:
+            self._remove(version_id)
             self.removed_count += 1
 
-    def _unlink(self, name: str) -> None:
-        path = _path(name)
-        with suppress(FileNotFoundError):
-            status = os.stat(path, dir_fd=self._objects_fd, follow_symlinks=False)
-            if status.st_nlink > 1:
-                # Whose links these are, only the manifest could tell.
-                self._orphans[name] = Stamp.of(status).inode
-                return
-        unlink_if_there(path, self._objects_fd)
-        unlink_if_there(path + SUFFIX, self._objects_fd)
+    def _remove(self, version_id: bytes) -> None:
+        status = self._objects.status(version_id)
+        if status is not None and status.st_nlink > 1:
+            # Whose links these are, only the manifest could tell.
+            self._orphans[version_id] = Stamp.of(status).inode
+        else:
+            self._objects.remove(version_id)
 
     def _remove_orphans(self) -> None:
         """Their links are gone now. One that was taken back or put in place meanwhile stays."""
-        for name, inode in self._orphans.items():
-            path = _path(name)
+        for version_id, inode in self._orphans.items():
             with self._lock:
-                unlisted = self._index.find(bytes.fromhex(name)) is None
-                if unlisted and self._inode(path) == inode:
-                    unlink_if_there(path, self._objects_fd)
-                    unlink_if_there(path + SUFFIX, self._objects_fd)
+                unlisted = self._index.find(version_id) is None
+                if unlisted and self._objects.inode(version_id) == inode:
+                    self._objects.remove(version_id)
 
 
-def _batches(names: Collection[str]) -> Iterator[Sequence[str]]:
-    ordered = sorted(names)
+def _batches(version_ids: Collection[bytes]) -> Iterator[Sequence[bytes]]:
+    ordered = sorted(version_ids)
     for start in range(0, len(ordered), SLICE_FILES):
         yield ordered[start : start + SLICE_FILES]
-
-
-def _path(name: str) -> str:
-    """Where the object of this name is, below the directory of all objects."""
-    return f"{name[:2]}/{name}"

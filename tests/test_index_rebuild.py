@@ -180,15 +180,15 @@ def test_halves_are_removed_and_what_is_not_ours_is_left_alone(
     wrong_name.with_name(wrong_name.name + ".manifest").write_bytes(
         whole.with_name(whole.name + ".manifest").read_bytes()
     )
-    (whole.parent / "notes").write_text("mine")
+    others = {whole.parent / "notes", whole.parent / "notes.manifest"}
+    for other in others:
+        other.write_text("mine")
 
     cache = open_cache(root)
     list_objects(cache)
     assert set(recovered(cache)) == {files[0][0].version_id}
     left = {path for path in (root / ".swarmcache" / "objects").glob("*/*") if path.is_file()}
-    assert left == {
-        *(whole, whole.with_name(whole.name + ".manifest"), whole.parent / "notes"),
-    }
+    assert left == {whole, whole.with_name(whole.name + ".manifest"), *others}
     assert len([r for r in caplog.records if "removed 4 " in r.message]) == 1
     cache.close()
 
