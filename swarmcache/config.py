@@ -182,9 +182,10 @@ class ClusterSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 class TrackerSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tracker: the address that it listens on, what it keeps across restarts, and how often it
-    logs what has happened."""
+    logs what has happened. ``metrics``: where figures can be asked for."""
 
     listen: Annotated[HostPort, HostPort.parse] = HostPort("127.0.0.1", 7380)
+    metrics: Annotated[HostPort | None, _or_none(HostPort.parse, "none")] = None
     state_dir: Annotated[Path, parse_path]
     statistics_interval_s: Annotated[float | None, _or_none(parse_duration_above_zero, "none")] = (
         field(name="statistics_interval", default=600.0)
@@ -193,11 +194,13 @@ class TrackerSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 class DaemonSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The node daemon. ``advertise`` is what others are told; None: the address of ``listen``.
-    ``rack``: where it stands; nodes with the same one are near one another."""
+    ``rack``: where it stands; nodes with the same one are near one another. ``metrics``: where
+    figures can be asked for."""
 
     listen: Annotated[HostPort, HostPort.parse] = HostPort("127.0.0.1", 7381)
     advertise: Annotated[HostPort | None, _or_none(HostPort.parse, "none")] = None
     rack: Annotated[str, parse_rack] = ""
+    metrics: Annotated[HostPort | None, _or_none(HostPort.parse, "none")] = None
     socket: Annotated[Path, parse_path]
 
 
@@ -575,8 +578,10 @@ def _check(config: Config, given: Mapping[Key, Given]) -> None:
     addresses = {
         ("cluster", "tracker"): config.cluster.tracker,
         ("tracker", "listen"): config.tracker.listen,
+        ("tracker", "metrics"): config.tracker.metrics,
         ("daemon", "listen"): config.daemon.listen,
         ("daemon", "advertise"): config.daemon.advertise,
+        ("daemon", "metrics"): config.daemon.metrics,
     }
     for key, address in addresses.items():
         if config.cluster.secret_file is None and address and not address.is_loopback:

@@ -288,7 +288,7 @@ class Daemon:
             chunk_size_bytes=self._config.transfer.chunk_size_bytes,
             spawn=self._spawn,
             handle=self._shell.handle,
-            node_status=self._node_status,
+            node_status=self.status,
             members=self._members,
         )
         self._holder_questions = HolderQuestions(numbers, self._shell.handle)
@@ -456,7 +456,8 @@ class Daemon:
         else:
             self._local.take(connection, request, fds)
 
-    def _node_status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
+        """This node, as plain data."""
         return {
             "address": self.address.node,
             "data_port": self.address.data_port,
@@ -466,6 +467,7 @@ class Daemon:
             "received_bytes": dict(self._received_bytes),
             "read_bytes": self._read_bytes,
             "uploaded_bytes": self._uploaded_bytes,
+            "uploads": self._chunk_server.uploads,
             "totals": msgspec.to_builtins(self._state.totals()),
             "peers": [
                 {"node": node, "connected": connected, "distrusted": distrusted}
@@ -745,8 +747,16 @@ async def run_daemon(config: Config) -> None:
     keyring = Keyring(cluster_keys(config))
     daemon = Daemon(config, keyring)
     reread_on_hangup(config, keyring, daemon.keys_changed)
-    say_ready("daemon", await daemon.start())
-    try:
+    async with AsyncExitStack() as stack:
+        address = await daemon.start()
+        stack.push_async_callback(daemon.stop)
+        if config.daemon.metrics is not None:
+            from swarmcache.metrics import daemon_figures, serving_metrics
+
+            await stack.enter_async_context(
+                serving_metrics(
+                    "daemon", config.daemon.metrics, lambda: daemon_figures(daemon.status())
+                )
+            )
+        say_ready("daemon", address)
         await told.wait()
-    finally:
-        await daemon.stop()

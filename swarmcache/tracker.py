@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import AsyncExitStack
 from random import Random
 
 from aiohttp import web
@@ -56,6 +57,10 @@ class Tracker:
         application.on_shutdown.append(self._shut_down)
         return application
 
+    def status(self) -> dict[str, object]:
+        """See ``TrackerState.status``."""
+        return self._server.status()
+
     async def _serve_node(self, request: web.Request) -> web.StreamResponse:
         async def talk(link: Link) -> None:
             log.info("%s connected", request.remote)
@@ -76,12 +81,19 @@ async def run_tracker(config: Config) -> None:
     reread_on_hangup(config, keyring)
     tracker = Tracker(config, keyring)
     runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
-    with bind(config.tracker.listen) as listener:
-        try:
-            await runner.setup()
-            await web.SockSite(runner, listener, backlog=4096).start()
-            port = int(listener.getsockname()[1])
-            say_ready("tracker", HostPort(config.tracker.listen.host, port))
-            await told.wait()
-        finally:
-            await runner.cleanup()
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(bind(config.tracker.listen))
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=4096).start()
+        if config.tracker.metrics is not None:
+            from swarmcache.metrics import serving_metrics, tracker_figures
+
+            await stack.enter_async_context(
+                serving_metrics(
+                    "tracker", config.tracker.metrics, lambda: tracker_figures(tracker.status())
+                )
+            )
+        port = int(listener.getsockname()[1])
+        say_ready("tracker", HostPort(config.tracker.listen.host, port))
+        await told.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from swarmcache.auth import Keyring
+from swarmcache.clock import now_s
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import Link
 from swarmcache.machine_shell import MachineShell
@@ -37,6 +38,7 @@ class TrackerServer:
     can be another one."""
 
     def __init__(self, state: TrackerState, journal: LeaseJournal | None, keyring: Keyring) -> None:
+        self._state = state
         self._journal = journal
         self._keyring = keyring
         self._shell: MachineShell[TrackerEvent, TrackerEffect] = MachineShell(
@@ -46,6 +48,10 @@ class TrackerServer:
         self._sessions = 0
         self._closed = False
         self._shell.handle(TimePassed())
+
+    def status(self) -> dict[str, object]:
+        """See ``TrackerState.status``."""
+        return self._state.status(now_s())
 
     async def talk(self, link: Link) -> None:
         """Receive from a node until the connection ends."""

@@ -614,7 +614,15 @@ def test_a_file_that_is_not_utf8_or_far_too_long_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "key", ["cluster.tracker", "tracker.listen", "daemon.listen", "daemon.advertise"]
+    "key",
+    [
+        "cluster.tracker",
+        "tracker.listen",
+        "tracker.metrics",
+        "daemon.listen",
+        "daemon.advertise",
+        "daemon.metrics",
+    ],
 )
 def test_without_a_secret_every_address_must_be_loopback(key: str, secret: Path) -> None:
     message = error_of({key: "10.0.0.1:7380"})

@@ -88,6 +88,7 @@ LAYERS = {
         "locator",
         "look_ups",
         "machine_shell",
+        "metrics",
         "object_files",
         "options",
         "partial",
