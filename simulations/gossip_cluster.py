@@ -32,10 +32,12 @@ from swarmcache.gossip_events import (
     TryConnect,
 )
 from swarmcache.gossip_records import (
-    BODY_BYTES,
+    STATUS_BYTES,
     NodeProfile,
     NodeStatus,
+    StatusRecord,
     node_id,
+    pack_status,
     profile_tag,
     ring_id,
     status_body,
@@ -145,7 +147,9 @@ class GossipCluster:
         epochs = array("Q", [node.epoch for node in nodes])
         made_s = array("d", [-self._rng.random() * period_s for _ in nodes])
         tags = [profile_tag(node.machine.profile) for node in nodes]
-        bodies = b"".join([status_body(NodeStatus(), tag) for tag in tags])
+        bodies = [status_body(NodeStatus(), tag) for tag in tags]
+        lives = zip(ids, epochs, bodies, strict=True)
+        records = b"".join([pack_status(StatusRecord(a, b, 0, 0, body)) for a, b, body in lives])
         profiles: list[NodeProfile | None] = [node.machine.profile for node in nodes]
         sums = View(ids[0], epochs[0]).sums
         for subject, epoch in zip(ids[1:], epochs[1:], strict=True):
@@ -153,11 +157,9 @@ class GossipCluster:
         for index, node in enumerate(nodes):
             view = node.machine._view
             view.ids = ids[:index] + ids[index + 1 :]
-            view.epochs = epochs[:index] + epochs[index + 1 :]
             view.made_s = made_s[:index] + made_s[index + 1 :]
-            view.seqs = array("I", bytes(4 * (count - 1)))
-            view.bodies = bytearray(bodies)
-            del view.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES]
+            view.records = bytearray(records)
+            del view.records[index * STATUS_BYTES : (index + 1) * STATUS_BYTES]
             view.suspected = bytearray(count - 1)
             view.reaches = bytearray(count - 1)
             view.profiles = profiles[:index] + profiles[index + 1 :]

@@ -44,15 +44,17 @@ from swarmcache.gossip_events import (
 )
 from swarmcache.gossip_probes import HELPERS, PROBE_S, Probe, Probes, Verdict
 from swarmcache.gossip_records import (
+    AGE_AT,
     AGE_UNIT_S,
-    BODY_BYTES,
     BUCKETS,
+    EPOCH_BYTES,
     EPOCH_MAX,
     ID_BYTES,
-    LASTING,
+    LASTING_BYTES,
     PAYLOAD_BYTES_MAX,
     PROFILES_MAX,
     SEQ_MAX,
+    STATUS_BYTES,
     STATUSES_MAX,
     Ack,
     Digests,
@@ -86,10 +88,12 @@ from swarmcache.gossip_records import (
     encode_rumours,
     encode_statuses,
     encode_statuses_wanted,
+    lasting,
     pack_profile,
     pack_status,
     profile_tag,
     read_body,
+    read_status,
     ring_id,
     status_body,
 )
@@ -380,7 +384,7 @@ class Gossip:
     def _measure(self, status: NodeStatus, now_s: float) -> None:
         self._status = status
         said, body = self._said, status_body(status, profile_tag(self.profile))
-        if body[LASTING] != self._body[LASTING]:
+        if lasting(body) != lasting(self._body):
             after_s = URGENT_S
         elif self._has_changed(said, status):
             after_s = CHANGE_PART * self.period_s()
@@ -401,7 +405,7 @@ class Gossip:
     def _publish(self, now_s: float, *, urgent: bool) -> None:
         """A new record of this node, for everybody."""
         body = status_body(self._status, profile_tag(self.profile))
-        urgent = urgent or body[LASTING] != self._body[LASTING]
+        urgent = urgent or lasting(body) != lasting(self._body)
         self._body = body
         self._said = self._status
         self._made_s = now_s
@@ -513,58 +517,53 @@ class Gossip:
         gone = self._claims.gone.get(subject)
         return None if gone is None else gone.profile
 
-    def _packed_status(self, subject: int, now_s: float) -> bytes | None:
-        if subject == self.own_id:
-            age = age_units(now_s - self._made_s)
-            return pack_status(StatusRecord(subject, self._epoch, self._seq, age, self._body))
+    def _packed_status(self, subject: int, now_s: float) -> bytes | bytearray | None:
         index = self._view.find(subject)
-        return None if index < 0 else self._packed_at(index, now_s)
+        if index >= 0:
+            return self._view.packed(index, now_s)
+        return self._packed_own(now_s) if subject == self.own_id else None
 
-    def _packed_at(self, index: int, now_s: float) -> bytes:
-        view = self._view
-        age = age_units(now_s - view.made_s[index])
-        ids, epochs, seqs = view.ids[index], view.epochs[index], view.seqs[index]
-        return pack_status(StatusRecord(ids, epochs, seqs, age, view.body(index)))
+    def _packed_own(self, now_s: float) -> bytes:
+        age = age_units(now_s - self._made_s)
+        return pack_status(StatusRecord(self.own_id, self._epoch, self._seq, age, self._body))
 
     # --- status records -------------------------------------------------------------------------
 
     def _take_statuses(self, section: Statuses, sender: int, now_s: float) -> None:
         """By far the most that is received: the usual case (a member's next record) is here."""
         view = self._view
+        records, packed = view.records, section.packed
         news: list[int] = []
         urgent: list[int] = []
         reach = view.reach(section.limit)
-        for row in section.rows:
-            subject = row[0] << 32 | row[1]
+        for start in range(0, len(packed), STATUS_BYTES):
+            end = start + STATUS_BYTES
+            subject = int.from_bytes(packed[start : start + ID_BYTES], "big")
             index = view.find(subject)
             if index >= 0:
-                epoch = row[2] << 32 | row[3]
-                seq = row[4] << 16 | row[5]
-                known = view.epochs[index]
-                if epoch < known or (epoch == known and seq <= view.seqs[index]):
-                    if reach > view.reaches[index] and (known, view.seqs[index]) == (epoch, seq):
+                at = index * STATUS_BYTES
+                stamp = packed[start + ID_BYTES : start + AGE_AT]
+                known = records[at + ID_BYTES : at + AGE_AT]
+                if known >= stamp:
+                    if reach > view.reaches[index] and known == stamp:
                         view.reaches[index] = reach
                         urgent.append(subject)
                     continue
-                at = index * BODY_BYTES
-                body = row[7]
                 if (
-                    epoch == known
+                    known.startswith(stamp[:EPOCH_BYTES])
                     and not view.suspected[index]
-                    and view.bodies.endswith(body[LASTING], at, at + BODY_BYTES)
+                    and records.endswith(packed[end - LASTING_BYTES : end], at, at + STATUS_BYTES)
                 ):
-                    view.seqs[index] = seq
-                    view.made_s[index] = now_s - row[6] * AGE_UNIT_S
-                    view.bodies[at : at + BODY_BYTES] = body
+                    age = packed[start + AGE_AT] << 8 | packed[start + AGE_AT + 1]
+                    view.made_s[index] = now_s - age * AGE_UNIT_S
+                    records[at : at + STATUS_BYTES] = packed[start:end]
                     view.reaches[index] = reach
                     if view.profiles[index] is not None:
                         news.append(subject)
                     else:
                         self._lack_profile(subject, sender, section.limit, now_s)
                     continue
-            record = StatusRecord(
-                subject, row[2] << 32 | row[3], row[4] << 16 | row[5], row[6], row[7]
-            )
+            record = read_status(packed[start:end])
             if self._take_unusual(record, index, sender, now_s):
                 index = view.find(subject)
                 view.reaches[index] = reach
@@ -591,7 +590,7 @@ class Gossip:
         if index < 0:
             return self._take_new(record, made_s, sender, now_s)
         view = self._view
-        if record.epoch > view.epochs[index]:
+        if record.epoch > view.epoch(index):
             self._news += 1
         view.replace(index, record, made_s)
         self._claims.hear_of(record.subject, record.epoch, made_s)
@@ -702,12 +701,10 @@ class Gossip:
 
     def _contact(self, address: str, now_s: float, effects: list[GossipEffect]) -> None:
         nobody = stay(ring_id(address))
-        own = self._packed_status(self.own_id, now_s)
-        assert own is not None
         payload = b"".join(
             (
                 encode_ping(self._probes.new_number(), self._address),
-                encode_statuses(nobody, [own]),
+                encode_statuses(nobody, [self._packed_own(now_s)]),
                 encode_profiles([pack_profile(self.profile)]),
                 encode_digests(self._view.sums, answered=False),
             )
@@ -756,14 +753,17 @@ class Gossip:
         ]
         if len(found) > REPAIR_DATAGRAMS * STATUSES_MAX:
             found = self._rng.sample(found, REPAIR_DATAGRAMS * STATUSES_MAX)
-        records = [self._packed_at(index, now_s) for index in found]
-        own = self._packed_status(self.own_id, now_s)
-        if own is not None and self.own_id % BUCKETS in unequal:
-            records.insert(0, own)
+        records: list[bytes | bytearray] = [view.packed(index, now_s) for index in found]
+        if self.own_id % BUCKETS in unequal:
+            records.insert(0, self._packed_own(now_s))
         self._send_records(sender, records[: REPAIR_DATAGRAMS * STATUSES_MAX], now_s, effects)
 
     def _send_records(
-        self, peer: int, records: list[bytes], now_s: float, effects: list[GossipEffect]
+        self,
+        peer: int,
+        records: list[bytes | bytearray],
+        now_s: float,
+        effects: list[GossipEffect],
     ) -> None:
         """As far as there is budget: whoever misses the rest asks again, of somebody else."""
         for start in range(0, len(records), STATUSES_MAX):
@@ -797,7 +797,7 @@ class Gossip:
         latest_s = now_s - self._overdue_s()
         found = [view.find(subject) for subject in subjects[:PULL_MAX]]
         young = [index for index in found if index >= 0 and view.made_s[index] >= latest_s]
-        records = [self._packed_at(index, now_s) for index in young]
+        records: list[bytes | bytearray] = [view.packed(index, now_s) for index in young]
         self._send_records(sender, records, now_s, effects)
 
     def _some_members(self, count: int) -> list[int]:

@@ -125,13 +125,13 @@ class Claims:
             return None
         self._accused_s = now_s
         view = self._view
-        subject, epoch = view.ids[index], view.epochs[index]
+        subject, epoch = view.ids[index], view.epoch(index)
         suspicion = self._suspicions.get(subject)
         if suspicion is not None:
             if suspicion.mine or len(suspicion.origins) > CONFIRMATIONS:
                 return None
             epoch = suspicion.claim.epoch
-        seq = view.seqs[index]
+        seq = view.seq(index)
         claim = Claim(RumourKind.SUSPECT, subject, epoch, seq, view.own_id, now_s)
         self._suspect(claim, index, EVERYBODY, now_s)
         return claim
@@ -139,7 +139,7 @@ class Claims:
     def convict(self, index: int, now_s: float) -> Claim:
         """This member was tried, and is dead: what to tell it and all others."""
         view = self._view
-        subject, epoch, seq = view.ids[index], view.epochs[index], view.seqs[index]
+        subject, epoch, seq = view.ids[index], view.epoch(index), view.seq(index)
         claim = Claim(RumourKind.DEAD, subject, epoch, seq, view.own_id, now_s)
         self._bury(claim, index, EVERYBODY, now_s)
         return claim
@@ -219,8 +219,8 @@ class Claims:
     def _is_refuted(self, claim: Claim, index: int) -> bool:
         view = self._view
         if claim.kind is RumourKind.LEFT:
-            return view.epochs[index] > claim.epoch
-        return _clears(view.epochs[index], view.made_s[index], claim)
+            return view.epoch(index) > claim.epoch
+        return _clears(view.epoch(index), view.made_s[index], claim)
 
     def _is_news_of_stranger(self, claim: Claim, reach: int, now_s: float) -> bool:
         if claim.kind is RumourKind.SUSPECT:

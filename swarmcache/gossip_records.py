@@ -133,11 +133,19 @@ def unpack_size(packed: int) -> int:
 # Free, used, pinned, uploads, downloads, digest of what is held, flags, tag of the profile.
 _BODY = struct.Struct(f">HHHBB{DIGEST_BYTES}sB{TAG_BYTES}s")
 BODY_BYTES = _BODY.size
-# What of a body seldom changes and everybody should know at once: flags and tag.
-LASTING = slice(BODY_BYTES - TAG_BYTES - 1, BODY_BYTES)
+# What of a body seldom changes and everybody should know at once: flags and tag, its last bytes.
+LASTING_BYTES = 1 + TAG_BYTES
 _STANDING_IN = 4
 # Subject, epoch, seq, age, body. Numbers of 6 and 3 bytes are two fields each.
 STATUS = struct.Struct(f">HIHIBHH{BODY_BYTES}s")
+STATUS_BYTES = STATUS.size
+# Where in a packed record what is. Its *stamp* is epoch and seq: the greater one is the later one,
+# as bytes as well. So whoever passes on records unpacks none of them.
+EPOCH_BYTES = 6
+SEQ_BYTES = 3
+AGE_AT = ID_BYTES + EPOCH_BYTES + SEQ_BYTES
+AGE = struct.Struct(">H")
+BODY_AT = AGE_AT + AGE.size
 
 
 class StatusRecord(NamedTuple):
@@ -178,6 +186,11 @@ def body_tag(body: bytes) -> bytes:
     return body[-TAG_BYTES:]
 
 
+def lasting(body: bytes) -> bytes:
+    """What of a body, or of a packed record, everybody should know at once when it changes."""
+    return body[-LASTING_BYTES:]
+
+
 def pack_status(record: StatusRecord) -> bytes:
     """32 bytes."""
     subject, epoch, seq, age, body = record
@@ -185,6 +198,12 @@ def pack_status(record: StatusRecord) -> bytes:
         *(subject >> 32, subject & 0xFFFFFFFF, epoch >> 32, epoch & 0xFFFFFFFF),
         *(seq >> 16, seq & 0xFFFF, age, body),
     )
+
+
+def read_status(packed: bytes) -> StatusRecord:
+    """The record in 32 bytes, which may be any."""
+    a, b, c, d, e, f, age, body = STATUS.unpack(packed)
+    return StatusRecord(a << 32 | b, c << 32 | d, e << 16 | f, age, body)
 
 
 # --- profile ------------------------------------------------------------------------------------
@@ -228,6 +247,7 @@ def read_profile(packed: bytes) -> NodeProfile:
     return NodeProfile(NodeAddress(node, data_port, name), rack, version, capacity_bytes)
 
 
+@lru_cache(maxsize=1 << 14)
 def _is_address(node: str) -> bool:
     host, colon, port = node.rpartition(":")
     if not host or not colon or not node.isprintable() or " " in node:
@@ -340,18 +360,16 @@ class Rumours:
 class Statuses:
     """To be passed on to all nodes between the receiver and ``limit`` on the ring.
 
-    ``rows``: as ``STATUS`` unpacks them, which costs least; ``records`` for those who look at few.
+    ``packed``: the records, one behind the other; ``records`` for those who look at few.
     """
 
     limit: int
-    rows: list[tuple[int, int, int, int, int, int, int, bytes]]
+    packed: bytes
 
     @property
     def records(self) -> list[StatusRecord]:
-        return [
-            StatusRecord(a << 32 | b, c << 32 | d, e << 16 | f, age, body)
-            for a, b, c, d, e, f, age, body in self.rows
-        ]
+        starts = range(0, len(self.packed), STATUS_BYTES)
+        return [read_status(self.packed[at : at + STATUS_BYTES]) for at in starts]
 
 
 @dataclass(slots=True)
@@ -406,7 +424,6 @@ _ID = struct.Struct(">HI")
 NUMBER_BYTES = _NUMBER.size
 SPREAD_HEAD_BYTES = _SPREAD.size
 LIST_HEAD_BYTES = _LIST.size
-STATUS_BYTES = STATUS.size
 PROFILE_BYTES = PROFILE.size
 STATUSES_MAX = (PAYLOAD_BYTES_MAX - NUMBER_BYTES - SPREAD_HEAD_BYTES) // STATUS_BYTES
 PROFILES_MAX = (PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES) // PROFILE_BYTES
@@ -446,7 +463,7 @@ def encode_rumours(limit: int, rumours: Sequence[bytes]) -> bytes:
     return _spread(_KIND_RUMOURS, limit, rumours)
 
 
-def encode_statuses(limit: int, records: Sequence[bytes]) -> bytes:
+def encode_statuses(limit: int, records: Sequence[bytes | bytearray]) -> bytes:
     """Of packed records."""
     return _spread(_KIND_STATUSES, limit, records)
 
@@ -468,7 +485,7 @@ def encode_digests(sums: Iterable[int], *, answered: bool) -> bytes:
     return _DIGESTS.pack(_KIND_DIGESTS, answered, *sums)
 
 
-def _spread(kind: int, limit: int, records: Sequence[bytes]) -> bytes:
+def _spread(kind: int, limit: int, records: Sequence[bytes | bytearray]) -> bytes:
     head = _SPREAD.pack(kind, limit >> 32, limit & 0xFFFFFFFF, len(records))
     return head + b"".join(records)
 
@@ -499,6 +516,8 @@ def decode_payload(payload: bytes) -> list[Section]:
 def _decode_section(payload: bytes, at: int) -> tuple[Section, int]:
     """The section that begins there, and where the next one begins."""
     kind = payload[at]
+    if kind == _KIND_NUMBERED:
+        return Numbered(_NUMBER.unpack_from(payload, at)[1]), at + NUMBER_BYTES
     if kind in (_KIND_RUMOURS, _KIND_STATUSES):
         return _decode_spread(kind, payload, at)
     if kind in (_KIND_PROFILES, _KIND_PROFILES_WANTED, _KIND_STATUSES_WANTED, _KIND_RECEIVED):
@@ -524,8 +543,6 @@ def _decode_section(payload: bytes, at: int) -> tuple[Section, int]:
         return Ack(number), at + NUMBER_BYTES
     if kind == _KIND_NACK:
         return Nack(number), at + NUMBER_BYTES
-    if kind == _KIND_NUMBERED:
-        return Numbered(number), at + NUMBER_BYTES
     raise BadMessage(f"a section of kind {kind}")
 
 
@@ -535,7 +552,7 @@ def _decode_spread(kind: int, payload: bytes, at: int) -> tuple[Section, int]:
     at += SPREAD_HEAD_BYTES
     if kind == _KIND_STATUSES:
         data, at = _take(payload, at, count * STATUS_BYTES)
-        return Statuses(limit, list(STATUS.iter_unpack(data))), at
+        return Statuses(limit, data), at
     data, at = _take(payload, at, count * RUMOUR_BYTES)
     return Rumours(limit, [_read_rumour(*fields) for fields in _RUMOUR.iter_unpack(data)]), at
 

@@ -157,7 +157,7 @@ class Spread:
         view: View,
         budget: Budget,
         timers: Timers[tuple[str, int]],
-        status_of: Callable[[int, float], bytes | None],
+        status_of: Callable[[int, float], bytes | bytearray | None],
         profile_of: Callable[[int], NodeProfile | None],
     ) -> None:
         self._view = view
@@ -375,6 +375,11 @@ class Spread:
         """Take out of ``waiting`` what fits into one datagram."""
         cargo = Cargo()
         room = PAYLOAD_BYTES_MAX - NUMBER_BYTES
+        heads_bytes = len(waiting.statuses) * SPREAD_HEAD_BYTES
+        all_bytes = heads_bytes + waiting.status_count() * STATUS_BYTES
+        if all_bytes <= room and not waiting.claims and not claims_only:  # as nearly always
+            cargo.statuses, waiting.statuses = waiting.statuses, cargo.statuses
+            return cargo
         with_statuses = bool(waiting.statuses) and not claims_only
         claims_room = room // CLAIMS_SHARE if with_statuses else room
         room -= claims_room - _take(waiting.claims, cargo.claims, RUMOUR_BYTES, claims_room)

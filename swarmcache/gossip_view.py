@@ -15,7 +15,21 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
-from swarmcache.gossip_records import BODY_BYTES, BUCKETS, RING, NodeProfile, StatusRecord
+from swarmcache.gossip_records import (
+    AGE,
+    AGE_AT,
+    BODY_AT,
+    BUCKETS,
+    EPOCH_BYTES,
+    ID_BYTES,
+    RING,
+    SEQ_BYTES,
+    STATUS_BYTES,
+    NodeProfile,
+    StatusRecord,
+    age_units,
+    pack_status,
+)
 
 # A table of this many members takes 4 MB. There is no larger cluster; a node that invents members
 # gets no further.
@@ -35,16 +49,15 @@ class View:
 
     ``version`` grows whenever the ring is another one: a member comes, goes, gets its address, is
     suspected or no more.
-    ``reachable``: how many have one. ``reaches``: see ``reach``.
+    ``reachable``: how many have one. ``reaches``: see ``reach``. ``records``: the latest ones, as
+    they have come, one behind the other; their age is what ``made_s`` says.
     """
 
     def __init__(self, own_id: int, own_epoch: int) -> None:
         self.own_id = own_id
         self.ids = array("Q")
-        self.epochs = array("Q")
-        self.seqs = array("I")
         self.made_s = array("d")
-        self.bodies = bytearray()
+        self.records = bytearray()
         self.suspected = bytearray()
         self.reaches = bytearray()
         self.profiles: list[NodeProfile | None] = []
@@ -67,10 +80,8 @@ class View:
         """A member that was not here; returns its index."""
         index = bisect_left(self.ids, record.subject)
         self.ids.insert(index, record.subject)
-        self.epochs.insert(index, record.epoch)
-        self.seqs.insert(index, record.seq)
         self.made_s.insert(index, made_s)
-        self.bodies[index * BODY_BYTES : index * BODY_BYTES] = record.body
+        self.records[index * STATUS_BYTES : index * STATUS_BYTES] = pack_status(record)
         self.suspected.insert(index, 0)
         self.reaches.insert(index, 0)
         self.profiles.insert(index, profile)
@@ -82,10 +93,10 @@ class View:
     def remove(self, index: int) -> None:
         """This member is gone."""
         self.reachable -= self.profiles[index] is not None
-        self._add_to_sum(self.ids[index], self.epochs[index], -1)
-        for column in (self.ids, self.epochs, self.seqs, self.made_s):
-            del column[index]
-        del self.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES]
+        self._add_to_sum(self.ids[index], self.epoch(index), -1)
+        del self.ids[index]
+        del self.made_s[index]
+        del self.records[index * STATUS_BYTES : (index + 1) * STATUS_BYTES]
         del self.suspected[index]
         del self.reaches[index]
         del self.profiles[index]
@@ -93,13 +104,12 @@ class View:
 
     def replace(self, index: int, record: StatusRecord, made_s: float) -> None:
         """A later record of this member."""
-        if self.epochs[index] != record.epoch:
-            self._add_to_sum(record.subject, self.epochs[index], -1)
+        epoch = self.epoch(index)
+        if epoch != record.epoch:
+            self._add_to_sum(record.subject, epoch, -1)
             self._add_to_sum(record.subject, record.epoch, 1)
-            self.epochs[index] = record.epoch
-        self.seqs[index] = record.seq
         self.made_s[index] = made_s
-        self.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES] = record.body
+        self.records[index * STATUS_BYTES : (index + 1) * STATUS_BYTES] = pack_status(record)
 
     def set_profile(self, index: int, profile: NodeProfile) -> None:
         """The address of this member is known now, or what else there is to know."""
@@ -118,9 +128,27 @@ class View:
         self._add_to_sum(self.own_id, epoch, 1)
         self._own_epoch = epoch
 
+    def epoch(self, index: int) -> int:
+        """The life of this member that its record is of."""
+        at = index * STATUS_BYTES + ID_BYTES
+        return int.from_bytes(self.records[at : at + EPOCH_BYTES], "big")
+
+    def seq(self, index: int) -> int:
+        """Which one of that life's records it is."""
+        at = index * STATUS_BYTES + ID_BYTES + EPOCH_BYTES
+        return int.from_bytes(self.records[at : at + SEQ_BYTES], "big")
+
     def body(self, index: int) -> bytes:
         """The body of this member's record."""
-        return bytes(self.bodies[index * BODY_BYTES : (index + 1) * BODY_BYTES])
+        at = index * STATUS_BYTES
+        return bytes(self.records[at + BODY_AT : at + STATUS_BYTES])
+
+    def packed(self, index: int, now_s: float) -> bytearray:
+        """This member's record, as old as it is now."""
+        at = index * STATUS_BYTES
+        record = self.records[at : at + STATUS_BYTES]
+        AGE.pack_into(record, AGE_AT, age_units(now_s - self.made_s[index]))
+        return record
 
     def in_bucket(self, bucket: int) -> list[int]:
         """The indexes of the members of one bucket."""
@@ -167,20 +195,13 @@ class View:
         count = len(self.ids)
         assert all(a < b for a, b in zip(self.ids, self.ids[1:], strict=False)), "ids out of order"
         assert self.find(self.own_id) < 0, "a node would gossip with itself"
-        for column in (
-            self.epochs,
-            self.seqs,
-            self.made_s,
-            self.suspected,
-            self.profiles,
-            self.reaches,
-        ):
+        for column in (self.made_s, self.suspected, self.profiles, self.reaches):
             assert len(column) == count, "columns of different length"
         reachable = sum(profile is not None for profile in self.profiles)
         assert self.reachable == reachable, "reachable members miscounted"
-        assert len(self.bodies) == count * BODY_BYTES, "bodies of different length"
+        assert len(self.records) == count * STATUS_BYTES, "records of different length"
         sums = [0] * BUCKETS
-        for subject, epoch in [*zip(self.ids, self.epochs, strict=True),
-                               (self.own_id, self._own_epoch)]:  # fmt: skip
+        lives = [(subject, self.epoch(index)) for index, subject in enumerate(self.ids)]
+        for subject, epoch in [*lives, (self.own_id, self._own_epoch)]:
             sums[subject % BUCKETS] = (sums[subject % BUCKETS] + _sum_of(subject, epoch)) & _MASK
         assert sums == list(self.sums), "sums that are not those of the members"

@@ -223,7 +223,7 @@ def test_whatever_is_claimed_nobody_comes_back_by_a_record_older_than_its_death(
         said_s = now_s - ago_s
         if what == "record":
             made = record(subject, epoch, seq=int(said_s * 10))
-            if index >= 0 and epoch >= view.epochs[index]:
+            if index >= 0 and epoch >= view.epoch(index):
                 view.replace(index, made, said_s)
                 claims.hear_of(subject, epoch, said_s)
             elif index < 0 and claims.denial_of(made, said_s) is None:
