@@ -10,7 +10,12 @@ import time
 from simulations import gossip_plots, plots
 from simulations.engine import SimulationFailed
 from simulations.gossip_cluster import GossipSettings
-from simulations.gossip_scenarios import GOSSIP_SCENARIOS, GossipResult
+from simulations.gossip_scenarios import (
+    GOSSIP_SCENARIOS,
+    RESTART,
+    GossipResult,
+    run_scenarios,
+)
 from simulations.options import add_run_options, quantity
 from swarmcache.quantities import parse_count, parse_duration
 
@@ -21,13 +26,14 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.plot is not None and (problem := plots.problem_with(asked.plot)):
         parser.error(f"--plot {asked.plot}: {problem}")
+    if RESTART in asked.scenario[1:]:
+        parser.error(f"{RESTART} can only come first: it begins with nobody")
     settings = GossipSettings(
         asked.nodes, asked.seed, asked.loss, asked.latency, asked.period, asked.check_every
     )
-    scenario, usual_s = GOSSIP_SCENARIOS[asked.scenario]
     began_s = time.perf_counter()
     try:
-        result = scenario(settings, usual_s if asked.duration is None else asked.duration)
+        result = run_scenarios(asked.scenario, settings, asked.duration)
     except SimulationFailed as failure:
         command = " ".join(arguments)
         print(f"simulations: {failure}\nrepeat it with: gossip {command}", file=sys.stderr)
@@ -49,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("scenario", choices=list(GOSSIP_SCENARIOS), help="what happens")
+    names = list(GOSSIP_SCENARIOS)
+    option("scenario", choices=names, nargs="+", help="what happens, one after the other")
     option("--nodes", type=quantity(parse_count), default=100, help="how many there are")
     option("--seed", type=int, default=1, help="the source of all chance")
     option("--loss", type=_part, default=0.0, help="the part of all packets that gets lost")

@@ -1,7 +1,8 @@
 """What happens to nodes that gossip, and the figures that come out.
 
-In all of them the tracker names three live nodes to every daemon each 30 s, as far as it can be
-reached: it is on the first side of a partition.
+Scenarios can follow each other in one cluster, which saves the time until it has settled. In all
+of them the tracker names three live nodes to every daemon each 30 s, as far as it can be reached:
+it is on the first side of a partition.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ STALLED_EVERY_S = 30.0
 SICK_MUTE = 0.9
 TRIES = 5
 CRASH_MAX_S = 60.0
+RESTART = "restart"
+# So many ages are looked at at once, of 100 nodes at most.
+AGES_MAX = 100_000
 AGES_OF_MAX = 100
+# Of so many machines the invariants are asserted at the end: each takes as long as it knows others.
+CHECKED_MAX = 1000
 
 # By name; None for what did not happen in time.
 Figures: TypeAlias = dict[str, float | None]
@@ -64,7 +70,8 @@ class GossipResult:
 
 
 class Run:
-    """A cluster under observation."""
+    """A cluster under observation. ``known`` and ``ages_s``: see ``GossipResult``.
+    ``sent_from_s``: since when bytes count."""
 
     def __init__(self, settings: GossipSettings, *, acquainted: bool = True) -> None:
         self.cluster = GossipCluster(settings)
@@ -72,6 +79,9 @@ class Run:
         self.seeds_wanted = True
         self.convictions: dict[tuple[str, int], float] = {}  # of nodes that were alive, and when
         self.deaths: dict[str, dict[str, float]] = {}  # of a node: who knew it when
+        self.known: list[list[float]] = []
+        self.ages_s: list[float] = []
+        self.sent_from_s = 0.0
         self.cluster.on_change = self._changed
         if acquainted:
             self.cluster.start_acquainted()
@@ -101,6 +111,13 @@ class Run:
     def run(self, duration_s: float) -> None:
         """Let time pass."""
         self.cluster.run(self.cluster.now_s + duration_s)
+
+    def settle(self, duration_s: float = SETTLE_S) -> None:
+        """Let so much time pass from the beginning, but ``SETTLE_S`` at most, unless it has."""
+        wanted_s = min(duration_s, SETTLE_S)
+        if self.cluster.now_s < wanted_s:
+            self.cluster.run(wanted_s)
+            self.sent_from_s = wanted_s
 
     def wait_for(
         self, nodes: Sequence[GossipNode], knows: Callable[[GossipNode], bool], max_s: float
@@ -147,157 +164,169 @@ class Run:
             result.append((sum(sent) / len(sent), _part(sent, 0.99), sent[-1]))
         return result
 
-    def ages_s(self) -> list[float]:
+    def ages_now_s(self) -> list[float]:
         """How old what some nodes know of all others is now."""
         now_s = self.cluster.now_s
         live = self.cluster.live()
-        some = live[:: max(len(live) // AGES_OF_MAX, 1)]
+        some = live[:: max(len(live) // (AGES_MAX // len(live)), len(live) // AGES_OF_MAX, 1)]
         return [member.age_s(now_s) for node in some for member in node.machine.live()]
 
-    def result(self, scenario: str, figures: Figures, known: list[list[float]]) -> GossipResult:
+    def result(self, scenario: str, figures: Figures) -> GossipResult:
         """All that every scenario says. Raises SimulationFailed, AssertionError."""
         cluster = self.cluster
-        for node in cluster.live():
+        live = cluster.live()
+        for node in live[:: max(len(live) // CHECKED_MAX, 1)]:
             node.machine.check()
         if cluster.datagram_bytes_max > 1232 + 28:
             raise SimulationFailed(f"a datagram of {cluster.datagram_bytes_max} bytes")
         seconds = max(cluster.now_s, 1.0)
         figures = {
             **figures,
+            **self.sent(self.sent_from_s),
             "false_convictions": float(len(self.convictions)),
             "datagrams_per_node_and_s": cluster.datagrams / len(cluster.nodes) / seconds,
         }
+        ages_s = sorted(self.ages_s)
         return GossipResult(
             *(scenario, cluster.settings, figures, cluster.trace_digest),
-            *(self.sent_by_second(), [], known),
+            *(self.sent_by_second(), ages_s[:: max(len(ages_s) // 2000, 1)], self.known),
         )
 
 
-def steady(settings: GossipSettings, duration_s: float) -> GossipResult:
+def run_scenarios(
+    names: Sequence[str], settings: GossipSettings, duration_s: float | None = None
+) -> GossipResult:
+    """One after the other; ``restart`` can only be the first one. ``duration_s``: None for what is
+    usual. Raises SimulationFailed, AssertionError."""
+    assert RESTART not in names[1:], "a restart begins with nobody"
+    run = Run(settings, acquainted=RESTART not in names)
+    figures: Figures = {}
+    for name in names:
+        scenario, usual_s = GOSSIP_SCENARIOS[name]
+        figures |= scenario(run, usual_s if duration_s is None else duration_s)
+    return run.result(" ".join(names), figures)
+
+
+def steady(run: Run, duration_s: float) -> Figures:
     """Nothing happens: bytes, and how old what everybody knows of everybody is."""
-    run = Run(settings)
-    run.run(SETTLE_S)
-    ages_s: list[float] = []
+    run.settle()
     end_s = run.cluster.now_s + duration_s
     while run.cluster.now_s < end_s:
         run.run(min(3.7, end_s - run.cluster.now_s))
-        ages_s += run.ages_s()
-    ages_s.sort()
-    figures: Figures = {
+        run.ages_s += run.ages_now_s()
+    ages_s = sorted(run.ages_s)
+    return {
         "age_mean_s": sum(ages_s) / len(ages_s),
         "age_p99_s": _part(ages_s, 0.99),
         "age_max_s": ages_s[-1],
-        **run.sent(SETTLE_S),
     }
-    result = run.result("steady", figures, [])
-    result.ages_s = ages_s[:: max(len(ages_s) // 2000, 1)]
-    return result
 
 
-def change(settings: GossipSettings, duration_s: float) -> GossipResult:
+def change(run: Run, duration_s: float) -> Figures:
     """Disks turn sick, one after the other: how long until all know."""
-    run = Run(settings)
-    run.run(min(SETTLE_S, duration_s))
+    run.settle(duration_s)
     known = []
-    for node in run.rng.sample(run.cluster.nodes, TRIES):
+    for node in run.rng.sample(run.cluster.live(), TRIES):
         status = NodeStatus(disk=DiskHealth.SICK)
         run.run(run.rng.random() + 1.0)
         run.cluster.tell(node, StatusMeasured(status))
         wait_s = (node.machine.wake_at_s() or 0.0) - run.cluster.now_s
         run.run(max(wait_s, 0.0))
         knows = _thinks(node, lambda status: status.disk is DiskHealth.SICK)
-        others = [each for each in run.cluster.nodes if each is not node]
+        others = [each for each in run.cluster.live() if each is not node]
         known.append(run.wait_for(others, knows, CRASH_MAX_S))
-    figures = {**_spread("change", known, settings.nodes - 1), **run.sent(SETTLE_S)}
-    return run.result("change", figures, known)
+    run.known += known
+    return _spread("change", known, len(run.cluster.live()) - 1)
 
 
-def leave(settings: GossipSettings, duration_s: float) -> GossipResult:
-    """Nodes leave, one after the other: how long until all know, and whether one comes back."""
-    return _end_some("leave", settings, duration_s, announced=True)
+def leave(run: Run, duration_s: float) -> Figures:
+    """Nodes leave: how long until all know, and whether one comes back."""
+    return _end_some("leave", run, duration_s, announced=True)
 
 
-def crash(settings: GossipSettings, duration_s: float) -> GossipResult:
-    """Daemons are killed, one after the other: how long until all know."""
-    return _end_some("crash", settings, duration_s, announced=False)
+def crash(run: Run, duration_s: float) -> Figures:
+    """Daemons are killed: how long until all know."""
+    return _end_some("crash", run, duration_s, announced=False)
 
 
-def _end_some(
-    scenario: str, settings: GossipSettings, duration_s: float, *, announced: bool
-) -> GossipResult:
-    run = Run(settings)
-    run.run(min(SETTLE_S, duration_s))
-    known = []
-    gone = run.rng.sample(run.cluster.nodes, TRIES)
+def _end_some(scenario: str, run: Run, duration_s: float, *, announced: bool) -> Figures:
+    """Some daemons end, within seconds of each other."""
+    run.settle(duration_s)
+    cluster = run.cluster
+    ended_s: dict[str, float] = {}
+    gone = run.rng.sample(cluster.live(), TRIES)
     for node in gone:
         run.run(run.rng.random())
         if announced:
-            run.cluster.tell(node, Leaving())
-        run.cluster.kill(node)
-        known.append(run.wait_for(run.cluster.live(), _misses(node), CRASH_MAX_S))
-    figures = _spread(scenario, known, settings.nodes - 3)
-    returned = _watch_for(run, gone, duration_s)
-    return run.result(scenario, {**figures, "came_back": returned, **run.sent(SETTLE_S)}, known)
+            cluster.tell(node, Leaving())
+        cluster.kill(node)
+        ended_s[node.name] = cluster.now_s
+    live = {node.name for node in cluster.live()}
+    known: list[list[float]] = []
+    end_s = cluster.now_s + CRASH_MAX_S
+    while cluster.now_s < end_s:
+        known = [
+            sorted(at_s - since_s for who, at_s in run.deaths.get(name, {}).items() if who in live)
+            for name, since_s in ended_s.items()
+        ]
+        if all(len(times_s) == len(live) for times_s in known):
+            break
+        run.run(1.0)
+    run.known += known
+    figures = _spread(scenario, known, len(live))
+    return {**figures, f"{scenario}_came_back": _watch_for(run, gone, duration_s)}
 
 
-def stalls(settings: GossipSettings, duration_s: float) -> GossipResult:
+def stalls(run: Run, duration_s: float) -> Figures:
     """A node in 20 does nothing for 5 s in every 30: is anybody declared dead?"""
-    run = Run(settings)
     engine = run.cluster.engine
 
     def stall(node: GossipNode) -> None:
         run.cluster.stall(node, STALLED_S)
         engine.at(engine.now_s + STALLED_EVERY_S, stall, node)
 
-    for node in run.rng.sample(run.cluster.nodes, max(settings.nodes // 20, 1)):
+    for node in run.rng.sample(run.cluster.nodes, max(len(run.cluster.nodes) // 20, 1)):
         engine.at(run.rng.random() * STALLED_EVERY_S, stall, node)
-    run.run(duration_s)
-    return run.result("stalls", {"hours": duration_s / 3600, **run.sent(SETTLE_S)}, [])
+    return quiet(run, duration_s)
 
 
-def quiet(settings: GossipSettings, duration_s: float) -> GossipResult:
+def quiet(run: Run, duration_s: float) -> Figures:
     """Nothing happens for a long time: is anybody declared dead?"""
-    run = Run(settings)
     run.run(duration_s)
-    return run.result("quiet", {"hours": duration_s / 3600, **run.sent(SETTLE_S)}, [])
+    run.sent_from_s = max(run.sent_from_s, SETTLE_S)
+    return {"hours": duration_s / 3600}
 
 
-def sick_node(settings: GossipSettings, duration_s: float) -> GossipResult:
+def sick_node(run: Run, duration_s: float) -> Figures:
     """A node loses nine tenths of what it sends: does it take others with it?"""
-    run = Run(settings)
-    run.run(SETTLE_S)
-    before = run.sent(SETTLE_S - WINDOW_S)["sent_mean_bytes_per_s"]
-    sick = run.rng.choice(run.cluster.nodes)
+    run.settle()
+    before = run.sent(run.cluster.now_s - WINDOW_S)["sent_mean_bytes_per_s"]
+    since_s = run.cluster.now_s
+    sick = run.rng.choice(run.cluster.live())
     sick.mute = SICK_MUTE
     run.run(duration_s)
     others = [name for name, _ in run.convictions if name != sick.name]
-    sent = run.sent(SETTLE_S)
-    assert before is not None and sent["sent_mean_bytes_per_s"] is not None
-    more = sent["sent_mean_bytes_per_s"] / before
-    figures: Figures = {"others_convicted": float(len(others)), "traffic_factor": more, **sent}
-    return run.result("sick_node", figures, [])
+    after = run.sent(since_s)["sent_mean_bytes_per_s"]
+    assert before is not None and after is not None
+    return {"others_convicted": float(len(others)), "traffic_factor": after / before}
 
 
-def partition(settings: GossipSettings, duration_s: float) -> GossipResult:
+def partition(run: Run, duration_s: float) -> Figures:
     """Two halves are cut off from each other for ``duration_s``: how long until all is well?"""
-    run = Run(settings)
-    run.run(SETTLE_S)
-    nodes = run.cluster.nodes
+    run.settle()
+    nodes = run.cluster.live()
     for node in run.rng.sample(nodes, len(nodes) // 2):
         node.side = 1
     run.run(duration_s)
     apart = sum(len(node.machine.live()) for node in nodes) / len(nodes)
-    healed_s = run.cluster.now_s
+    run.sent_from_s = run.cluster.now_s
     for node in nodes:
         node.side = 0
-    figures, known = _until_all_known(run, HEAL_MAX_S)
-    figures = {"known_apart_mean": apart, **figures, **run.sent(healed_s)}
-    return run.result("partition", figures, known)
+    return {"known_apart_mean": apart, **_until_all_known(run, HEAL_MAX_S)}
 
 
-def restart(settings: GossipSettings, duration_s: float) -> GossipResult:
+def restart(run: Run, duration_s: float) -> Figures:
     """All daemons start within 10 s, and know nobody but whom the tracker names to them."""
-    run = Run(settings, acquainted=False)
 
     def start(node: GossipNode) -> None:
         run.cluster.start(node)
@@ -306,11 +335,11 @@ def restart(settings: GossipSettings, duration_s: float) -> GossipResult:
     for node in run.cluster.nodes:
         run.cluster.engine.at(run.rng.random() * RESTART_S, start, node)
     run.run(RESTART_S)
-    figures, known = _until_all_known(run, duration_s)
-    return run.result("restart", {**figures, **run.sent()}, known)
+    return _until_all_known(run, duration_s)
 
 
-GOSSIP_SCENARIOS: dict[str, tuple[Callable[[GossipSettings, float], GossipResult], float]] = {
+# What happens, and for how long usually.
+GOSSIP_SCENARIOS: dict[str, tuple[Callable[[Run, float], Figures], float]] = {
     "steady": (steady, 60.0),
     "change": (change, SETTLE_S),
     "leave": (leave, SETTLE_S),
@@ -319,7 +348,7 @@ GOSSIP_SCENARIOS: dict[str, tuple[Callable[[GossipSettings, float], GossipResult
     "stalls": (stalls, 600.0),
     "sick_node": (sick_node, 120.0),
     "partition": (partition, APART_S),
-    "restart": (restart, 240.0),
+    RESTART: (restart, 240.0),
 }
 
 
@@ -333,10 +362,6 @@ def _thinks(
     return knows
 
 
-def _misses(subject: GossipNode) -> Callable[[GossipNode], bool]:
-    return lambda node: not node.machine.is_live(subject.name)
-
-
 def _watch_for(run: Run, gone: Sequence[GossipNode], duration_s: float) -> float:
     """How often one of these was thought alive by somebody, looking every second."""
     returned = 0
@@ -348,9 +373,9 @@ def _watch_for(run: Run, gone: Sequence[GossipNode], duration_s: float) -> float
     return float(returned)
 
 
-def _until_all_known(run: Run, max_s: float) -> tuple[Figures, list[list[float]]]:
-    """Until 99 of 100 pairs of nodes know each other, until all do; and when each node knew all."""
-    nodes = run.cluster.nodes
+def _until_all_known(run: Run, max_s: float) -> Figures:
+    """Until 99 of 100 pairs of nodes know each other, until all do."""
+    nodes = run.cluster.live()
     since_s = run.cluster.now_s
     pairs = len(nodes) * (len(nodes) - 1)
     most_s: float | None = None
@@ -365,14 +390,14 @@ def _until_all_known(run: Run, max_s: float) -> tuple[Figures, list[list[float]]
             if count == len(nodes) - 1:
                 full.setdefault(node.name, now_s)
     all_s = max(full.values()) if len(full) == len(nodes) else None
-    return {"known_99_s": most_s, "known_all_s": all_s}, [sorted(full.values())]
+    run.known.append(sorted(full.values()))
+    return {"known_99_s": most_s, "known_all_s": all_s}
 
 
-def _spread(what: str, known: list[list[float]], nodes: int) -> Figures:
-    """How long until 99 in 100 and all nodes knew, at best and at worst of some times. ``nodes``:
-    how many there are to know, or somewhat fewer."""
-    complete = [times_s for times_s in known if len(times_s) >= nodes - 2]
-    if len(complete) < len(known):
+def _spread(what: str, known: list[list[float]], count: int) -> Figures:
+    """How long until 99 in 100 and all nodes knew, at best and at worst of some times. ``count``:
+    how many there are to know."""
+    if any(len(times_s) < count for times_s in known):
         return {f"{what}_99_max_s": None, f"{what}_all_max_s": None}
     most_s = [_part(times_s, 0.99) for times_s in known]
     all_s = [times_s[-1] for times_s in known]

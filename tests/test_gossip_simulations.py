@@ -9,14 +9,16 @@ import pytest
 
 from simulations.__main__ import main
 from simulations.gossip_cluster import GossipSettings
-from simulations.gossip_scenarios import GOSSIP_SCENARIOS, GossipResult
+from simulations.gossip_scenarios import GossipResult, run_scenarios
 
 pytestmark = pytest.mark.slow
 
 
-def run(scenario: str, duration_s: float, *, nodes: int = 30, loss: float = 0.1) -> GossipResult:
-    settings = GossipSettings(nodes, seed=1, loss=loss, check_every=50)
-    return GOSSIP_SCENARIOS[scenario][0](settings, duration_s)
+def run(
+    scenarios: str, duration_s: float, *, nodes: int = 30, loss: float = 0.1, seed: int = 1
+) -> GossipResult:
+    settings = GossipSettings(nodes, seed, loss, check_every=50)
+    return run_scenarios(scenarios.split(), settings, duration_s)
 
 
 def figure(result: GossipResult, name: str) -> float:
@@ -33,18 +35,20 @@ def test_a_status_is_hardly_older_than_a_period_and_costs_little() -> None:
     assert figure(result, "sent_mean_bytes_per_s") <= 1_500
 
 
-@pytest.mark.parametrize("scenario", ["change", "leave"])
-def test_what_everybody_should_know_at_once_is_known_in_less_than_13_rounds(scenario: str) -> None:
-    result = run(scenario, 5.0, loss=0.25)
+@pytest.mark.parametrize(("scenario", "seed"), [("change", 1), ("leave", 4)])
+def test_what_everybody_should_know_at_once_is_known_in_less_than_13_rounds(
+    scenario: str, seed: int
+) -> None:
+    result = run(scenario, 5.0, loss=0.25, seed=seed)  # with 4, three copies of one get lost
 
     assert figure(result, f"{scenario}_99_max_rounds") <= 13
 
 
 def test_crashes_are_known_to_all_within_20_seconds_and_are_for_good() -> None:
-    result = run("crash", 10.0, nodes=12)
+    result = run("leave crash", 10.0, nodes=17)
 
     assert figure(result, "crash_all_max_s") <= 20.0
-    assert figure(result, "came_back") == 0
+    assert figure(result, "leave_came_back") == figure(result, "crash_came_back") == 0
     assert figure(result, "false_convictions") == 0
 
 
@@ -82,6 +86,13 @@ def test_the_command_prints_json_that_repeats_and_draws(
     assert first == second
     assert {"age_mean_s", "sent_p99_bytes_per_s", "trace_digest"} <= json.loads(first).keys()
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_restart_in_the_middle_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gossip", "steady", "restart"])
+
+    assert "can only come first" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
