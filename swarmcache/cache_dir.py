@@ -34,6 +34,7 @@ from pathlib import Path
 from swarmcache.cache_index import CacheIndex, Entry, Replica, Surveyed, Trust
 from swarmcache.chunk_sources import ChunkSource, OpenReplicas
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
+from swarmcache.clock import boot_id
 from swarmcache.disk_calls import (
     Stamp,
     disk_errors,
@@ -126,7 +127,7 @@ class CacheDir:
         Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
         fails.
         """
-        self._boot_id = _boot_id()
+        self._boot_id = boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
         self._objects_lock = threading.RLock()
         self._damaged: dict[bytes, Damaged | None] = {}
@@ -1145,12 +1146,3 @@ class CacheDir:
             os.close(fd)
         for suffix in (SUFFIX, ""):
             self._objects.enter(os.rename, name + suffix, self._partial_fd, version_id, suffix)
-
-
-def _boot_id() -> bytes:
-    """16 bytes that change when the machine is started, or with every call if that is unknown."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except FileNotFoundError:
-        return os.urandom(16)
-    return bytes.fromhex(text.strip().replace("-", ""))

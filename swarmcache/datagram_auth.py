@@ -18,11 +18,12 @@ is not newer than ``floor``, which begins with the receiver's own start: so what
 is refused.
 
 The cluster's time is that of the tracker (``ClusterTime``), which nodes learn when they connect,
-and keep when it is away. Until then it is the node's own wall clock, which may be wrong by half a
+and keep when it is away, across restarts too, until the machine itself is started anew
+(``peers_file.py``). Who has not learned it goes by its own wall clock, which may be wrong by half a
 minute.
 
-What remains: whoever has the secret can speak as everybody. A node that starts while the tracker is
-away, with a wall clock that is more than a minute wrong, is not heard and hears nobody until the
+What remains: whoever has the secret can speak as everybody. A machine that boots while the tracker
+is away, with a wall clock that is more than a minute wrong, is not heard and hears nobody until the
 tracker is back. And if the tracker is restarted with a clock set back by more than a minute, what
 was recorded in the time that comes again can be replayed in it, once to each node.
 
@@ -71,19 +72,20 @@ class Opened(NamedTuple):
 
 
 class ClusterTime:
-    """The tracker's wall clock as this node knows it, in steps of its own steady clock."""
+    """The tracker's wall clock as this node knows it, in steps of its own steady clock, to which
+    ``offset_s`` is added."""
 
     def __init__(self, wall_s: float, now_s: float) -> None:
         """``wall_s``: what this node's own wall clock shows."""
-        self._offset_s = wall_s - now_s
+        self.offset_s = wall_s - now_s
 
     def learn(self, tracker_s: float, now_s: float) -> None:
         """The tracker has just said that this is the time."""
-        self._offset_s = tracker_s - now_s
+        self.offset_s = tracker_s - now_s
 
     def us(self, now_s: float) -> int:
         """Microseconds since 1970."""
-        return max(int((self._offset_s + now_s) * 1e6), 0)
+        return max(int((self.offset_s + now_s) * 1e6), 0)
 
 
 class DatagramAuth:

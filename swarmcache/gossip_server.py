@@ -79,6 +79,8 @@ class GossipServer:
         """Takes over socket and file. ``measure`` says how this node is; ``on_change`` hears who
         has come and gone, in the event loop."""
         self._time = ClusterTime(time.time(), now_s())
+        if file.offset_s is not None:
+            self._time.offset_s = file.offset_s
         self._auth = DatagramAuth(keyring, profile.address.node, self._time.us(now_s()))
         self._datagrams = Datagrams(sock, self._open)
         self._datagrams.drop_others(ENVELOPE_BYTES, DATAGRAM_BYTES_MAX, VERSION)
@@ -150,6 +152,7 @@ class GossipServer:
         self._tracker_heard_s = now_s()
         if message.time_s:
             self._time.learn(message.time_s, now_s())
+            self._file.offset_s = self._time.offset_s
         if message.seeds:
             self._shell.handle(SeedsKnown(message.seeds))
 

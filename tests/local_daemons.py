@@ -156,14 +156,15 @@ class LocalDaemons:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start_tracker(self, settings: str = "") -> Server:
-        """``settings``: in TOML."""
+    def start_tracker(self, settings: str = "", command: Sequence[str | Path] = COMMAND) -> Server:
+        """``settings``: in TOML. ``command``: as in ``start_daemon``."""
         config = self._directory / "config-tracker.toml"
         config.write_text(settings)
         self.tracker = Server(
             self._directory / "tracker.log",
             *("tracker", "--config", config, "--listen", "127.0.0.1:0"),
             *("--state-dir", self._directory / "state"),
+            command=command,
         )
         self._stack.callback(self.tracker.kill)
         return self.tracker

@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 
+from swarmcache import peers_file
 from swarmcache.datagram_auth import ENVELOPE_BYTES
 from swarmcache.gossip_records import EPOCH_MAX
 from swarmcache.peers_file import PEERS_MAX, PeersFile
 from tests.box import wait_until
-from tests.local_daemons import LocalDaemons, LocalNode
+from tests.local_daemons import COMMAND, LocalDaemons, LocalNode
 
 PATIENCE_S = 30.0
+TWO_HOURS_AHEAD = [
+    *COMMAND[:2],
+    f"import time; now = time.time; time.time = lambda: now() + 7200\n{COMMAND[2]}",
+]
 
 
 def gossip(node: LocalNode) -> dict[str, Any]:
@@ -45,14 +50,15 @@ def test_nodes_find_one_another_through_the_tracker_and_a_leaver_says_so(tmp_pat
 
 @pytest.mark.slow
 def test_nodes_find_one_another_again_without_a_tracker(tmp_path: Path) -> None:
+    """Though the clocks of both are two hours slow."""
     with LocalDaemons(tmp_path) as local:
-        tracker = local.start_tracker()
+        tracker = local.start_tracker(command=TWO_HOURS_AHEAD)
         first, second = local.start_daemon("a"), local.start_daemon("b")
         wait_for_others([first, second], 1)
         tracker.end()
         first.end()
 
-        [peer] = (first.cache_dir / ".swarmcache" / "peers").read_text().splitlines()[1:]
+        [peer] = (first.cache_dir / ".swarmcache" / "peers").read_text().splitlines()[2:]
         assert peer == second.address
         local.tracker = None
         wait_for_others([local.start_daemon("a"), second], 1)
@@ -111,14 +117,43 @@ def test_some_peers_are_remembered(tmp_path: Path) -> None:
     file.close()
 
 
+def test_the_clusters_time_is_remembered_until_the_next_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = PeersFile(str(tmp_path))
+    assert file.offset_s is None
+    file.offset_s = 1.7e9
+    file.write(["node:7381"])
+    file.close()
+
+    file = PeersFile(str(tmp_path))
+    assert (file.offset_s, file.peers) == (1.7e9, ["node:7381"])
+    file.close()
+    monkeypatch.setattr(peers_file, "boot_id", lambda: bytes(16))
+    file = PeersFile(str(tmp_path))
+    assert (file.offset_s, file.peers) == (None, ["node:7381"])
+    file.close()
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"epoch", b"epoch x", b"epoch \xb2\n", bytes(99), b"\xff"]
+    "content",
+    [b"", b"epoch", b"epoch x", b"epoch \xb2\n", bytes(99), b"\xff", b"epoch " + b"9" * 5000],
 )
 def test_a_damaged_file_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "peers").write_bytes(content)
     file = PeersFile(str(tmp_path))
 
-    assert (file.epoch, file.peers) == (0, [])
+    assert (file.epoch, file.offset_s, file.peers) == (0, None, [])
+    file.close()
+
+
+@pytest.mark.parametrize("line", ["time", "time ", "time x", "time x 5", "time x 1e3", "time  -1"])
+def test_a_time_that_is_none_is_left_out(tmp_path: Path, line: str) -> None:
+    (tmp_path / "peers").write_text(f"epoch 7\n{line}\nnode:7381\n")
+    file = PeersFile(str(tmp_path))
+
+    assert (file.epoch, file.offset_s) == (7, None)
+    assert "node:7381" in file.peers
     file.close()
 
 

@@ -284,7 +284,7 @@ def test_a_cache_is_right_after_a_power_cut_at_any_moment(
 ) -> None:
     random = Random(SEED)
     recorder = record(root, scenario)
-    monkeypatch.setattr(cache_dir, "_boot_id", lambda: b"the next boot".ljust(16))
+    monkeypatch.setattr(cache_dir, "boot_id", lambda: b"the next boot".ljust(16))
     legal = list(model(recorder, random))
     chosen = distinct(recorder, legal if STATES == "all" else random.sample(legal, int(STATES)))
 
