@@ -141,8 +141,15 @@ class Link:
 
 
 def client_session() -> aiohttp.ClientSession:
-    """What ``connect`` needs. To be closed in the end."""
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S))
+    """What ``connect`` needs. To be closed in the end.
+
+    How many connections there are is for those who open them: each swarm brings ``peers_max``
+    neighbours. aiohttp would let the 101st wait until another one ends.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+    )
 
 
 async def connect(

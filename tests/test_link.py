@@ -20,7 +20,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
-from swarmcache.link import Link, connect, serve
+from swarmcache.link import Link, client_session, connect, serve
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
 
@@ -114,7 +114,7 @@ async def serving(key: Keyring = KEY) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
+    async with client_session() as session:
         yield session
 
 
@@ -182,6 +182,22 @@ async def tampering(target: HostPort) -> AsyncIterator[Tamperer]:
         tamperer.cut()
         server.close()
         await server.wait_closed()
+
+
+@pytest.mark.slow
+async def test_more_links_are_open_at_once_than_aiohttp_allows_by_itself(
+    session: aiohttp.ClientSession,
+) -> None:
+    count = 101  # the neighbours of three swarms
+    async with serving() as server:
+        links = [await dial(session, server.address) for _ in range(count)]
+        links[-1].send(b"heard")
+        await server.until_received(1)
+        for link in links:
+            await link.wait_closed()
+        await server.until(lambda: server.finished == count)
+
+    assert server.received == [b"heard"]
 
 
 async def test_messages_arrive_in_order_in_both_directions(session: aiohttp.ClientSession) -> None:
