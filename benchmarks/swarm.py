@@ -166,11 +166,13 @@ def _last_survivor_s(box: Box, cluster: Cluster, size_bytes: int) -> float:
     """Seconds until the last node has another file, of those whose daemon is not killed."""
     file = box.put("third", os.urandom(size_bytes))
     *others, victim = box.nodes
-    half_bytes = box.fs.bytes_sent() + size_bytes // 2
+    half_bytes = box.fs.bytes_sent_so_far() + size_bytes // 2
     began_s = time.monotonic()
     gets = [cluster.get(node, file) for node in others]
     given_up = cluster.get(victim, file)
-    wait_until(lambda: box.fs.bytes_sent() >= half_bytes, END_S_MAX, "half of the file to be read")
+    wait_until(
+        lambda: box.fs.bytes_sent_so_far() >= half_bytes, END_S_MAX, "half of the file to be read"
+    )
     victim.kill(cluster.daemons.pop(victim.name))
     _wait_for_all(gets)
     elapsed_s = time.monotonic() - began_s

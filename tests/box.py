@@ -471,6 +471,16 @@ class Host:
     def bytes_received(self) -> int:
         return self.down.bytes_passed()
 
+    def bytes_sent_so_far(self) -> int:
+        """About `bytes_sent`, for who asks again and again: that starts two processes each time,
+        which a host that is busy feels. An offloaded packet counts with one header (4 % less).
+        """
+        for line in Path(f"/proc/{self.keeper.pid}/net/dev").read_text().splitlines():
+            device, _, counters = line.partition(":")
+            if device.strip() == "eth0":
+                return int(counters.split()[8])
+        raise LookupError(f"{self!r} has no eth0")
+
     # End
 
     def end(self) -> None:

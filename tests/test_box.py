@@ -223,12 +223,13 @@ def test_senders_share_the_rate_of_one_receiver(able: None, tmp_path: Path) -> N
 def test_counters_count_payload_and_headers_at_both_ends(box: Box) -> None:
     sender, receiver = box.nodes[:2]
     sent_bytes, received_bytes = sender.bytes_sent(), receiver.bytes_received()
-    answered_bytes = receiver.bytes_sent()
+    answered_bytes, so_far_bytes = receiver.bytes_sent(), sender.bytes_sent_so_far()
     transfer_mbit(sender, receiver, 2 * MIB)
     # 66 of 1,514 bytes are Ethernet, IP and TCP headers; some packets are not full
     assert 1.04 <= (sender.bytes_sent() - sent_bytes) / (2 * MIB) <= 1.07
     assert 1.04 <= (receiver.bytes_received() - received_bytes) / (2 * MIB) <= 1.07
     assert receiver.bytes_sent() - answered_bytes <= 0.05 * 2 * MIB
+    assert 1.00 <= (sender.bytes_sent_so_far() - so_far_bytes) / (2 * MIB) <= 1.07
 
 
 # Faults
