@@ -239,8 +239,12 @@ class LocalRequests:
         if self._state.fetching(version_id) is None:
             del self._work[version_id]
             for file in work.files:
-                file.release()
+                self._let_go(file)
         return work.answers
+
+    def _let_go(self, file: SharedFile) -> None:
+        """In a thread, since whoever closes a file waits for a FUSE file server that hangs."""
+        self._threads.submit(file.release)
 
     def downloads_status(self) -> list[dict[str, Any]]:
         """How far every file is that is being fetched."""
@@ -444,7 +448,7 @@ class LocalRequests:
             request.connection.on_closed.pop(number, None)
             for timer in request.timers:
                 timer.cancel()
-            request.file.release()
+            self._let_go(request.file)
             self._cache.release(request.source.version.version_id)
         return request
 
@@ -469,7 +473,7 @@ class LocalRequests:
             self._answer_original(number, str(error))
             return
         finally:
-            file.release()
+            self._let_go(file)
         if path is None:
             self._answer_original(number, "the source changed meanwhile", retry=True)
         elif number in self._requests:  # or else it was answered meanwhile

@@ -357,6 +357,23 @@ def test_nodes_that_are_cut_off_hold_up_nobody_and_finish_when_they_are_back(
     swarm.assert_all_cached(swarm.get_everywhere(file, [downloading]), file)
 
 
+def test_a_daemon_goes_on_when_it_has_a_file_whose_file_server_hangs(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(2)
+    holder, node = swarm.box.nodes
+    file = swarm.put("corpus", 8 * MIB)
+    swarm.assert_all_cached([swarm.cluster.get(holder, file)], file)
+    node.shape(up_mbit=None, down_mbit=SLOW_MBIT)
+    get = swarm.cluster.get(node, file, options=["--timeout", "1"])
+    assert swarm.paths([get]) == [file]  # nobody waits for the copy any more, which still comes
+    node.run(["sh", "-c", "kill -STOP $(pidof sshfs)"])
+    assert swarm.status(node)["node"]["downloads"]
+    wait_until(
+        lambda: not swarm.status(node)["node"]["downloads"], TRANSFER_S, "the copy to be complete"
+    )
+
+
 def test_what_only_a_node_had_that_is_cut_off_is_read_again(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(3)
     file = swarm.put("corpus", 8 * MIB)
