@@ -10,7 +10,7 @@ from simulations.plots import LIMIT, MORE, OURS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE_INCHES = (11.0, 4.2)
+PANEL_INCHES = (5.0, 3.8)
 # What the project promises of every node, over ten seconds.
 BYTES_PER_S_MAX = 16_000
 
@@ -19,18 +19,20 @@ def draw(result: GossipResult, path: str) -> None:
     """Write the picture. Raises OSError."""
     from matplotlib.figure import Figure
 
+    panels = [_bytes]
+    if result.ages_s:
+        panels.append(_ages)
+    if result.known:
+        panels.append(_known)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * len(panels), height), layout="constrained")
     settings = result.settings
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    left, right = figure.subplots(1, 2)
     figure.suptitle(
         f"gossip {result.scenario}: {settings.nodes} nodes, {settings.loss:.0%} loss, "
         f"seed {settings.seed}"
     )
-    _bytes(left, result)
-    if result.ages_s:
-        _ages(right, result)
-    else:
-        _known(right, result)
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        panel(axes, result)
     figure.savefig(path, metadata={"Date": None} if path.endswith((".svg", ".pdf")) else None)
 
 
@@ -40,7 +42,7 @@ def _bytes(axes: Axes, result: GossipResult) -> None:
         axes.plot([each[number] for each in result.sent], color=color, label=name)
     axes.axhline(BYTES_PER_S_MAX, color=LIMIT, linestyle="--", label="limit over 10 s")
     axes.set(title="Bytes sent per node", xlabel="s", ylabel="bytes/s", ylim=0, xlim=0)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
 
 
 def _ages(axes: Axes, result: GossipResult) -> None:

@@ -77,14 +77,15 @@ def test_the_command_prints_json_that_repeats_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "gossip.png"
-    asked = ["gossip", "steady", "--nodes", "6", "--duration", "12s", "--json"]
+    asked = ["gossip", "steady", "change", "--nodes", "6", "--duration", "12s", "--json"]
 
     assert main([*asked, "--plot", str(path)]) == 0
     assert main(asked) == 0
 
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
-    assert {"age_mean_s", "sent_p99_bytes_per_s", "trace_digest"} <= json.loads(first).keys()
+    expected = {"age_mean_s", "change_99_max_s", "sent_p99_bytes_per_s", "trace_digest"}
+    assert expected <= json.loads(first).keys()
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
