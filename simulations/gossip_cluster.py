@@ -55,7 +55,8 @@ FIRST_EPOCH = 1_700_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class GossipSettings:
-    """``loss``: the part of all packets that get lost. ``period_s``: see ``Gossip``."""
+    """``loss``: the part of all packets that get lost. ``period_s``: see ``Gossip``. ``tries``: how
+    many nodes it happens to, where something happens to some."""
 
     nodes: int
     seed: int
@@ -63,6 +64,7 @@ class GossipSettings:
     latency_s: float = 0.0002
     period_s: float = 10.0
     check_every: int = 0
+    tries: int = 5
 
 
 class GossipNode:

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     if RESTART in asked.scenario[1:]:
         parser.error(f"{RESTART} can only come first: it begins with nobody")
     settings = GossipSettings(
-        asked.nodes, asked.seed, asked.loss, asked.latency, asked.period, asked.check_every
+        *(asked.nodes, asked.seed, asked.loss, asked.latency, asked.period, asked.check_every),
+        tries=asked.tries,
     )
     began_s = time.perf_counter()
     try:
@@ -55,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    names = list(GOSSIP_SCENARIOS)
+    names, count = list(GOSSIP_SCENARIOS), quantity(parse_count)
     option("scenario", choices=names, nargs="+", help="what happens, one after the other")
-    option("--nodes", type=quantity(parse_count), default=100, help="how many there are")
+    option("--nodes", type=count, default=100, help="how many there are")
     option("--seed", type=int, default=1, help="the source of all chance")
     option("--loss", type=_part, default=0.0, help="the part of all packets that gets lost")
     option("--latency", type=quantity(parse_duration), default="0.2ms", help="one way, at least")
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         default="10s",
         help="a status at least so often; long ones make long runs of the failure detector cheap",
     )
+    option("--tries", type=count, default=5, help="disks that turn sick, daemons that end")
     option("--duration", type=quantity(parse_duration), help="if not what is usual")
     add_run_options(parser)
     return parser

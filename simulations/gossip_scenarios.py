@@ -31,7 +31,6 @@ RESTART_S = 10.0
 STALLED_S = 5.0
 STALLED_EVERY_S = 30.0
 SICK_MUTE = 0.9
-TRIES = 5
 CRASH_MAX_S = 60.0
 RESTART = "restart"
 # So many ages are looked at at once, of 100 nodes at most.
@@ -226,7 +225,7 @@ def change(run: Run, duration_s: float) -> Figures:
     """Disks turn sick, one after the other: how long until all know."""
     run.settle(duration_s)
     known = []
-    for node in run.rng.sample(run.cluster.live(), TRIES):
+    for node in run.rng.sample(run.cluster.live(), run.cluster.settings.tries):
         status = NodeStatus(disk=DiskHealth.SICK)
         run.run(run.rng.random() + 1.0)
         run.cluster.tell(node, StatusMeasured(status))
@@ -254,7 +253,7 @@ def _end_some(scenario: str, run: Run, duration_s: float, *, announced: bool) ->
     run.settle(duration_s)
     cluster = run.cluster
     ended_s: dict[str, float] = {}
-    gone = run.rng.sample(cluster.live(), TRIES)
+    gone = run.rng.sample(cluster.live(), cluster.settings.tries)
     for node in gone:
         run.run(run.rng.random())
         if announced:
