@@ -541,11 +541,12 @@ def test_a_busy_peer_is_asked_again_soon_and_a_failing_one_later_each_time() -> 
 
 
 def test_chunks_are_announced_in_batches_and_not_to_who_has_them() -> None:
-    download = fresh(4, peers="ab")
+    peers = "abcdefghi"
+    download = fresh(4, peers=peers)
     announce(download, "b", 1)
     download.read_begins(0, 4)
     download.chunk_read(0, right(0))
-    assert told_chunks(download.announcements(1.0)) == Counter({("a", 0): 1, ("b", 0): 1})
+    assert told_chunks(download.announcements(1.0)) == Counter((peer, 0) for peer in peers)
     download.chunk_read(1, right(1))
     download.chunk_read(2, right(2))
 
@@ -554,8 +555,33 @@ def test_chunks_are_announced_in_batches_and_not_to_who_has_them() -> None:
     assert wake_at_s is not None
     told = download.announcements(wake_at_s)
 
-    assert told_chunks(told) == Counter({("a", 1): 1, ("a", 2): 1, ("b", 2): 1})
-    assert len(told) == 2
+    lacking = {(peer, chunk) for peer in peers for chunk in (1, 2)} - {("b", 1)}
+    assert told_chunks(told) == Counter(lacking)
+    assert len(told) == len(peers)
+
+
+@pytest.mark.parametrize(("neighbours", "holders"), [(8, 1), (9, 3)])
+def test_what_enough_neighbours_have_the_others_are_told_a_little_later(
+    neighbours: int, holders: int
+) -> None:
+    peers = "abcdefghi"[:neighbours]
+    download = fresh(2, peers=peers)
+    for peer in peers[: holders - 1]:
+        announce(download, peer, 0)
+    for peer in peers[:holders]:
+        announce(download, peer, 1)
+    for peer in peers[6:]:
+        download.remove_peer(peer)  # it was a neighbour nevertheless
+    download.read_begins(0, 2)
+
+    download.chunk_read(0, right(0))
+    assert {chunk for _, chunk in told_chunks(download.announcements(1.0))} == {0}
+    download.chunk_read(1, right(1))
+    assert download.announcements(2.0) == []
+    wake_at_s = download.wake_at_s(2.0)
+    assert wake_at_s == 2.0 + COMMON_INTERVAL_S
+    later = told_chunks(download.announcements(wake_at_s))
+    assert later == Counter((peer, 1) for peer in peers[holders:6])
 
 
 def test_a_newcomer_hears_of_every_chunk_exactly_once() -> None:
