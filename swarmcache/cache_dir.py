@@ -24,14 +24,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from swarmcache.cache_index import CacheIndex, Entry, Replica, Surveyed, Trust
+from swarmcache.cache_index import CacheIndex, Replica, Trust
+from swarmcache.cache_listing import CacheListing
 from swarmcache.chunk_sources import ChunkSource, OpenReplicas
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
 from swarmcache.clock import boot_id
@@ -45,7 +46,7 @@ from swarmcache.disk_calls import (
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.evictor import Evictor
 from swarmcache.file_batch import FileBatch
-from swarmcache.in_use import FileId, UseCheck
+from swarmcache.in_use import UseCheck
 from swarmcache.index_rebuild import SLICE_FILES, IndexRebuild
 from swarmcache.manifest_files import SUFFIX, encode_manifest
 from swarmcache.messages import DiskStatus, ReplicaPlace
@@ -64,7 +65,6 @@ log = logging.getLogger(__name__)
 # together; ``get`` does not wait for that. Seldom, since what others have written is synced along.
 RECOVERED_MAX = 1000
 RECOVERED_S = 10.0
-YOUNG_HINT = "--unused-for 0 takes it away"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -72,15 +72,6 @@ _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def go_on(size_bytes: int) -> None:
     """After each piece that was digested: nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What went, how many and how many bytes; and what was meant to go and stays, each with why."""
-
-    dropped: int
-    dropped_bytes: int
-    kept: list[tuple[Surveyed, str]]
 
 
 class Removal(Enum):
@@ -141,22 +132,19 @@ class CacheDir:
             stack.callback(os.close, self._root_fd)
             self.path = os.fsdecode(path)
             own = self.path + "/.swarmcache"
-            with disk_errors(f"open {own}"):
-                self._device = os.fstat(self._root_fd).st_dev
-                own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
-                check_ours(own_fd, own, forbidden=0o077)
-                self._lock_fd = self._lock_directory(stack, own_fd, own)
-                self._objects = ObjectFiles(self._open_directory(stack, "objects", own_fd))
-                self._partial_fd = self._open_directory(stack, "partial", own_fd)
-                self._tree = UserTree(path, self._root_fd)
+            self._open_directories(stack, path, own)
             self._sources = OpenReplicas(self._objects.open)
             self._index = CacheIndex(own + "/index.sqlite")
             stack.callback(self._index.close)
             self._listed = self._index.complete or self._begin_empty(own)
-            self._min_age_s = min_age_s
             self._use_check = UseCheck(self._partial_fd)
             self.file_system = self._use_check.file_system
             self._evictor = Evictor(self._index, self._uses, self, min_age_s)
+            self.listing = CacheListing(
+                *(path, self._index, self._objects, self._uses, self._evictor),
+                min_age_s=min_age_s,
+                boot_id=self._boot_id,
+            )
             self._retention = (
                 Retention(
                     *(self._index, self._uses, self._evictor),
@@ -328,92 +316,7 @@ class CacheDir:
             if replica is not None:
                 self._drop(replica)
 
-    # --- what its users see to themselves -------------------------------------------------------
-
-    def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
-        """The replicas that a path stands for, a page at a time; each is quick to get.
-
-        ``path``: of a source or of a local copy, or of a directory for all that are below it.
-        ``user``: None for one who may see everything; others see what they have a link to.
-        """
-        root = os.fsencode(self.path)
-        name = self.owner_of(path)
-        below = path
-        if name is not None:
-            below = b"/" + path[len(root) + 1 :].partition(b"/")[2]
-        elif path == root:
-            below = b"/"
-        if user is not None:
-            if name not in (None, user.name):
-                return
-            name = user.name
-        for page in self._index.entries(below, name=name, uid=user.uid if user else None):
-            yield [self._current(entry, root) for entry in page]
-
-    def owner_of(self, path: bytes) -> str | None:
-        """The name of the user whose copies a path leads to; None for the path of a source."""
-        root = os.fsencode(self.path) + b"/"
-        if not path.startswith(root):
-            return None
-        return path[len(root) :].partition(b"/")[0].decode(errors="replace")
-
-    def _current(self, entry: Entry, root: bytes) -> Entry:
-        """An entry with what the index does not know, or not yet."""
-        replica = entry.replica
-        read_s = min(self._objects.read_s(replica.version_id), time.time())
-        last_used_s = max(self._uses.used_s(replica.version_id), read_s)
-        if last_used_s > replica.last_used_s:
-            replica = dataclasses.replace(replica, last_used_s=last_used_s)
-        trusted = replica.trusted(self._boot_id)
-        return dataclasses.replace(entry, replica=replica, root=root, trusted=trusted)
-
-    def survey(self, wanted: Callable[[bytes], bool]) -> Iterator[list[Surveyed]]:
-        """All replicas of sources whose paths are wanted, a page at a time; some may be empty."""
-        for page in self._index.survey():
-            yield [self._with_use(each) for each in page if wanted(each.path)]
-
-    def forget(
-        self, wanted: Callable[[bytes], bool], unused_s: float | None
-    ) -> Iterator[Forgotten]:
-        """Take these replicas away if they were not used for ``unused_s`` seconds, or (None) may be
-        evicted; a page at a time. None that is pinned or in use goes. Slow. Raises LocalError."""
-        for page in self.survey(wanted):
-            now_s = time.time()
-            newest_s = now_s - (self._min_age_s if unused_s is None else unused_s)
-            kept: list[tuple[Surveyed, str]] = []
-            going: dict[bytes, Surveyed] = {}
-            for each in page:
-                if each.last_used_s > newest_s:
-                    if unused_s is None:
-                        kept.append((each, f"it was used within cache.min_age ({YOUNG_HINT})"))
-                elif each.pinned:
-                    kept.append((each, "it is pinned"))
-                else:
-                    going[each.version_id] = each
-            removed = self._evictor.take_away(going, newest_s, now_s)
-            for replica in removed:
-                del going[replica.version_id]
-            kept += [(each, "it is in use") for each in going.values()]
-            dropped_bytes = sum(replica.stamp.size_bytes for replica in removed)
-            yield Forgotten(len(removed), dropped_bytes, kept)
-
-    def _with_use(self, found: Surveyed) -> Surveyed:
-        """With what the index does not know yet."""
-        read_s = min(self._objects.read_s(found.version_id), time.time())
-        used_s = max(self._uses.used_s(found.version_id), read_s, found.last_used_s)
-        return dataclasses.replace(found, last_used_s=used_s)
-
-    def files(self, version_ids: Iterable[bytes]) -> dict[bytes, FileId]:
-        """Device and inode of each replica that is here."""
-        return self._objects.ids(version_ids)
-
-    def held(self, version_id: bytes) -> bool:
-        """Whether a client holds the replica."""
-        return self._uses.held(version_id)
-
-    def linked(self, version_id: bytes) -> list[User]:
-        """The users who have a link to the replica."""
-        return self._index.links(version_id)
+    # --- what its users see to themselves, see also ``listing`` -----------------------------------
 
     def removal(
         self, version_id: bytes, user: User | None = None, even_pinned: bool = False
@@ -798,6 +701,17 @@ class CacheDir:
         disk = os.fstatvfs(self._root_fd)
         return 0, (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
+    def _open_directories(self, stack: ExitStack, path: bytes, own: str) -> None:
+        """What is the daemon's ``own`` of the cache directory, and where its users have theirs."""
+        with disk_errors(f"open {own}"):
+            self._device = os.fstat(self._root_fd).st_dev
+            own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
+            check_ours(own_fd, own, forbidden=0o077)
+            self._lock_fd = self._lock_directory(stack, own_fd, own)
+            self._objects = ObjectFiles(self._open_directory(stack, "objects", own_fd))
+            self._partial_fd = self._open_directory(stack, "partial", own_fd)
+            self._tree = UserTree(path, self._root_fd)
+
     def _open_directory(self, stack: ExitStack, name: str, above_fd: int) -> int:
         with suppress(FileExistsError):  # from an earlier start
             os.mkdir(name, 0o700, dir_fd=above_fd)
@@ -1028,6 +942,10 @@ class CacheDir:
     def release(self, version_id: bytes) -> None:
         """End one ``hold``."""
         self._uses.release(version_id)
+
+    def held(self, version_id: bytes) -> bool:
+        """Whether a client holds the replica."""
+        return self._uses.held(version_id)
 
     def tell_before_evicting(self, tell: Callable[[Sequence[bytes]], Future[None]]) -> None:
         """See ``Cache.tell_before_evicting``."""

@@ -30,8 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from swarmcache.cache_dir import CacheDir, Damaged, Forgotten, Partial, Removal, User, go_on
+from swarmcache.cache_dir import CacheDir, Damaged, Partial, Removal, User, go_on
 from swarmcache.cache_index import Entry, Surveyed
+from swarmcache.cache_listing import Forgotten
 from swarmcache.chunk_sources import ChunkSource
 from swarmcache.chunks import FileVersion, Manifest, SmallFile
 from swarmcache.clock import now_s
@@ -267,21 +268,21 @@ class Cache:
 
     def entries(self, path: bytes, user: User | None = None) -> Iterator[list[Entry]]:
         """See ``CacheDir.entries``. Raises LocalError."""
-        return self._chain(lambda each: each.entries(path, user))
+        return self._chain(lambda each: each.listing.entries(path, user))
 
     def survey(self, wanted: Callable[[bytes], bool]) -> Iterator[list[Surveyed]]:
         """See ``CacheDir.survey``. Raises LocalError."""
-        return self._chain(lambda each: each.survey(wanted))
+        return self._chain(lambda each: each.listing.survey(wanted))
 
     def forget(
         self, wanted: Callable[[bytes], bool], unused_s: float | None
     ) -> Iterator[Forgotten]:
         """See ``CacheDir.forget``. Raises LocalError."""
-        return self._chain(lambda each: each.forget(wanted, unused_s))
+        return self._chain(lambda each: each.listing.forget(wanted, unused_s))
 
     def owner_of(self, path: bytes) -> str | None:
         """See ``CacheDir.owner_of``."""
-        return _first(directory.owner_of(path) for directory in self._directories)
+        return _first(directory.listing.owner_of(path) for directory in self._directories)
 
     def in_use(self, version_ids: Sequence[bytes]) -> set[bytes]:
         """Those that a process has open or that a client holds, for people to see.
@@ -290,7 +291,7 @@ class Cache:
         Raises LocalError.
         """
         files: dict[bytes, FileId] = {}
-        for found in self._answers(lambda each: each.files(version_ids), self._examine):
+        for found in self._answers(lambda each: each.listing.files(version_ids), self._examine):
             files |= found
         with disk_errors("find out which files are in use"):
             opened = self._open_files.among(files.values())
@@ -299,7 +300,7 @@ class Cache:
 
     def linked(self, version_id: bytes) -> list[User]:
         """See ``CacheDir.linked``. Raises LocalError."""
-        return [user for each in self._directories for user in each.linked(version_id)]
+        return [user for each in self._directories for user in each.listing.linked(version_id)]
 
     def removal(
         self, version_id: bytes, user: User | None = None, even_pinned: bool = False

@@ -30,7 +30,7 @@ ANN, BEN = User(1001, "ann"), User(1002, "ben")
 
 
 def listed(cache: CacheDir, path: bytes = b"/", user: User | None = None) -> list[Entry]:
-    return [entry for page in cache.entries(path, user) for entry in page]
+    return [entry for page in cache.listing.entries(path, user) for entry in page]
 
 
 def paths(cache: CacheDir, path: bytes = b"/", user: User | None = None) -> list[bytes]:
@@ -63,7 +63,7 @@ def test_a_listing_in_pages_has_every_file_once_also_those_of_one_path(
     for seed in range(10):
         publish(cache, *a_file(10, b"/n/%d" % (seed // 4), seed))
 
-    pages = list(cache.entries(b"/n"))
+    pages = list(cache.listing.entries(b"/n"))
 
     assert [len(page) for page in pages if page] == [3, 3, 3, 1]
     found = [entry.replica.version_id for page in pages for entry in page]
@@ -113,8 +113,8 @@ def test_a_user_sees_the_files_that_are_linked_for_him_and_nobody_elses_paths(
     assert paths(cache, of_ann, BEN) == []
     assert paths(cache, of_ann, ANN) == paths(cache, of_ann) == [b"/n/both", b"/n/other"]
     assert [len(entry.copies) for entry in listed(cache)] == [2, 1]
-    assert cache.owner_of(of_ann + b"/n") == "ann"
-    assert cache.owner_of(b"/n") is cache.owner_of(bytes(root)) is None
+    assert cache.listing.owner_of(of_ann + b"/n") == "ann"
+    assert cache.listing.owner_of(b"/n") is cache.listing.owner_of(bytes(root)) is None
 
 
 def test_of_many_users_only_some_are_named(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_file_goes_with_its_last_link(cache: CacheDir, root: Path) -> None:
     assert cache.remove(version_id, ME) is Removal.ABSENT
     assert cache.remove(version_id, ANN) is Removal.UNLINKED
     assert not os.path.exists(made[ANN.uid])
-    assert cache.linked(version_id) == [BEN]
+    assert cache.listing.linked(version_id) == [BEN]
     assert cache.lookup(version, BEN) == made[BEN.uid]
     assert Path(made[BEN.uid]).read_bytes() == data
 

@@ -34,6 +34,7 @@ LAYERS = {
         "cache_client",
         "cache_commands",
         "cache_index",
+        "cache_listing",
         "chunk_fetcher",
         "chunk_protocol",
         "chunk_server",
