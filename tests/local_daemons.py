@@ -58,11 +58,15 @@ class Server:
         self._log = log
         with open(log, "wb") as stderr:
             self.process = subprocess.Popen([*command, *arguments], stderr=stderr, env={})
-        wait_until(
-            lambda: "ready on" in self.said() or self.process.poll() is not None,
-            PATIENCE_S,
-            f"{arguments[0]} to be ready",
-        )
+        try:
+            wait_until(
+                lambda: "ready on" in self.said() or self.process.poll() is not None,
+                PATIENCE_S,
+                f"{arguments[0]} to be ready",
+            )
+        except BaseException:  # nobody else knows of it yet
+            self.kill()
+            raise
         if "ready on" not in self.said():
             raise EndedEarly(self.said())
         self.address = self.said().partition("ready on ")[2].splitlines()[0]
