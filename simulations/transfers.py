@@ -399,6 +399,8 @@ class Transfers:
             node.inbox.append((self._files_ended, ended))
             return
         node.under_way.subtract(version_ids)
+        if isinstance(event, FilesArrived):  # a disk that was slow may be lost by now
+            event.version_ids = [each for each in event.version_ids if each in node.disk.replicas]
         self._cluster.tell(node, event)
         if isinstance(event, FilesArrived) and node.life == life:
             self._cluster.disks.files_announced(node, event.version_ids)
