@@ -246,9 +246,17 @@ class CacheDir:
 
     def lookup_many(self, versions: Sequence[FileVersion], user: User) -> list[str | None]:
         """``lookup`` for many; one that cannot be looked up is left out. Raises DiskFailed."""
-        ready = self._index.find_ready([each.version_id for each in versions], user, self._boot_id)
+        version_ids = [each.version_id for each in versions]
+        ready = self._index.find_ready(version_ids, user, self._boot_id)
+        # Those that are not here at all, often most of them, shall not cost a query each.
+        listed = self._index.listed_among([each for each in version_ids if each not in ready])
         now_s = time.time()
-        return [self._ready_path(each, user, ready, now_s) for each in versions]
+        return [
+            self._ready_path(each, user, ready, now_s)
+            if each.version_id in ready or each.version_id in listed
+            else None
+            for each in versions
+        ]
 
     def _ready_path(
         self, version: FileVersion, user: User, ready: dict[bytes, Stamp], now_s: float
@@ -572,14 +580,16 @@ class CacheDir:
         None of them may be begun meanwhile. Raises NoSpace within the limits set, and LocalError.
         """
         self.check_alive()
-        known = self._index.find_all([version.version_id for version in versions])
+        version_ids = [version.version_id for version in versions]
+        # As for ``knows``: the index may not list all objects yet.
+        here = self._index.listed_among(version_ids) | self._objects.ids(version_ids).keys()
         known_paths = self._index.known_paths([version.path for version in versions])
         wanted = [
             (version, ChunkLayout(version.size_bytes, chunk_size_bytes))
             for version in versions
-            if version.version_id not in known
+            if version.version_id not in here
             and version.path not in known_paths
-            and not self.knows(version.version_id)
+            and not self._partials.knows(version.version_id)
         ]
         if not wanted:
             return None

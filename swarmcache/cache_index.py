@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 from blake3 import blake3
@@ -244,6 +245,12 @@ class CacheIndex:
         query = f"SELECT {_COLUMNS} FROM replica r WHERE version_id IN ({marks})"  # noqa: S608
         return {row[0]: _replica(row) for row in self._rows(query, *version_ids)}
 
+    def listed_among(self, version_ids: Sequence[bytes]) -> set[bytes]:
+        """Those of a few version ids that have a row, trusted or not."""
+        marks = ", ".join("?" * len(version_ids))
+        query = f"SELECT version_id FROM replica WHERE version_id IN ({marks})"  # noqa: S608
+        return {version_id for (version_id,) in self._rows(query, *version_ids)}
+
     def known_paths(self, paths: Sequence[bytes]) -> set[bytes]:
         """Those of a few sources of which there is a replica, of whatever version."""
         marks = ", ".join("?" * len(paths))
@@ -292,7 +299,7 @@ class CacheIndex:
     def count_beside(self, path: bytes) -> int:
         """How many replicas there are of sources in the directory of ``path``; counts to 1000."""
         query = "SELECT count(*) FROM (SELECT 1 FROM replica WHERE directory = ? LIMIT ?)"
-        [(count,)] = self._rows(query, _directory_key(path), PAGE_ROWS)
+        [(count,)] = self._rows(query, _directory_key(os.path.dirname(path)), PAGE_ROWS)
         return int(count)
 
     def entries(
@@ -718,19 +725,20 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     )
 
 
-def _directory_key(path: bytes) -> int:
-    """63 bits that stand for the directory of ``path``, so that a million rows stay small.
+@lru_cache(maxsize=64)  # files come from few directories at a time
+def _directory_key(directory: bytes) -> int:
+    """63 bits that stand for a directory of sources, so that a million rows stay small.
 
     Two directories with the same key would be kept together on one disk, which harms nobody.
     """
-    return int.from_bytes(blake3(os.path.dirname(path)).digest(8), "little") >> 1
+    return int.from_bytes(blake3(directory).digest(8), "little") >> 1
 
 
 def _new_row(replica: Replica) -> tuple[Any, ...]:
     assert replica.trust == Trust.DOUBTFUL, "a new row is doubtful until it is settled"
     stamp = replica.stamp
     return (
-        *(replica.version_id, replica.path, _directory_key(replica.path)),
+        *(replica.version_id, replica.path, _directory_key(os.path.dirname(replica.path))),
         *(replica.chunk_size_bytes, replica.stored_bytes, replica.trust, replica.boot_id),
         *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
         *(replica.created_s, replica.last_used_s, replica.verified_s),

@@ -28,10 +28,11 @@ from swarmcache.user_tree import User, UserTree
 
 log = logging.getLogger(__name__)
 
-# Files that are put in place under the lock at once. Look-ups of hits do not need it, others wait
-# for some ten milliseconds. A transaction writes every page once that it has changed, and version
-# ids lie anywhere: with 32 files it was one page for each file and index, with 128 much fewer.
-SLICE_FILES = 128
+# Files that are put in place under the lock at once: as many as one message of a client has.
+# Look-ups of hits do not need it, others wait for some ten milliseconds. A transaction writes every
+# page once that it has changed, and version ids lie anywhere: with 32 files it was one page for
+# each file and index, with more much fewer.
+SLICE_FILES = 192
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -80,15 +80,7 @@ class UserTree:
 
         Raises CacheDirUnusable where no such place can exist.
         """
-        if not real_path.startswith(b"/") or _has_odd_component(real_path):
-            raise CacheDirUnusable(f"{os.fsdecode(real_path)!r} is not a real path")
-        path = self.directory(user) + real_path
-        if len(path) >= PATH_MAX_BYTES:
-            raise CacheDirUnusable(
-                f"the path of the copy would have {len(path)} bytes, {PATH_MAX_BYTES - 1} are"
-                " allowed: choose a shorter cache.dir"
-            )
-        return path
+        return _path_below(self.directory(user), real_path)
 
     def directory(self, user: User) -> bytes:
         """What all copies of a user lie below. Raises CacheDirUnusable where there can be none."""
@@ -148,9 +140,13 @@ class UserTree:
         """
         failed: dict[bytes, LocalError] = {}
         by_directory: dict[bytes, list[bytes]] = {}
+        try:
+            users_directory = self.directory(user)
+        except CacheDirUnusable as error:
+            return dict.fromkeys(objects, error)
         for path in objects:
             try:
-                self.path(user, path)
+                _path_below(users_directory, path)
             except CacheDirUnusable as error:
                 failed[path] = error
             else:
@@ -348,6 +344,19 @@ class UserTree:
 def _unless_gone(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def _path_below(directory: bytes, real_path: bytes) -> bytes:
+    """Where the copy of a source is in a user's directory. Raises CacheDirUnusable."""
+    if not real_path.startswith(b"/") or _has_odd_component(real_path):
+        raise CacheDirUnusable(f"{os.fsdecode(real_path)!r} is not a real path")
+    path = directory + real_path
+    if len(path) >= PATH_MAX_BYTES:
+        raise CacheDirUnusable(
+            f"the path of the copy would have {len(path)} bytes, {PATH_MAX_BYTES - 1} are"
+            " allowed: choose a shorter cache.dir"
+        )
+    return path
 
 
 def _has_odd_component(real_path: bytes) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache.cache_dir import CacheDir
+from swarmcache.cache_index import CacheIndex
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion, SmallFile
 from swarmcache.disk import Cache
 from swarmcache.errors import CacheDirUnusable, NoSpace
@@ -53,6 +54,31 @@ def test_all_of_a_batch_are_replicas_with_links_for_their_users(root: Path) -> N
     assert left_in_partial(root) == []
     assert_sound(cache, root)
     cache.make_all_durable(ids(FILES))
+    cache.close()
+
+
+def test_looking_up_many_files_that_are_not_here_costs_no_query_for_each(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(root)
+    here, absent = FILES[:2], FILES[2:]
+    install_together(cache, here, [ME])
+    monkeypatch.setattr(CacheIndex, "find_for", lambda *_: pytest.fail("a query for one file"))
+
+    found = cache.lookup_many([version for version, _ in FILES], ME)
+
+    assert [path is not None for path in found] == [True] * len(here) + [False] * len(absent)
+    cache.close()
+
+
+def test_a_file_that_is_here_without_a_link_is_found_among_many_that_are_not(root: Path) -> None:
+    cache = open_cache(root)
+    install_together(cache, FILES[:1], [OTHER])
+
+    found = cache.lookup_many([version for version, _ in FILES], ME)
+
+    assert found[0] is not None and os.path.samefile(found[0], object_of(root, FILES[0][0]))
+    assert found[1:] == [None] * len(FILES[1:])
     cache.close()
 
 
