@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -406,4 +407,22 @@ def test_damage_found_later_is_an_answer_and_mended_by_a_restart(root: Path) -> 
     list_objects(cache)
     assert len(recovered(cache)) == 300
     assert cache.lookup(a_file(0, b"/nfs/7", 7)[0], ME) is not None
+    cache.close()
+
+
+def test_an_index_of_a_former_version_keeps_its_rows_and_loses_what_nobody_asks_for(
+    root: Path,
+) -> None:
+    cache = open_cache(root)
+    version, data = a_file(10)
+    publish(cache, version, data)
+    cache.close()
+    change_index(root, "CREATE INDEX replica_by_trust ON replica (trust, version_id)")
+
+    cache = open_cache(root)
+
+    assert list(cache.replicas()) == [version.version_id]
+    with closing(sqlite3.connect(index_of(root))) as connection:
+        names = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index'").fetchall()
+    assert ("replica_by_trust",) not in names and ("replica_by_use",) in names
     cache.close()
