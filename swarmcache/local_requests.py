@@ -151,7 +151,7 @@ class LocalRequests:
             case Release():
                 self._holds.release(connection, request.hold)
             case _ if connection in self._busy:  # so that nobody has more descriptors of ours
-                _close_all(fds)
+                connection.close_files(fds)
                 connection.send(Failed("one request at a time on a connection"))
             case Get():
                 self._examine(connection, fds, self._get_in_thread, connection, request, fds[0])
@@ -165,7 +165,9 @@ class LocalRequests:
         """Have a thread answer; ``fds`` are closed should none come to it any more."""
         self._busy.add(connection)
         done = self._threads.submit(function, *args)
-        done.add_done_callback(lambda done: _close_all(fds) if done.cancelled() else None)
+        done.add_done_callback(
+            lambda done: connection.close_files(fds) if done.cancelled() else None
+        )
 
     def carry_out(self, effect: AnswerCached | AnswerOriginal | AnswerFiles | AnswerStatus) -> None:
         """Give the machine's answer to the client who asked."""
@@ -316,7 +318,7 @@ class LocalRequests:
     def _get(self, connection: LocalConnection, get: Get, fd: int, source: SourceFile) -> None:
         """Go on with a file that was not there, or is to be held."""
         if not connection.is_open:
-            os.close(fd)
+            connection.close_files([fd])
             self._busy.discard(connection)
             return
         try:
@@ -325,17 +327,17 @@ class LocalRequests:
             if hit is None and get.tree is not None:
                 self._cache.keep_together(get.tree, source.version.path)
         except SwarmcacheError as error:
-            os.close(fd)
+            connection.close_files([fd])
             self._answer(connection, Original(str(error)))
             return
         except Exception as error:
             # A bug of ours; the job still gets a path, and the log the traceback.
-            os.close(fd)
+            connection.close_files([fd])
             self._answer(connection, Original(f"internal error: {error}"))
             raise
         if hit is not None:
             self._count_hits(1)
-            os.close(fd)
+            connection.close_files([fd])
             self._answer(connection, hit)
             return
         number = next(self._numbers)
@@ -511,8 +513,3 @@ class LocalRequests:
             connection.send(Failed(str(error)))
             return
         connection.send(NodeStatus(node, effect.cluster, effect.reason, members))
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -4,7 +4,8 @@ Who a client is says the kernel (SO_PEERCRED). Every descriptor that arrives is 
 with its request or closed here, whatever the client does.
 
 Limits: ``CLIENTS_MAX`` connections, ``CLIENTS_PER_USER_MAX`` of one user, ``LINE_MAX_BYTES`` per
-request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request.
+request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request, and as many of
+one user that wait to be closed.
 
 All of it runs in the event loop, but for ``send_from_thread``.
 """
@@ -20,10 +21,13 @@ import struct
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from swarmcache.descriptor_closer import DescriptorCloser
+from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
@@ -86,6 +90,15 @@ class LocalConnection:
         if data:
             self._server.loop.call_soon_threadsafe(self._flush)
 
+    def close_files(self, fds: Collection[int]) -> None:
+        """Close descriptors that have come from this client, in a thread: it may take long."""
+        if fds:
+            self._server.closer.close(self.user.uid, [partial(os.close, fd) for fd in fds])
+
+    def release(self, *files: SharedFile) -> None:
+        """The same for files that others may still use."""
+        self._server.closer.close(self.user.uid, [file.release for file in files])
+
     async def drained(self) -> None:
         """Wait until the client has taken what was sent, or has gone. For one task at a time."""
         if self.is_open and self._unsent:
@@ -101,8 +114,8 @@ class LocalConnection:
         self._server.loop.remove_writer(self._sock.fileno())
         with self._sending:
             self._sock.close()
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
+        self.close_files(self._descriptors)
+        self._descriptors = deque()
         self._server.forget(self)
         self._wake()
         for callback in list(self.on_closed.values()):
@@ -182,6 +195,7 @@ class LocalServer:
 
     def __init__(self, path: Path, handler: Handler) -> None:
         self.handler = handler
+        self.closer = DescriptorCloser()
         self.loop = asyncio.get_running_loop()
         self._path = path
         self._connections: dict[LocalConnection, None] = {}
@@ -232,6 +246,8 @@ class LocalServer:
         same = sum(connection.user.uid == uid for connection in self._connections)
         if same > CLIENTS_PER_USER_MAX or len(self._connections) > CLIENTS_MAX:
             return "too many requests at once"
+        if self.closer.pending(uid) > DESCRIPTORS_MAX:
+            return "files that you have opened hang when they are closed"
         return ""
 
 

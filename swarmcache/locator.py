@@ -101,7 +101,7 @@ class Locator:
     def take(self, connection: LocalConnection, request: AboutPlaces, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
         if connection in self._busy:
-            _close_all(fds)
+            connection.close_files(fds)
             connection.send(Failed("one request at a time on a connection"))
             return
         self._busy.add(connection)
@@ -114,8 +114,7 @@ class Locator:
         answers: list[Answer] = []
         try:
             # Not cancelled before all descriptors are closed.
-            uid = connection.user.uid
-            sources = await asyncio.gather(*(self._examine(uid, fd) for fd in fds))
+            sources = await asyncio.gather(*(self._examine(connection, fd) for fd in fds))
             task = asyncio.current_task()
             assert task is not None
             connection.on_closed[self] = task.cancel
@@ -133,14 +132,14 @@ class Locator:
             connection.on_closed.pop(self, None)
             connection.send(*answers)
 
-    async def _examine(self, uid: int, fd: int) -> SourceFile | str:
+    async def _examine(self, connection: LocalConnection, fd: int) -> SourceFile | str:
         """What a descriptor leads to, or why that is no source. Closes it."""
         try:
-            return await self._look(uid, self._examiner.examine, fd)
+            return await self._look(connection.user.uid, self._examiner.examine, fd)
         except SwarmcacheError as error:
             return str(error)
         finally:
-            os.close(fd)
+            connection.close_files([fd])
 
     async def _look(self, uid: int, function: Callable[..., Result], *args: object) -> Result:
         """Run something in a thread, when it is this user's turn."""
@@ -275,8 +274,3 @@ def _name(address: NodeAddress) -> str:
 
 def _location(address: NodeAddress, place: ReplicaPlace, path: bytes) -> Location:
     return Location(_name(address), place.directory + path, place.linked)
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -124,7 +124,8 @@ class LookUps:
     def _want(self, asked: Asked) -> None:
         if not asked.connection.is_open:
             self._count_hits(len(asked.fds) - asked.paths.count(None))
-            self._end(asked, Found(asked.paths))
+            asked.connection.close_files(asked.fds)
+            self._answer(asked.connection, Found(asked.paths))
             return
         number = next(self._numbers)
         self._waiting[number] = asked
@@ -148,13 +149,18 @@ class LookUps:
         asked = self._waiting.pop(number)
         if asked.timer is not None:
             asked.timer.cancel()
-        self._let_go(asked)
+        self._release(asked)
+        asked.connection.close_files(asked.fds)
         self._answer(asked.connection, Found(asked.paths))  # which nobody hears
 
-    def _let_go(self, asked: Asked) -> None:
-        """End a request for which files were fetched."""
+    def _release(self, asked: Asked) -> None:
+        """What was fetched for it may be evicted again."""
         for version in asked.missing().values():
             self._cache.release(version.version_id)
+
+    def _let_go(self, asked: Asked) -> None:
+        """End a request for which files were fetched. In a thread: to close files may take long."""
+        self._release(asked)
         for fd in asked.fds:
             os.close(fd)
 
@@ -191,7 +197,7 @@ class LookUps:
             asked.paths[place] = None if path is None else os.fsencode(path)
 
     def _end(self, asked: Asked, found: Found) -> None:
-        """End a request for which nothing was fetched."""
+        """End a request for which nothing was fetched. In a thread, as above."""
         for fd in asked.fds:
             os.close(fd)
         self._answer(asked.connection, found)

@@ -122,8 +122,7 @@ class PrefetchRequests:
         """Begin to answer a request; owns ``fds``."""
         files = [SharedFile(fd) for fd in fds]
         if connection in self._busy:
-            for file in files:
-                file.release()
+            connection.release(*files)
             connection.send(Failed("one request at a time on a connection"))
             return
         self._busy.add(connection)
@@ -137,8 +136,7 @@ class PrefetchRequests:
         alive = self.spawn(keep_alive(connection))
         answer: End | Failed = End()
         with ExitStack() as stack:
-            for file in files:
-                stack.callback(file.release)
+            stack.callback(connection.release, *files)
             try:
                 wanted = await self._examine(connection, files)
                 # Not before: no descriptor may be closed while a thread looks at it.

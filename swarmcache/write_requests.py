@@ -169,7 +169,7 @@ class WriteRequests:
             connection.send(NoSlot(f"internal error: {error}"))
             raise
         finally:
-            os.close(directory_fd)
+            connection.close_files([directory_fd])
         if connection in self._by_connection:
             connection.send(Failed("one slot at a time on a connection"))
             return
@@ -220,8 +220,7 @@ class WriteRequests:
             raise
         finally:
             alive.cancel()
-            file.release()
-            copy.release()
+            connection.release(file, copy)
 
     def _examine(self, file: SharedFile, copy: SharedFile) -> FileVersion:
         """What a replica is to be made of. Raises SourceUnreadable, SourceFailed."""

@@ -59,6 +59,7 @@ LAYERS = {
         "cp_command",
         "datagrams",
         "demo",
+        "descriptor_closer",
         "directories",
         "disk",
         "disk_calls",

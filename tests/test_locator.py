@@ -50,6 +50,10 @@ class Connection:
         if self.is_open and any(isinstance(a, End | Failed | CopyPath) for a in answers):
             self.answered.set()
 
+    def close_files(self, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+
     def close(self) -> None:
         self.is_open = False
         for callback in list(self.on_closed.values()):
