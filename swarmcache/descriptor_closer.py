@@ -8,9 +8,12 @@ Invariant: a user has a thread exactly as long as there is something to close.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+
+log = logging.getLogger(__name__)
 
 
 class DescriptorCloser:
@@ -43,4 +46,7 @@ class DescriptorCloser:
                     del self._queues[uid]
                     return
                 close = queue.popleft()
-            close()
+            try:
+                close()
+            except OSError as error:  # what was written could not be: that is the client's to know
+                log.info("closing a file of uid %d: %s", uid, error)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache import local_server
+from swarmcache.descriptor_closer import DescriptorCloser
 from swarmcache.errors import LocalError
 from swarmcache.local_protocol import LINE_MAX_BYTES, AnyRequest, Cached, Get, Progress
 from swarmcache.local_server import DESCRIPTORS_MAX, LocalConnection, LocalServer
@@ -368,6 +369,19 @@ async def test_a_descriptor_whose_closing_takes_long_holds_up_nobody(daemon: Dae
         assert time.monotonic() - begin_s < DEADLINE_S
         hostile.close()
         client.close()
+
+
+def test_after_a_descriptor_that_cannot_be_closed_the_others_are() -> None:
+    before = open_descriptors()
+    reader, writer = os.pipe()
+    os.close(writer)
+    closer = DescriptorCloser()
+
+    closer.close(7, [partial(os.close, writer), partial(os.close, reader)])
+
+    wait_for_descriptors(before)
+    closer.close(7, [partial(os.close, os.open("/", os.O_RDONLY))])
+    wait_for_descriptors(before)
 
 
 async def test_who_has_too_many_that_hang_is_refused(
