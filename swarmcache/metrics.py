@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from swarmcache.errors import LocalError
 from swarmcache.quantities import HostPort
-from swarmcache.serving import bind, software_version
+from swarmcache.serving import serving_http, software_version
 
 Described = Callable[[], Iterable[Metric]]
 
@@ -57,17 +57,10 @@ async def serving_metrics(server: str, listen: HostPort, describe: Described) ->
 
     application = web.Application()
     application.router.add_get("/metrics", answer)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
-    with bind(listen) as listener:
-        try:
-            await runner.setup()
-            await web.SockSite(runner, listener).start()
-            port = int(listener.getsockname()[1])
-            url = f"http://{HostPort(listen.host, port)}/metrics"
-            print(f"swarmcache {server} metrics at {url}", file=sys.stderr, flush=True)
-            yield url
-        finally:
-            await runner.cleanup()
+    async with serving_http(application, listen) as address:
+        url = f"http://{address}/metrics"
+        print(f"swarmcache {server} metrics at {url}", file=sys.stderr, flush=True)
+        yield url
 
 
 def daemon_figures(status: Mapping[str, Any]) -> Iterator[Metric]:
@@ -106,15 +99,15 @@ def daemon_figures(status: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _disks(directories: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
-    for field, text in {
-        "capacity_bytes": "Size of the disk.",
-        "free_bytes": "Room on the disk.",
-        "used_bytes": "What the cache takes, with what is set aside for files to come.",
-        "file_count": "Replicas.",
+    for field, (name, text) in {
+        "capacity_bytes": ("capacity_bytes", "Size of the disk."),
+        "free_bytes": ("free_bytes", "Room on the disk."),
+        "used_bytes": ("used_bytes", "What the cache takes, with what is set aside for files."),
+        "file_count": ("files", "Replicas."),
     }.items():
         yield _labelled(
             GaugeMetricFamily,
-            f"disk_{field.removesuffix('_count')}{'s' * field.endswith('_count')}",
+            f"disk_{name}",
             text,
             ["directory"],
             [([each["path"]], each["disk"][field]) for each in directories],

@@ -15,13 +15,12 @@ from swarmcache.clock import now_s
 from swarmcache.config import Config
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import Link, serve
-from swarmcache.quantities import HostPort
 from swarmcache.serving import (
     allow_many_descriptors,
-    bind,
     cluster_keys,
     reread_on_hangup,
     say_ready,
+    serving_http,
     told_to_end,
 )
 from swarmcache.tracker_server import TrackerServer
@@ -80,12 +79,10 @@ async def run_tracker(config: Config) -> None:
     keyring = Keyring(cluster_keys(config))
     reread_on_hangup(config, keyring)
     tracker = Tracker(config, keyring)
-    runner = web.AppRunner(tracker.application(), access_log=None, shutdown_timeout=1.0)
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(bind(config.tracker.listen))
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        await web.SockSite(runner, listener, backlog=4096).start()
+        address = await stack.enter_async_context(
+            serving_http(tracker.application(), config.tracker.listen, backlog=4096)
+        )
         if config.tracker.metrics is not None:
             from swarmcache.metrics import serving_metrics, tracker_figures
 
@@ -94,6 +91,5 @@ async def run_tracker(config: Config) -> None:
                     "tracker", config.tracker.metrics, lambda: tracker_figures(tracker.status())
                 )
             )
-        port = int(listener.getsockname()[1])
-        say_ready("tracker", HostPort(config.tracker.listen.host, port))
+        say_ready("tracker", address)
         await told.wait()
