@@ -225,7 +225,7 @@ def random_swarm(world: World) -> None:
                 fetch(source, node)
 
     def fetch(source: Machine, node: Machine) -> None:
-        chunk = rng.choice(list(chunks_in(source.held & ~node.asked)))
+        chunk = rng.choice(chunks_in(source.held & ~node.asked))
         node.asked |= 1 << chunk
         node.flights += 1
         source.places -= 1

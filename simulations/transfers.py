@@ -43,10 +43,8 @@ class Transfer(Flow):
     """What a node is sent by another one. ``held_up_s``: since when nothing moves, because of a cut
     or since its source was stopped."""
 
-    __slots__ = ("admitted", "effect", "held_up_s", "life", "node", "over",
-                 "source", "source_life", "transfers", "upload")  # fmt: skip
-
-    effect: FetchChunk | FetchFiles
+    __slots__ = ("admitted", "held_up_s", "life", "node", "over", "source",
+                 "source_life", "stall_s", "transfers", "upload")  # fmt: skip
 
     def __init__(
         self,
@@ -59,7 +57,7 @@ class Transfer(Flow):
         self.transfers = cluster.transfers
         self.node = node
         self.life = node.life
-        self.effect = effect
+        self.stall_s = effect.stall_s
         self.source = cluster.nodes[effect.address.node]
         self.source_life = self.source.life
         self.upload = upload
@@ -101,9 +99,7 @@ class Transfer(Flow):
 class Fetch(Transfer):
     """A chunk on its way. ``digest``: of what is being sent."""
 
-    __slots__ = ("digest",)
-
-    effect: FetchChunk
+    __slots__ = ("digest", "effect")
 
     def __init__(self, cluster: Cluster, node: Node, effect: FetchChunk) -> None:
         self.effect = effect
@@ -158,9 +154,7 @@ class FilesFetch(Transfer):
     """Small files on their way together. ``sent``: the digests that they should have, and those of
     what is sent."""
 
-    __slots__ = ("sent",)
-
-    effect: FetchFiles
+    __slots__ = ("effect", "sent")
 
     def __init__(self, cluster: Cluster, node: Node, effect: FetchFiles) -> None:
         self.effect = effect
@@ -287,7 +281,7 @@ class Transfers:
         return True
 
     def fails_if_it_stalls(self, fetch: Transfer) -> None:
-        at_s = self._engine.now_s + fetch.effect.stall_s
+        at_s = self._engine.now_s + fetch.stall_s
         self._engine.at(at_s, self._fetch_stalled, (fetch, fetch.held_up_s))
 
     def _fetch_stalled(self, stalled: tuple[Transfer, float | None]) -> None:

@@ -13,7 +13,7 @@ chunk begins and ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -128,12 +128,14 @@ def mask_of(chunks: Iterable[int]) -> int:
     return mask
 
 
-def chunks_in(mask: int) -> Iterator[int]:
+def chunks_in(mask: int) -> list[int]:
     """The chunks of a bit mask, lowest first."""
+    chunks = []
     while mask:
         lowest = mask & -mask
-        yield lowest.bit_length() - 1
+        chunks.append(lowest.bit_length() - 1)
         mask ^= lowest
+    return chunks
 
 
 def mask_to_bytes(mask: int) -> bytes:

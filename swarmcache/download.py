@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from swarmcache.chunk_picker import ChunkPicker
@@ -72,9 +72,10 @@ class PeerView:
     """What a download knows of one neighbour.
 
     ``mask``: chunks that it has told of. ``complete``: it has all. ``source``: it may be asked (not
-    distrusted). ``busy``: it had no upload slot to spare when it came. ``near``: it is in the rack
-    of this node. ``turns``: the chunks that it is told of at once; of those in another rack each
-    has some. ``service_s``: how long a chunk from it takes, smoothed.
+    distrusted). ``busy``: it had no upload slot to spare when it came. ``flights``: how many chunks
+    it is being asked for. ``near``: it is in the rack of this node. ``turns``: the chunks that it
+    is told of at once; of those in another rack each has some. ``service_s``: how long a chunk from
+    it takes, smoothed.
     """
 
     address: NodeAddress
@@ -82,7 +83,7 @@ class PeerView:
     complete: bool = False
     source: bool = True
     busy: bool = False
-    flights: set[int] = field(default_factory=set)
+    flights: int = 0
     near: bool = False
     turns: int = ALL
     service_s: float = 0.0
@@ -166,7 +167,11 @@ class Download:
         """A neighbour is there (or introduced once more): tells it all that this node holds."""
         if address.node not in self.peers:
             near = self._rack.meet(address.node, address.rack)
-            self.peers[address.node] = PeerView(address, source=source, busy=busy, near=near)
+            # It may be back before what it was asked for has ended.
+            flights = sum([address.node in asked for asked in self._flights.values()])
+            self.peers[address.node] = PeerView(
+                address, source=source, busy=busy, flights=flights, near=near
+            )
             self._take_turns(address.rack)
             self._neighbours_most = max(self._neighbours_most, len(self.peers))
         return [TellPeer(address.node, have) for have in self._haves(self.held & ~self._fresh)]
@@ -399,7 +404,7 @@ class Download:
     # --- inside ---------------------------------------------------------------------------------
 
     def _haves(self, mask: int) -> list[Have]:
-        chunks = list(chunks_in(mask))
+        chunks = chunks_in(mask)
         version_id = self.version.version_id
         return [
             Have(
@@ -415,7 +420,7 @@ class Download:
     def _claims(self) -> list[TellPeer]:
         """Tell this rack what this node is fetching from others."""
         self._claimed = self._bringing
-        have = Have(self.version.version_id, [], b"", coming=list(chunks_in(self._bringing)))
+        have = Have(self.version.version_id, [], b"", coming=chunks_in(self._bringing))
         return [TellPeer(node, have) for node, peer in self.peers.items() if peer.near]
 
     def _take_turns(self, rack: str) -> None:
@@ -473,7 +478,7 @@ class Download:
                 self._forget_digests(1 << chunk)
         peer = self.peers.get(node)
         if peer is not None:
-            peer.flights.discard(chunk)
+            peer.flights -= 1
         return now_s - since_s
 
     def _forget_chunks(self, peer: PeerView, mask: int) -> None:
@@ -525,7 +530,7 @@ class Download:
         if len(usable) < self._window:
             sources = sum([1 for peer in peers if peer.source and peer.mask])
             flights_max = -(-self._window // max(sources, 1))
-        return [peer for peer in usable if len(peer.flights) < flights_max]
+        return [peer for peer in usable if peer.flights < flights_max]
 
     def _next_request(self, now_s: float) -> FetchChunk | None:
         """The rarest chunk of the peer that has just delivered, or of one that we ask for least;
@@ -547,9 +552,7 @@ class Download:
         if self._rack:
             usable = [peer for peer in usable if not peer.near] or usable
         random = self._rng.random
-        loads = [
-            len(peer.flights) + (peer.busy and not peer.service_s) + random() for peer in usable
-        ]
+        loads = [peer.flights + (peer.busy and not peer.service_s) + random() for peer in usable]
         peer = usable[loads.index(min(loads))]
         return self._ask_rarest(peer, wanted if peer.near else elsewhere, now_s)
 
@@ -596,7 +599,7 @@ class Download:
         return min(
             peers,
             key=lambda peer: (
-                (len(peer.flights) + 1) * (peer.service_s or usual_s) + 0.1 * usual_s * random()
+                (peer.flights + 1) * (peer.service_s or usual_s) + 0.1 * usual_s * random()
             ),
         )
 
@@ -604,7 +607,7 @@ class Download:
         node = peer.address.node
         self._flights.setdefault(chunk, {})[node] = now_s
         self._flight_count += 1
-        peer.flights.add(chunk)
+        peer.flights += 1
         if self._rack and not peer.near:
             self._bringing |= 1 << chunk
         length_bytes = self.layout.length_bytes(chunk)
@@ -628,6 +631,8 @@ class Download:
             "what is said to be coming is not, or has been announced"
         )
         for node, peer in self.peers.items():
+            asked = sum(node in flights for flights in self._flights.values())
+            assert peer.flights == asked, "what a neighbour is asked for is miscounted"
             assert peer.near == (node in self._rack), "a neighbour has moved to another rack"
             assert peer.turns == ALL or not peer.near, "a neighbour in this rack hears of less"
         flying = mask_of(self._flights) & ~self.held & ~self._reading

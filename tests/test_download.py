@@ -442,6 +442,20 @@ def test_a_distrusted_peer_is_not_asked_but_still_told() -> None:
     assert ("b", 1) in told_chunks(download.announcements(1.0))
 
 
+def test_what_a_peer_was_asked_for_before_it_was_lost_counts_when_it_is_back() -> None:
+    for seed in range(10):
+        download = fresh(2, seed=seed, peers="a")
+        announce(download, "a", 0)
+        assert asked(download) == [(0, "a")]
+        download.remove_peer("a")
+        for node in "ab":
+            download.add_peer(address(node), source=True)
+            announce(download, node, 1)
+
+        assert asked(download) == [(1, "b")]
+        download.check()
+
+
 def test_who_comes_back_after_its_corruption_is_added_as_no_source() -> None:
     download = fresh(1)
     download.add_peer(address("a"), source=False)

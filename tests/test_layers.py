@@ -208,7 +208,6 @@ MACHINE_IMPORTS = {
     "msgspec",
     "operator",
     "random.Random",
-    "sortedcontainers",
     "struct",
     "typing",
 }
