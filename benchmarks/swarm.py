@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Figure, Options, Skipped, Spread
-from tests.box import Box, Cluster, Host, Process, missing, wait_until
+from tests.box import Box, Cluster, Gate, Host, Process, missing, wait_until
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -145,9 +145,10 @@ def _run(nodes: int, size_bytes: int) -> Run:
         # Just written, so the file server has it in memory.
         file = box.put("file", os.urandom(size_bytes))
         link_before_bytes, cpu_before_s = box.fs.bytes_sent(), _cpu_s(cluster)
-        began_s = time.monotonic()
-        gets = [cluster.get(node, file) for node in box.nodes]
-        _wait_for_all(gets)
+        with Gate(box.directory) as gate:
+            gets = [cluster.get(node, file, gate=gate) for node in box.nodes]
+            began_s = gate.open(gets)
+            _wait_for_all(gets)
         last_s = time.monotonic() - began_s
         link_bytes, cpu_s = box.fs.bytes_sent() - link_before_bytes, _cpu_s(cluster) - cpu_before_s
         _check_copies(cluster, box.nodes, gets, file)
@@ -167,15 +168,16 @@ def _last_survivor_s(box: Box, cluster: Cluster, size_bytes: int) -> float:
     file = box.put("third", os.urandom(size_bytes))
     *others, victim = box.nodes
     half_bytes = box.fs.bytes_sent_so_far() + size_bytes // 2
-    began_s = time.monotonic()
-    gets = [cluster.get(node, file) for node in others]
-    given_up = cluster.get(victim, file)
-    wait_until(
-        lambda: box.fs.bytes_sent_so_far() >= half_bytes, END_S_MAX, "half of the file to be read"
-    )
-    victim.kill(cluster.daemons.pop(victim.name))
-    _wait_for_all(gets)
-    elapsed_s = time.monotonic() - began_s
+    with Gate(box.directory) as gate:
+        gets = [cluster.get(node, file, gate=gate) for node in others]
+        given_up = cluster.get(victim, file, gate=gate)
+        began_s = gate.open([*gets, given_up])
+        wait_until(
+            lambda: box.fs.bytes_sent_so_far() >= half_bytes, END_S_MAX, "half of it to be read"
+        )
+        victim.kill(cluster.daemons.pop(victim.name))
+        _wait_for_all(gets)
+        elapsed_s = time.monotonic() - began_s
     _check_copies(cluster, others, gets, file)
     _wait_for_all([given_up])
     return elapsed_s

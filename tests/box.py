@@ -190,6 +190,42 @@ class Process:
             os.killpg(self.pid, number)
 
 
+class Gate:
+    """Holds processes back just before they run their programs, and lets all go at one instant.
+
+    `directory`: one for this gate alone, which hosts see at the same path. A FIFO keeps them:
+    opening it for reading waits for somebody who writes (fifo(7)). Once open it stays so until the
+    end of the `with` block.
+    """
+
+    _WAITS = "waits at the gate"
+
+    def __init__(self, directory: Path) -> None:
+        self._fifo = directory / "gate"
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> Gate:
+        os.mkfifo(self._fifo, 0o644)
+        self._cleanup.callback(self._fifo.unlink)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    def before(self, command: Sequence[str]) -> list[str]:
+        """What to start in place of `command`, so that it waits here first."""
+        script = f'echo {self._WAITS} >&2; : < "$0"; exec "$@"'
+        return ["sh", "-euc", script, str(self._fifo), *command]
+
+    def open(self, processes: Iterable[Process]) -> float:
+        """Let them go, once all have come here. Returns the instant, of `time.monotonic`."""
+        for process in processes:
+            process.wait_for_stderr(self._WAITS, START_TIMEOUT_S)
+        opened_s = time.monotonic()
+        self._cleanup.callback(os.close, os.open(self._fifo, os.O_RDWR))  # which waits for nobody
+        return opened_s
+
+
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
@@ -370,11 +406,13 @@ class Host:
         uid: int = 0,
         directory: Path = Path("/"),
         log: str = "",
+        gate: Gate | None = None,
     ) -> Process:
         """Start a process here, in a session of its own.
 
         `env` is added to this process' environment. `uid` is its user and group. `log` names the
-        files with its output below `logs`; the default is the program's name.
+        files with its output below `logs`; the default is the program's name. It runs its program
+        when the `gate`, if there is one, is opened.
         """
         command = [os.fsdecode(argument) for argument in arguments]
         stem = log or os.path.basename(command[0])
@@ -384,7 +422,7 @@ class Host:
             open(path.with_name(path.name + ".err"), "wb") as err,
         ):
             popen = self.keeper.popen(
-                command,
+                gate.before(command) if gate else command,
                 uid=uid,
                 directory=directory,
                 env={**os.environ, **(env or {})},
@@ -898,14 +936,22 @@ class Cluster:
         return list(started.values())
 
     def get(
-        self, node: Host, *files: Argument, options: Sequence[str] = (), uid: int = 0
+        self,
+        node: Host,
+        *files: Argument,
+        options: Sequence[str] = (),
+        uid: int = 0,
+        gate: Gate | None = None,
     ) -> Process:
-        """Start `swarmcache get` for `files` on `node`."""
-        return self.command(node, "get", *options, *files, uid=uid)
+        """Start `swarmcache get` for `files` on `node`; it runs when the `gate` is opened."""
+        return self.command(node, "get", *options, *files, uid=uid, gate=gate)
 
-    def command(self, node: Host, *arguments: Argument, uid: int = 0) -> Process:
+    def command(
+        self, node: Host, *arguments: Argument, uid: int = 0, gate: Gate | None = None
+    ) -> Process:
         """Start any `swarmcache` command that talks to the node's daemon."""
-        return self._command(node, arguments, {"SWARMCACHE_SOCKET": str(self.SOCKET)}, uid)
+        env = {"SWARMCACHE_SOCKET": str(self.SOCKET)}
+        return self._command(node, arguments, env, uid, gate=gate)
 
     @staticmethod
     def paths(get: Process, timeout_s: float) -> list[Path]:
@@ -930,6 +976,7 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         uid: int = 0,
         program: Sequence[str] = PROGRAM,
+        gate: Gate | None = None,
     ) -> Process:
         settings = setting_variables(self._settings)
         return host.start(
@@ -937,6 +984,7 @@ class Cluster:
             env={"PYTHONPATH": str(REPOSITORY), **settings, **(env or {})},
             uid=uid,
             log=f"swarmcache-{os.fsdecode(arguments[0])}",
+            gate=gate,
         )
 
 

@@ -19,6 +19,7 @@ from tests.box import (
     Access,
     Box,
     Burst,
+    Gate,
     Host,
     Process,
     _bursts,
@@ -144,6 +145,15 @@ def test_a_working_directory_is_that_of_the_host(box: Box) -> None:
     where = ["stat", "--file-system", "--format=%T", "."]
     assert node.run(where, directory=box.export).stdout == "fuseblk\n"
     assert node.run(where, directory=node.disk).stdout == "tmpfs\n"
+
+
+def test_a_gate_holds_processes_back_until_all_have_come(box: Box) -> None:
+    with Gate(box.directory) as gate:
+        held = [node.start(["sh", "-c", "echo runs"], gate=gate) for node in box.nodes]
+        assert not any(process.stdout for process in held)
+        gate.open(held)
+        assert [process.wait(TIMEOUT_S) for process in held] == [0] * len(held)
+        assert [process.stdout for process in held] == ["runs\n"] * len(held)
 
 
 def test_run_kills_what_does_not_end_in_time(box: Box) -> None:
