@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simulations.clients import Clients
+from simulations.disks import Replica
 from simulations.engine import SimulationFailed
 from simulations.nodes import Node
 from swarmcache.download import HEDGES_MIN, Download
@@ -61,6 +62,24 @@ class Held:
     chunks: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How far a node had come with a file that jobs wait for, at the last look.
+
+    ``begun``: what it fills, another one if the disk was lost in between, however quickly it has
+    begun anew: then its patience has, too. ``since_s``: since when nothing has changed.
+    """
+
+    begun: Replica | None
+    chunks: int
+    stops: int
+    since_s: float
+
+    def is_as(self, begun: Replica | None, chunks: int, stops: int) -> bool:
+        """Nothing has come since, and nothing was begun anew."""
+        return self.begun is begun and (self.chunks, self.stops) == (chunks, stops)
+
+
 class Watch:
     """Looks at the cluster every ``WATCH_S`` while jobs wait, and less often when none do.
 
@@ -74,7 +93,7 @@ class Watch:
         self._held_before: dict[tuple[str, bytes], Held] = {}
         self._told: dict[tuple[str, str, bytes], Told] = {}
         self.all_is_told = False
-        self._waits: dict[tuple[str, bytes], tuple[int, int, float]] = {}
+        self._waits: dict[tuple[str, bytes], Wait] = {}
         self.evaluated: Counter[str] = Counter()
         cluster.engine.at(cluster.engine.now_s, self._look, None)
 
@@ -155,7 +174,8 @@ class Watch:
             fetching = node.machine.fetching(version.version_id)
             held = self._held.get(key)
             count = len(held.chunks) if held is not None else 0
-            former_count, former_stops, since_s = self._waits.get(key, (-1, 0, now_s))
+            begun = node.disk.replicas.get(version.version_id)
+            former = self._waits.get(key)
             excused = (
                 node.stopped
                 or fetching is None
@@ -163,9 +183,10 @@ class Watch:
                 or fetching.publishing
                 or fetching.waiting_for_slot
             )
-            if count != former_count or node.stops != former_stops or excused:
-                since_s = now_s
-            self._waits[key] = (count, node.stops, since_s)
+            since_s = now_s
+            if former is not None and not excused and former.is_as(begun, count, node.stops):
+                since_s = former.since_s
+            self._waits[key] = Wait(begun, count, node.stops, since_s)
             asked_s = max(self._clients.asked_s(node, version), since_s)
             in_time = now_s - asked_s <= STUCK_MAX_S
             self.require("not held up", in_time, f"a job on {node.name} is held up by a fault")
