@@ -9,11 +9,20 @@ Invariant: a user has a thread exactly as long as there is something to close.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
+
+
+def close_file(fd: int, uid: int) -> None:
+    """Close a descriptor of this user now, however long that takes."""
+    try:
+        os.close(fd)
+    except OSError as error:  # what was written could not be: that is the client's to know
+        log.info("closing a file of uid %d: %s", uid, error)
 
 
 class DescriptorCloser:
@@ -21,16 +30,16 @@ class DescriptorCloser:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[int, deque[Callable[[], object]]] = {}
+        self._queues: dict[int, deque[int]] = {}
 
-    def close(self, uid: int, closing: Iterable[Callable[[], object]]) -> None:
-        """Call these, each of which closes something of a user, soon."""
+    def close(self, uid: int, fds: Iterable[int]) -> None:
+        """Close these descriptors of a user soon."""
         with self._lock:
             queue = self._queues.get(uid)
             if queue is not None:
-                queue.extend(closing)
+                queue.extend(fds)
                 return
-            self._queues[uid] = deque(closing)
+            self._queues[uid] = deque(fds)
         threading.Thread(target=self._run, args=(uid,), daemon=True, name="close").start()
 
     def pending(self, uid: int) -> int:
@@ -45,8 +54,5 @@ class DescriptorCloser:
                 if not queue:
                     del self._queues[uid]
                     return
-                close = queue.popleft()
-            try:
-                close()
-            except OSError as error:  # what was written could not be: that is the client's to know
-                log.info("closing a file of uid %d: %s", uid, error)
+                fd = queue.popleft()
+            close_file(fd, uid)

@@ -13,6 +13,7 @@ import fcntl
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -185,9 +186,10 @@ class SharedFile:
     reads or writes through it.
     """
 
-    def __init__(self, fd: int) -> None:
-        """Takes over ``fd``; the maker is its first user."""
+    def __init__(self, fd: int, close: Callable[[int], object] = os.close) -> None:
+        """Takes over ``fd``; the maker is its first user. ``close`` closes it, or has that done."""
         self.fd = fd
+        self._close = close
         self._users = 1
         self._lock = threading.Lock()
 
@@ -204,4 +206,4 @@ class SharedFile:
             assert self._users > 0, "released more often than retained"
             self._users -= 1
             if self._users == 0:
-                os.close(self.fd)
+                self._close(self.fd)

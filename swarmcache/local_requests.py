@@ -16,12 +16,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from swarmcache.cache_dir import Damaged
 from swarmcache.chunks import FileVersion, choose_chunk_size
+from swarmcache.compartment_threads import CompartmentThreads
+from swarmcache.descriptor_closer import close_file
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, SwarmcacheError
@@ -84,14 +85,15 @@ class LocalRequest:
 class Work:
     """What the shell holds of one file version that the machine is fetching.
 
-    ``files``: descriptors of the source, one per user who asked, let go of when the work ends.
+    ``users``: who asked, by uid, or is to get a link. ``files``: a descriptor of the source of each
+    who asked, let go of when the work ends.
     ``answers``: tasks that hand out the finished copy.
     """
 
     from_peers_bytes: int = 0
     from_file_server_bytes: int = 0
     users: dict[int, User] = field(default_factory=dict)
-    files: list[SharedFile] = field(default_factory=list)
+    files: dict[int, SharedFile] = field(default_factory=dict)
     answers: list[Task] = field(default_factory=list)
 
 
@@ -102,7 +104,7 @@ class LocalRequests:
         self,
         cache: Cache,
         examiner: SourceExaminer,
-        examine_threads: ThreadPoolExecutor,
+        examine_threads: CompartmentThreads,
         state: PeerState,
         numbers: Iterator[int],
         *,
@@ -164,7 +166,8 @@ class LocalRequests:
     ) -> None:
         """Have a thread answer; ``fds`` are closed should none come to it any more."""
         self._busy.add(connection)
-        done = self._threads.submit(function, *args)
+        place = self._examiner.place(fds[0]) if fds else None
+        done = self._threads.submit(connection.user.uid, place, function, *args)
         done.add_done_callback(
             lambda done: connection.close_files(fds) if done.cancelled() else None
         )
@@ -187,14 +190,11 @@ class LocalRequests:
         for request in list(self._requests):
             self._answer_original(request, reason)
 
-    async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
-        return await self._loop.run_in_executor(self._threads, function, *args)
-
     # --- what is wanted -------------------------------------------------------------------------
 
     def borrow_file(self, version_id: bytes) -> SharedFile:
         """A descriptor of the source of a file that is being fetched; the caller releases it."""
-        file = self._work[version_id].files[0]
+        file = next(iter(self._work[version_id].files.values()))
         retained = file.retain()
         assert retained, "closed before the work has ended"
         return file
@@ -240,13 +240,9 @@ class LocalRequests:
             return []
         if self._state.fetching(version_id) is None:
             del self._work[version_id]
-            for file in work.files:
-                self._let_go(file)
+            for file in work.files.values():
+                file.release()
         return work.answers
-
-    def _let_go(self, file: SharedFile) -> None:
-        """In a thread, since whoever closes a file waits for a FUSE file server that hangs."""
-        self._threads.submit(file.release)
 
     def downloads_status(self) -> list[dict[str, Any]]:
         """How far every file is that is being fetched."""
@@ -287,18 +283,18 @@ class LocalRequests:
             if get.hold is None:
                 path = self._cache.lookup(source.version, connection.user)
         except SwarmcacheError as error:
-            os.close(fd)
+            close_file(fd, connection.user.uid)
             self._answer_from_thread(connection, Original(str(error)))
         except Exception as error:
             # A bug of ours; the job still gets a path.
             log.exception("cannot look at a source")
-            os.close(fd)
+            close_file(fd, connection.user.uid)
             self._answer_from_thread(connection, Original(f"internal error: {error}"))
         else:
             if path is None:
                 self._loop.call_soon_threadsafe(self._get, connection, get, fd, source)
                 return
-            os.close(fd)
+            close_file(fd, connection.user.uid)
             self._count_hits(1)
             self._answer_from_thread(connection, Cached(os.fsencode(path), hit=True))
 
@@ -342,7 +338,7 @@ class LocalRequests:
             return
         number = next(self._numbers)
         joined = self._state.fetching(source.version.version_id) is not None
-        request = LocalRequest(connection, source, SharedFile(fd), get.hold, joined)
+        request = LocalRequest(connection, source, connection.share(fd), get.hold, joined)
         self._requests[number] = request
         self._cache.hold(source.version.version_id)  # not evicted before it is handed out
         connection.on_closed[number] = lambda: self._client_gone(number)
@@ -387,9 +383,9 @@ class LocalRequests:
         """A user has shown that they may read a file that is to be fetched, and with what."""
         work = self._work.setdefault(version_id, Work())
         work.users[user.uid] = user
-        if len(work.files) < len(work.users):
+        if user.uid not in work.files:
             file.retain()  # not a second descriptor: there may be none left
-            work.files.append(file)
+            work.files[user.uid] = file
 
     def want_replica(
         self,
@@ -450,7 +446,7 @@ class LocalRequests:
             request.connection.on_closed.pop(number, None)
             for timer in request.timers:
                 timer.cancel()
-            self._let_go(request.file)
+            request.file.release()
             self._cache.release(request.source.version.version_id)
         return request
 
@@ -469,13 +465,14 @@ class LocalRequests:
         file = request.file
         file.retain()
         try:
-            same = await self._in_thread(same_version, file.fd, version)
+            uid, place = request.connection.user.uid, self._examiner.place(file.fd)
+            same = await self._threads.run(uid, place, same_version, file.fd, version)
             path = self._cache.lookup(version, request.connection.user) if same else None
         except SwarmcacheError as error:
             self._answer_original(number, str(error))
             return
         finally:
-            self._let_go(file)
+            file.release()
         if path is None:
             self._answer_original(number, "the source changed meanwhile", retry=True)
         elif number in self._requests:  # or else it was answered meanwhile

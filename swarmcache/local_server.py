@@ -23,7 +23,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from swarmcache.descriptor_closer import DescriptorCloser
@@ -93,11 +92,11 @@ class LocalConnection:
     def close_files(self, fds: Collection[int]) -> None:
         """Close descriptors that have come from this client, in a thread: it may take long."""
         if fds:
-            self._server.closer.close(self.user.uid, [partial(os.close, fd) for fd in fds])
+            self._server.closer.close(self.user.uid, fds)
 
-    def release(self, *files: SharedFile) -> None:
-        """The same for files that others may still use."""
-        self._server.closer.close(self.user.uid, [file.release for file in files])
+    def share(self, fd: int) -> SharedFile:
+        """A descriptor from this client for several users, which is closed in the same way."""
+        return SharedFile(fd, lambda fd: self.close_files([fd]))
 
     async def drained(self) -> None:
         """Wait until the client has taken what was sent, or has gone. For one task at a time."""
@@ -193,9 +192,14 @@ class LocalConnection:
 class LocalServer:
     """The listening socket. ``handler`` owns the descriptors it is given."""
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    def __init__(
+        self, path: Path, handler: Handler, pending: Callable[[int], int] = lambda uid: 0
+    ) -> None:
+        """``pending(uid)``: how many files of a user are looked at or wait for that, those of
+        clients who have gone meanwhile as well."""
         self.handler = handler
         self.closer = DescriptorCloser()
+        self._pending = pending
         self.loop = asyncio.get_running_loop()
         self._path = path
         self._connections: dict[LocalConnection, None] = {}
@@ -248,6 +252,8 @@ class LocalServer:
             return "too many requests at once"
         if self.closer.pending(uid) > DESCRIPTORS_MAX:
             return "files that you have opened hang when they are closed"
+        if self._pending(uid) > CLIENTS_PER_USER_MAX:
+            return "files that you have opened hang when they are looked at"
         return ""
 
 

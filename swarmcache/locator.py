@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any, TypeVar
 
 from swarmcache.cache_requests import keep_alive
 from swarmcache.chunks import choose_chunk_size
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
@@ -77,7 +77,7 @@ class Locator:
         self,
         cache: Cache,
         examiner: SourceExaminer,
-        examine_threads: ThreadPoolExecutor,
+        examine_threads: CompartmentThreads,
         tracker: HolderQuestions,
         nodes: ReplicaQuestions,
         address: NodeAddress,
@@ -94,7 +94,6 @@ class Locator:
         self._address = address
         self._chunk_size_bytes = chunk_size_bytes
         self._spawn = spawn
-        self._loop = asyncio.get_running_loop()
         self._turns: defaultdict[int, Turns] = defaultdict(Turns)  # by uid
         self._busy: set[LocalConnection] = set()
 
@@ -135,16 +134,23 @@ class Locator:
     async def _examine(self, connection: LocalConnection, fd: int) -> SourceFile | str:
         """What a descriptor leads to, or why that is no source. Closes it."""
         try:
-            return await self._look(connection.user.uid, self._examiner.examine, fd)
+            place = self._examiner.place(fd)
+            return await self._look(connection.user, self._examiner.examine, fd, place=place)
         except SwarmcacheError as error:
             return str(error)
         finally:
             connection.close_files([fd])
 
-    async def _look(self, uid: int, function: Callable[..., Result], *args: object) -> Result:
-        """Run something in a thread, when it is this user's turn."""
-        async with self._turns[uid].looks:
-            return await self._loop.run_in_executor(self._threads, function, *args)
+    async def _look(
+        self,
+        user: User,
+        function: Callable[..., Result],
+        *args: object,
+        place: Hashable = None,
+    ) -> Result:
+        """Run something in a thread, when it is this user's turn. ``place``: what it depends on."""
+        async with self._turns[user.uid].looks:
+            return await self._threads.run(user.uid, place, function, *args)
 
     async def _answers(
         self, request: AboutPlaces, sources: Sequence[SourceFile | str], user: User
@@ -155,11 +161,11 @@ class Locator:
         if isinstance(request, RoomFor):
             return [await self._room(sources, user)]
         if not sources:
-            path = await self._look(user.uid, self._cache.own_path, request.path, user)
+            path = await self._look(user, self._cache.own_path, request.path, user)
         elif isinstance(sources[0], str):
             return [Failed(sources[0])]
         else:
-            path = await self._look(user.uid, self._cache.user_path, sources[0].version, user)
+            path = await self._look(user, self._cache.user_path, sources[0].version, user)
         return [CopyPath(os.fsencode(path))]
 
     async def _room(self, sources: Sequence[SourceFile | str], user: User) -> Room:
@@ -169,7 +175,7 @@ class Locator:
             (version, self._chunk_size_bytes or choose_chunk_size(version.size_bytes))
             for version in versions
         ]
-        return Room(*await self._look(user.uid, self._cache.room, files))
+        return Room(*await self._look(user, self._cache.room, files))
 
     # --- where replicas are ---------------------------------------------------------------------
 

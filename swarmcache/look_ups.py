@@ -15,10 +15,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion
+from swarmcache.compartment_threads import CompartmentThreads
+from swarmcache.descriptor_closer import close_file
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.local_protocol import Found, LookUp
@@ -69,7 +70,7 @@ class LookUps:
         self,
         cache: Cache,
         examiner: SourceExaminer,
-        threads: ThreadPoolExecutor,
+        threads: CompartmentThreads,
         numbers: Iterator[int],
         handle: Callable[[PeerEvent], None],
         count_hits: Callable[[int], None],
@@ -118,7 +119,9 @@ class LookUps:
         asked.connection.on_closed.pop(request, None)
         if asked.timer is not None:
             asked.timer.cancel()
-        done = self._threads.submit(self._answer_in_thread, asked)
+        place = self._examiner.place(asked.fds[0])
+        uid = asked.connection.user.uid
+        done = self._threads.submit(uid, place, self._answer_in_thread, asked)
         done.add_done_callback(lambda done: self._let_go(asked) if done.cancelled() else None)
 
     def _want(self, asked: Asked) -> None:
@@ -162,7 +165,7 @@ class LookUps:
         """End a request for which files were fetched. In a thread: to close files may take long."""
         self._release(asked)
         for fd in asked.fds:
-            os.close(fd)
+            close_file(fd, asked.connection.user.uid)
 
     def _answer_in_thread(self, asked: Asked) -> None:
         """Hand out what has come, where the source is still what was asked for."""
@@ -199,5 +202,5 @@ class LookUps:
     def _end(self, asked: Asked, found: Found) -> None:
         """End a request for which nothing was fetched. In a thread, as above."""
         for fd in asked.fds:
-            os.close(fd)
+            close_file(fd, asked.connection.user.uid)
         self._answer(asked.connection, found)

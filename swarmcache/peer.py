@@ -35,6 +35,7 @@ from swarmcache.chunk_protocol import ChunkRequest
 from swarmcache.chunk_server import ChunkServer
 from swarmcache.clock import now_s
 from swarmcache.cluster_caches import ClusterCaches
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
@@ -141,8 +142,10 @@ from swarmcache.write_requests import WriteRequests
 log = logging.getLogger(__name__)
 
 DISK_THREADS = 4
-READ_THREADS = 8
-EXAMINE_THREADS = 16
+# Threads that read from file servers, and that look at files of clients: of each user so many, and
+# as many of those at one file server, so that one that hangs does not hold up all.
+THREADS_PER_USER = 16
+THREADS_PER_PLACE = 8
 LOOK_THREADS = 2  # for other nodes, which do not wait until those of the disk have time
 COPY_THREADS = 4
 PROGRESS_S = 0.25
@@ -205,15 +208,15 @@ class Daemon:
         self._cache = open_cache(self._config)
         stack.callback(self._cache.close)
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
-        self._read_threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
-        self._examine_threads = ThreadPoolExecutor(EXAMINE_THREADS, thread_name_prefix="examine")
         self._look_threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
         self._copy_threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
-        for threads in (
-            *(self._disk_threads, self._read_threads),
-            *(self._examine_threads, self._look_threads, self._copy_threads),
-        ):
+        for threads in (self._disk_threads, self._look_threads, self._copy_threads):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
+        per_user = (THREADS_PER_USER, THREADS_PER_PLACE)
+        self._read_threads = CompartmentThreads("read", *per_user)
+        self._examine_threads = CompartmentThreads("examine", *per_user)
+        for compartments in (self._read_threads, self._examine_threads):
+            stack.push_async_callback(asyncio.to_thread, compartments.close)
 
     async def _listen(self, stack: AsyncExitStack) -> HostPort:
         """Open both ports, and decide how this node is called."""
@@ -392,7 +395,9 @@ class Daemon:
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(self._end_tasks)
         await web.SockSite(runner, self._listener, backlog=1024).start()
-        self._local_server = LocalServer(self._config.daemon.socket, self._take_request)
+        self._local_server = LocalServer(
+            self._config.daemon.socket, self._take_request, self._examine_threads.pending
+        )
         stack.callback(self._local_server.close)
         stack.callback(self._local.answer_everybody, "the daemon is being stopped")
         if self._datagram_socket is not None:
@@ -611,8 +616,7 @@ class Daemon:
             case FetchChunk():
                 self._fetch_chunk(effect)
             case ReadRange():
-                source = self._local.borrow_file(effect.version_id)
-                self._read_threads.submit(self._read_range, effect, source)
+                self._read(effect)
             case DialPeer():
                 self._spawn(self._dial(effect.address))
             case HangUp():
@@ -689,6 +693,13 @@ class Daemon:
     def _files_arrived(self, node: str, event: FilesArrived) -> None:
         self._received_bytes[node] += event.size_bytes
         self._disk.files_arrived(event.version_ids)
+
+    def _read(self, effect: ReadRange) -> None:
+        source = self._local.borrow_file(effect.version_id)
+        fetching = self._state.fetching(effect.version_id)
+        assert fetching is not None, "reading what nobody wants"
+        user, place = fetching.user, fetching.file_server
+        self._read_threads.submit(user, place, self._read_range, effect, source)
 
     def _read_range(self, effect: ReadRange, source: SharedFile) -> None:
         """Read a leased range, in a thread of its own; releases ``source``."""

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ import msgspec
 from swarmcache.auth import Keyring
 from swarmcache.cache_requests import keep_alive
 from swarmcache.chunks import choose_chunk_size
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import User
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, PeerUnavailable, SwarmcacheError
@@ -90,7 +90,7 @@ class PrefetchRequests:
         self,
         placed: PlacedReplicas,
         examiner: SourceExaminer,
-        examine_threads: ThreadPoolExecutor,
+        examine_threads: CompartmentThreads,
         holders: HolderQuestions,
         known_nodes: Callable[[Sequence[str]], Awaitable[tuple[list[KnownNode], str]]],
         session: aiohttp.ClientSession,
@@ -120,13 +120,12 @@ class PrefetchRequests:
 
     def take(self, connection: LocalConnection, request: PrefetchTo, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
-        files = [SharedFile(fd) for fd in fds]
         if connection in self._busy:
-            connection.release(*files)
+            connection.close_files(fds)
             connection.send(Failed("one request at a time on a connection"))
             return
         self._busy.add(connection)
-        self.spawn(self._serve(connection, request, files))
+        self.spawn(self._serve(connection, request, [connection.share(fd) for fd in fds]))
 
     async def _serve(
         self, connection: LocalConnection, request: PrefetchTo, files: list[SharedFile]
@@ -136,7 +135,8 @@ class PrefetchRequests:
         alive = self.spawn(keep_alive(connection))
         answer: End | Failed = End()
         with ExitStack() as stack:
-            stack.callback(connection.release, *files)
+            for file in files:
+                stack.callback(file.release)
             try:
                 wanted = await self._examine(connection, files)
                 # Not before: no descriptor may be closed while a thread looks at it.
@@ -156,11 +156,12 @@ class PrefetchRequests:
         self, connection: LocalConnection, files: Sequence[SharedFile]
     ) -> list[WantedFile]:
         """Those that can be brought anywhere; of the others the client is told."""
-        loop = asyncio.get_running_loop()
         wanted: dict[bytes, WantedFile] = {}
         for number, file in enumerate(files):
             try:
-                source = await loop.run_in_executor(self._threads, self._examiner.examine, file.fd)
+                place = self._examiner.place(file.fd)
+                examine = self._examiner.examine
+                source = await self._threads.run(connection.user.uid, place, examine, file.fd)
                 if source.version.origin:
                     raise LocalError("it is on a file system that only this machine sees")
             except SwarmcacheError as error:

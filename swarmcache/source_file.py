@@ -113,6 +113,17 @@ class SourceExaminer:
         file_server, local = self._place(path, self._mounts.current())
         return SourceFile(self._version(path, status, local=local), file_server)
 
+    def place(self, fd: int) -> bytes | None:
+        """Where what is open is mounted: what calls about it depend on. Asks no file server.
+
+        None for what is no file.
+        """
+        try:
+            return find_mount(self._mounts.current(), os.readlink(b"/proc/self/fd/%d" % fd)).point
+        except (OSError, SourceUnreadable) as error:
+            log.debug("no place: %s", error)  # which ``examine`` will refuse
+            return None
+
     def versions(self, fds: Sequence[int]) -> list[FileVersion | None]:
         """The file versions of many descriptors; None for what ``examine`` would refuse.
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.clock import now_s
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
@@ -92,7 +93,7 @@ class WriteRequests:
         self,
         cache: Cache,
         examiner: SourceExaminer,
-        examine_threads: ThreadPoolExecutor,
+        examine_threads: CompartmentThreads,
         copy_threads: ThreadPoolExecutor,
         disk: DiskWorker,
         numbers: Iterator[int],
@@ -159,8 +160,11 @@ class WriteRequests:
 
     async def _want_slot(self, connection: LocalConnection, directory_fd: int) -> None:
         try:
-            file_server = await self._loop.run_in_executor(
-                self._examine_threads, self._examiner.file_server_of_directory, directory_fd
+            file_server = await self._examine_threads.run(
+                connection.user.uid,
+                self._examiner.place(directory_fd),
+                self._examiner.file_server_of_directory,
+                directory_fd,
             )
         except SwarmcacheError as error:
             connection.send(NoSlot(str(error)))
@@ -202,11 +206,15 @@ class WriteRequests:
     async def _add_replica(
         self, connection: LocalConnection, digest: bytes, file_fd: int, copy_fd: int
     ) -> None:
-        file, copy = SharedFile(file_fd), SharedFile(copy_fd)
+        file, copy = connection.share(file_fd), connection.share(copy_fd)
         alive = self._spawn(_keep_alive(connection))
         turn = self._turns.setdefault(connection.user.uid, asyncio.Lock())
         try:
-            version = await self._in_thread(self._examine_threads, self._examine, file, copy)
+            version = await self._examine_threads.run(
+                connection.user.uid,
+                self._examiner.place(file.fd),
+                _keeping_open(self._examine, file, copy),
+            )
             reason = ""
             if version.size_bytes:  # an empty file needs no replica
                 async with turn:
@@ -220,7 +228,8 @@ class WriteRequests:
             raise
         finally:
             alive.cancel()
-            connection.release(file, copy)
+            file.release()
+            copy.release()
 
     def _examine(self, file: SharedFile, copy: SharedFile) -> FileVersion:
         """What a replica is to be made of. Raises SourceUnreadable, SourceFailed."""
@@ -236,13 +245,11 @@ class WriteRequests:
         """Have the machine decide; the reason why there is no replica, or nothing."""
         version_id = offer.version.version_id
         if self._cache.lookup(offer.version, offer.connection.user) is not None:
-            if await self._in_thread(
-                self._copy_threads, lambda: is_replica(self._cache, version_id, offer.digest)
-            ):
+            if await self._copying(lambda: is_replica(self._cache, version_id, offer.digest)):
                 return ""
             # Of what was there before, whose size and time happen to be the same.
             self._handle(ReplicaDropped(version_id))
-            await self._in_thread(self._copy_threads, lambda: self._cache.drop(version_id))
+            await self._copying(lambda: self._cache.drop(version_id))
         number = next(self._numbers)
         self._offers[number] = offer
         try:
@@ -263,7 +270,7 @@ class WriteRequests:
 
         reason = "internal error"
         try:
-            await self._in_thread(self._copy_threads, add, offer.file, offer.copy)
+            await self._copying(_keeping_open(add, offer.file, offer.copy))
             reason = ""
         except LocalError as error:
             reason = str(error)
@@ -272,21 +279,23 @@ class WriteRequests:
             if not offer.done.done():
                 offer.done.set_result(reason)
 
-    async def _in_thread(
-        self, threads: ThreadPoolExecutor, function: Callable[..., Result], *files: SharedFile
-    ) -> Result:
-        """Call ``function(*files)`` in a thread, which keeps them open as long as it runs."""
-        for file in files:
-            file.retain()
+    async def _copying(self, function: Callable[[], Result]) -> Result:
+        return await self._loop.run_in_executor(self._copy_threads, function)
 
-        def call() -> Result:
-            try:
-                return function(*files)
-            finally:
-                for file in files:
-                    file.release()
 
-        return await self._loop.run_in_executor(threads, call)
+def _keeping_open(function: Callable[..., Result], *files: SharedFile) -> Callable[[], Result]:
+    """``function(*files)``, to be called once: they stay open until it has ended."""
+    for file in files:
+        file.retain()
+
+    def call() -> Result:
+        try:
+            return function(*files)
+        finally:
+            for file in files:
+                file.release()
+
+    return call
 
 
 async def _keep_alive(connection: LocalConnection) -> None:

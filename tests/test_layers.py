@@ -55,6 +55,7 @@ LAYERS = {
         "cluster_caches",
         "cluster_commands",
         "commands",
+        "compartment_threads",
         "cp",
         "cp_command",
         "datagrams",
@@ -134,6 +135,7 @@ LAYERS = {
     "machines": {
         "auth",
         "chunk_picker",
+        "compartments",
         "datagram_auth",
         "download",
         "eviction",

@@ -10,7 +10,6 @@ import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,13 @@ import pytest
 from swarmcache import local_server
 from swarmcache.descriptor_closer import DescriptorCloser
 from swarmcache.errors import LocalError
-from swarmcache.local_protocol import LINE_MAX_BYTES, AnyRequest, Cached, Get, Progress
-from swarmcache.local_server import DESCRIPTORS_MAX, LocalConnection, LocalServer
+from swarmcache.local_protocol import LINE_MAX_BYTES, AnyRequest, Cached, Failed, Get, Progress
+from swarmcache.local_server import (
+    CLIENTS_PER_USER_MAX,
+    DESCRIPTORS_MAX,
+    LocalConnection,
+    LocalServer,
+)
 from tests.box import wait_until
 
 GET = b'{"op": "get", "path": "L25mcy9m"}\n'
@@ -377,11 +381,26 @@ def test_after_a_descriptor_that_cannot_be_closed_the_others_are() -> None:
     os.close(writer)
     closer = DescriptorCloser()
 
-    closer.close(7, [partial(os.close, writer), partial(os.close, reader)])
+    closer.close(7, [writer, reader])
 
     wait_for_descriptors(before)
-    closer.close(7, [partial(os.close, os.open("/", os.O_RDONLY))])
+    closer.close(7, [os.open("/", os.O_RDONLY)])
     wait_for_descriptors(before)
+
+
+async def test_who_has_too_many_that_are_looked_at_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "daemon.sock"
+    pending = {os.getuid(): CLIENTS_PER_USER_MAX}
+    server = LocalServer(path, lambda client, *_: client.send(Failed("any")), pending.__getitem__)
+    try:
+        for answer in ("any", "hang when they are looked at"):
+            client = Client(path)
+            client.send(STATUS)
+            assert answer in str(await client.line())
+            client.close()
+            pending[os.getuid()] += 1
+    finally:
+        server.close()
 
 
 async def test_who_has_too_many_that_hang_is_refused(
@@ -393,7 +412,7 @@ async def test_who_has_too_many_that_hang_is_refused(
         ours = [os.dup(sock.fileno()), *os.pipe()]
         sock.close()
         # The first one is being closed, the others wait.
-        daemon.server.closer.close(os.getuid(), [partial(os.close, fd) for fd in ours])
+        daemon.server.closer.close(os.getuid(), ours)
 
         late = Client(daemon.path)
         assert "hang when they are closed" in str(await late.line())

@@ -6,13 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from swarmcache.chunks import FileVersion
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
 from swarmcache.errors import SourceUnreadable
 from swarmcache.holder_questions import HolderQuestions
@@ -74,13 +74,16 @@ class Daemon:
         self.locator = Locator(
             cast(Cache, self),
             cast(SourceExaminer, self),
-            ThreadPoolExecutor(2 * LOOKS_PER_USER_MAX),
+            CompartmentThreads("look", 2 * LOOKS_PER_USER_MAX, 2 * LOOKS_PER_USER_MAX),
             cast(HolderQuestions, self),
             cast(ReplicaQuestions, self),
             NodeAddress("m:1", 2, "m"),
             None,
             self._spawn,
         )
+
+    def place(self, fd: int) -> bytes:
+        return b"/nfs"
 
     def examine(self, fd: int) -> SourceFile:
         if fd in self.hangs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from swarmcache.peer import THREADS_PER_USER
 from tests.box import Box, wait_until
 from tests.swarm_helpers import (
     CHUNK_BYTES,
@@ -372,6 +374,41 @@ def test_a_daemon_goes_on_when_it_has_a_file_whose_file_server_hangs(
     wait_until(
         lambda: not swarm.status(node)["node"]["downloads"], TRANSFER_S, "the copy to be complete"
     )
+
+
+# Opens a file many times, stops the file server, and asks for what it has opened.
+ASKS_FOR_WHAT_HANGS = """
+import os, signal, socket, subprocess, sys
+path, connections = sys.argv[1], []
+fds = [os.open(path, os.O_RDONLY) for _ in range(int(sys.argv[2]))]
+subprocess.run(["sh", "-c", "kill -STOP $(pidof sshfs)"], check=True)
+for fd in fds:
+    connections.append(socket.socket(socket.AF_UNIX))
+    connections[-1].connect(os.environ["SWARMCACHE_SOCKET"])
+    socket.send_fds(connections[-1], [b'{"op": "get", "path": "L25mcy9m"}\\n'], [fd])
+print("asked", file=sys.stderr, flush=True)
+signal.pause()
+"""
+
+
+def test_who_waits_for_a_file_server_that_hangs_keeps_nobody_else_waiting(
+    make_swarm: MakeSwarm,
+) -> None:
+    swarm = make_swarm(1)
+    (node,) = swarm.box.nodes
+    file, local = swarm.put("corpus", CHUNK_BYTES), node.disk / "local"
+    local.write_bytes(b"of this machine")
+    asking = node.start(
+        [sys.executable, "-c", ASKS_FOR_WHAT_HANGS, file, str(2 * THREADS_PER_USER)],
+        env={"SWARMCACHE_SOCKET": str(swarm.cluster.SOCKET)},
+    )
+    asking.wait_for_stderr("asked", PATIENCE_S)
+
+    for uid in (0, 1001):
+        (copy,) = swarm.paths([swarm.cluster.get(node, local, uid=uid)])
+        assert copy != local
+        assert copy.read_bytes() == b"of this machine"
+    assert swarm.status(node)["node"]["tracker_connected"]
 
 
 def test_what_only_a_node_had_that_is_cut_off_is_read_again(make_swarm: MakeSwarm) -> None:

@@ -22,6 +22,7 @@ from blake3 import blake3
 from swarmcache import write_slot
 from swarmcache.client import Client
 from swarmcache.clock import now_s
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.config import load
 from swarmcache.cp import CopyProgress, copy_files
 from swarmcache.local_protocol import OfferReplica, encode_request
@@ -203,7 +204,8 @@ async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
     none: Any = None  # whatever makes replicas
     with ThreadPoolExecutor(1) as threads:
         requests = WriteRequests(
-            *(none, examiner, threads, threads, none, itertools.count(1)),
+            *(none, examiner, CompartmentThreads("examine", 1, 1), threads, none),
+            itertools.count(1),
             chunk_size_bytes=None,
             spawn=asyncio.create_task,
             handle=events.put_nowait,
