@@ -887,7 +887,7 @@ class Cluster:
     `daemons` (by name of host) are the processes that were started last.
     """
 
-    PROGRAM = ("-m", "swarmcache")
+    PROGRAM = (os.fspath(Path(sys.executable).with_name("swarmcache")),)  # as it was installed
     SOCKET = Path("/run/swarmcache/daemon.sock")
     TRACKER_PORT = 7380
     DAEMON_PORT = 7381
