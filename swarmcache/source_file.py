@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import select
 import socket
 import stat
@@ -30,6 +31,7 @@ LOCAL_FILE_SYSTEMS = frozenset(
     | {"hfsplus", "iso9660", "jfs", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiserfs"}
     | {"rootfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs"}
 )
+_FUSE_USER = re.compile(rb"(?:^|,)user_id=(\d+)")
 _NAME_FAULT = "its name does not lead to it (deleted, or mounted for you alone)"
 
 
@@ -43,11 +45,12 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of the mount table."""
+    """One line of the mount table. ``uid``: of the user who has mounted it (FUSE), or 0."""
 
     point: bytes
     fs_type: str
     source: str
+    uid: int = 0
 
 
 class MountTable:
@@ -78,8 +81,14 @@ class MountTable:
         for line in self._file.read().splitlines():
             before, _, after = line.partition(b" - ")
             point = _unescape(before.split(b" ")[4])
-            fs_type, source = after.split(b" ")[:2]
-            mounts[point] = Mount(point, os.fsdecode(fs_type), os.fsdecode(_unescape(source)))
+            fs_type, source, options = after.split(b" ")[:3]
+            uid = _FUSE_USER.search(options) if fs_type.startswith(b"fuse") else None
+            mounts[point] = Mount(
+                point,
+                os.fsdecode(fs_type),
+                os.fsdecode(_unescape(source)),
+                int(uid[1]) if uid is not None else 0,
+            )
         return mounts
 
 
@@ -177,6 +186,8 @@ class SourceExaminer:
     def _place(self, path: bytes, mounts: dict[bytes, Mount]) -> tuple[str, bool]:
         """The file server of a real path, and whether only this machine sees it."""
         mount = find_mount(mounts, path)
+        if mount.uid:  # who calls it what they like, wherever they like: they get no other's slots
+            return f"{mount.source} of uid {mount.uid}", False
         file_server = self._config.file_server_for_path(path)
         if file_server is not None:
             return file_server, False

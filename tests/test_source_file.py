@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
@@ -229,6 +230,22 @@ def test_other_file_systems_than_local_ones_are_shared(
     assert source.version.origin == ""
 
 
+def test_what_a_user_has_mounted_is_not_taken_for_the_file_server_that_it_is_called(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else whoever lets readers hang there keeps all slots of that one."""
+    options = {"file_servers.corpora.paths": [str(file.parent)]}
+    examiner = SourceExaminer(load(options, {}, Path("/dev/null")))
+    own = Mount(os.fsencode(file.parent), "fuse.sshfs", "nfs01:/export", uid=1001)
+    monkeypatch.setattr(examiner._mounts, "current", lambda: {own.point: own})
+
+    source = examine(examiner, file)
+    examiner.close()
+
+    assert source.file_server == "nfs01:/export of uid 1001"
+    assert source.version.origin == ""
+
+
 @pytest.mark.parametrize("fs_type", ["ext4", "overlay", "tmpfs", "xfs"])
 def test_equal_paths_on_local_file_systems_of_two_machines_are_two_files(
     examiner: SourceExaminer, file: Path, fs_type: str, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +292,26 @@ def test_the_mount_table_finds_the_mount_of_a_path(tmp_path: Path) -> None:
         assert find_mount(mounts, b"/processes/of/mine").point == find_mount(mounts, b"/").point
     finally:
         table.close()
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "options", "uid"),
+    [
+        ("fuse.sshfs", "rw,user_id=1001,group_id=100,allow_other", 1001),
+        ("fuseblk", "rw,user_id=0,group_id=0,blksize=4096", 0),
+        ("fuse.glusterfs", "rw,max_read=131072", 0),
+        ("nfs4", "rw,user_id=1001", 0),
+    ],
+)
+def test_the_mount_table_knows_who_has_mounted_what(fs_type: str, options: str, uid: int) -> None:
+    line = f"36 35 0:50 / /home/ann/mnt rw,nosuid shared:7 - {fs_type} nfs01:/export {options}\n"
+    table = MountTable()
+    table.close()
+    table._file = io.BytesIO(line.encode())  # type: ignore[assignment]
+
+    (mount,) = table._read().values()
+
+    assert mount == Mount(b"/home/ann/mnt", fs_type, "nfs01:/export", uid)
 
 
 @pytest.mark.parametrize(
