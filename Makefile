@@ -3,9 +3,9 @@
 
 PYTHON ?= python3
 # What the cluster in a box is made of, beyond the kernel: used by the tests marked "box".
-# RETURNN, the caller in one of them, compiles a part of itself.
-BOX_PACKAGES = acl e2fsprogs fuse3 g++ iproute2 munge openssh-sftp-server slurm-client slurmctld slurmd \
-    sshfs xfsprogs
+# RETURNN, the caller in one of them, compiles a part of itself, as do large simulations.
+BOX_PACKAGES = acl e2fsprogs fuse3 g++ iproute2 munge openssh-sftp-server python3-dev slurm-client \
+    slurmctld slurmd sshfs xfsprogs
 BOX_COMMANDS = c++ setfacl fusermount3 ip mkfs.ext4 mkfs.xfs munged sbatch slurmctld slurmd tc sshfs
 
 # One process more than there are cores, since many tests wait most of the time. Each module stays in
@@ -46,6 +46,8 @@ box-packages: ## the Debian packages that the tests marked "box" need (root only
 	    command -v $$command >/dev/null || missing="$$missing $$command"; \
 	done; \
 	test -x /usr/lib/openssh/sftp-server || missing="$$missing sftp-server"; \
+	include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	test -e "$$include/Python.h" || missing="$$missing Python.h"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 	    echo "not installed:$$missing; tests marked box will be skipped"; exit 0; \
