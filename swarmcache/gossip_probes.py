@@ -1,4 +1,4 @@
-"""Is that node there? Asked directly, then through others and over TCP at once.
+"""Is that node there? Asked directly, twice, then through others and over TCP at once.
 
 Pure logic: knows of a probe only who is asked for and what has come back; SWIM (Das, Gupta,
 Motivala 2002) with the local health of Lifeguard (Dadgar, Phillips, Currey 2018): a node that may
@@ -16,13 +16,18 @@ from random import Random
 from swarmcache.gossip_view import View
 from swarmcache.timers import Timers
 
-# SWIM's and memberlist's values for a local network.
+# SWIM's and memberlist's values for a local network are a probe a second, and half a second for the
+# answer. That is enough to ask twice: where a quarter of all packets gets lost, of 100 nodes that
+# are there 56 answer the first time, 81 one of both, and asking helpers takes ten datagrams.
 PROBE_S = 1.0
-DIRECT_S = 0.5
+DIRECT_S = 0.25
+DIRECT_PINGS = 2
 INDIRECT_S = 0.75
 # Where a quarter of all packets gets lost, a node that is there fails to answer in one round of
-# asking others 6 times in 100, in two rounds once in 500.
+# asking others 6 times in 100, in two rounds once in 500. Before it is declared dead it gets
+# one more: in a cluster that has just started hardly any helper knows where it is.
 ROUNDS = 2
+TRIAL_ROUNDS = 3
 HELPERS = 3
 HEALTH_MAX = 8
 # A node that feels worse than this accuses nobody.
@@ -32,13 +37,14 @@ PROBES_MAX = 256
 
 @dataclass(slots=True)
 class Probe:
-    """``trial``: of a suspect that is about to be declared dead. ``helpers``: who was asked to
-    help. ``heard``: somebody has said something since the probe began, so this node is not cut
-    off."""
+    """``trial``: of a suspect that is about to be declared dead. ``pings``: sent before anybody is
+    asked to help; ``rounds``: of asking ``helpers``. ``heard``: somebody has said something since
+    the probe began, so this node is not cut off."""
 
     target: int
     number: int
     trial: bool
+    pings: int = 1
     rounds: int = 0
     helpers: int = 0
     nacks: int = 0
@@ -148,9 +154,14 @@ class Probes:
             yield Verdict(target, alive=True, trial=probe.trial, fair=True)
 
     def due(self, number: int, now_s: float) -> Probe | Verdict:
-        """The deadline of a "ping" has come: the probe needs help now, or here is its verdict."""
+        """The deadline of a "ping" has come: the probe needs another ping (while it has had no
+        ``rounds``), or help, or here is its verdict."""
         probe = self._probes[number]
-        if probe.rounds == ROUNDS:
+        if not probe.rounds and probe.pings < DIRECT_PINGS:
+            probe.pings += 1
+            self.timers.set(("ping", number), now_s + DIRECT_S * self.patience)
+            return probe
+        if probe.rounds == (TRIAL_ROUNDS if probe.trial else ROUNDS):
             del self._probes[number]
             return self._without_answer(probe)
         self.next_round(probe, now_s)

@@ -8,8 +8,8 @@ address.
 
 A *status* is 32 bytes. Sizes are rounded down to 11 significant bits, and to whole MiB: what comes
 out is at most a part in 1,024, or a MiB, less than what went in. Uploads and downloads count up to
-255. A *profile* is 160 bytes and has no id, since that follows from its address. Which profile is
-the present one says a tag in the status.
+255. A *profile* is as long as its words are, at most 160 bytes, and has no id, since that follows
+from its address. Which profile is the present one says a tag in the status.
 
 Records carry no time of any clock, but their age: every relay adds how long it has had them.
 
@@ -208,12 +208,14 @@ def read_status(packed: bytes) -> StatusRecord:
 
 # --- profile ------------------------------------------------------------------------------------
 
-PROFILE = struct.Struct(f">HQ{TEXT_BYTES}s")
+_PROFILE_HEAD = struct.Struct(">HQ")
+PROFILE_BYTES_MAX = _PROFILE_HEAD.size + TEXT_BYTES
 
 
 @lru_cache(maxsize=1 << 14)
 def pack_profile(profile: NodeProfile) -> bytes:
-    """160 bytes. Name, rack and version are cut to what is left beside the address.
+    """A profile as it travels. Name, rack and version are cut to what ``PROFILE_BYTES_MAX`` leaves
+    beside the address.
 
     Raises ValueError for an address that is too long, or that no node can have.
     """
@@ -228,15 +230,18 @@ def pack_profile(profile: NodeProfile) -> bytes:
         word = word.decode(errors="ignore").encode()
         room -= len(word)
         text += word + b"\0"
-    return PROFILE.pack(address.data_port, min(profile.capacity_bytes, (1 << 64) - 1), text)
+    capacity_bytes = min(profile.capacity_bytes, (1 << 64) - 1)
+    return _PROFILE_HEAD.pack(address.data_port, capacity_bytes) + text
 
 
 @lru_cache(maxsize=1 << 14)
 def read_profile(packed: bytes) -> NodeProfile:
-    """The profile in 160 bytes. Raises BadMessage."""
-    data_port, capacity_bytes, text = PROFILE.unpack(packed)
-    words = text.split(b"\0")
-    if len(words) < 5 or any(words[4:]):
+    """The profile in these bytes. Raises BadMessage."""
+    if not _PROFILE_HEAD.size < len(packed) <= PROFILE_BYTES_MAX:
+        raise BadMessage(f"a profile of {len(packed)} bytes")
+    data_port, capacity_bytes = _PROFILE_HEAD.unpack_from(packed)
+    words = packed[_PROFILE_HEAD.size :].split(b"\0")
+    if len(words) != 5 or words[4]:
         raise BadMessage("a profile has four words, and nothing after them")
     try:
         node, name, rack, version = (word.decode() for word in words[:4])
@@ -424,11 +429,9 @@ _ID = struct.Struct(">HI")
 NUMBER_BYTES = _NUMBER.size
 SPREAD_HEAD_BYTES = _SPREAD.size
 LIST_HEAD_BYTES = _LIST.size
-PROFILE_BYTES = PROFILE.size
 STATUSES_MAX = (PAYLOAD_BYTES_MAX - NUMBER_BYTES - SPREAD_HEAD_BYTES) // STATUS_BYTES
-PROFILES_MAX = (PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES) // PROFILE_BYTES
 WANTED_MAX = (PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES) // ID_BYTES
-assert STATUS_BYTES == 32 and PROFILE_BYTES == 160 and RUMOUR_BYTES == 24
+assert STATUS_BYTES == 32 and PROFILE_BYTES_MAX == 160 and RUMOUR_BYTES == 24
 assert _DIGESTS.size <= PAYLOAD_BYTES_MAX
 
 
@@ -469,8 +472,22 @@ def encode_statuses(limit: int, records: Sequence[bytes | bytearray]) -> bytes:
 
 
 def encode_profiles(profiles: Sequence[bytes]) -> bytes:
-    """Of packed profiles."""
-    return _LIST.pack(_KIND_PROFILES, len(profiles)) + b"".join(profiles)
+    """Of packed profiles, each behind its length in one byte."""
+    parts = [part for each in profiles for part in (bytes((len(each),)), each)]
+    return _LIST.pack(_KIND_PROFILES, len(profiles)) + b"".join(parts)
+
+
+def profiles_for_datagrams(profiles: Iterable[bytes]) -> list[list[bytes]]:
+    """Packed profiles in groups, each of which fits into one datagram."""
+    groups: list[list[bytes]] = []
+    room = 0
+    for each in profiles:
+        if len(each) + 1 > room:
+            groups.append([])
+            room = PAYLOAD_BYTES_MAX - LIST_HEAD_BYTES
+        groups[-1].append(each)
+        room -= len(each) + 1
+    return groups
 
 
 def encode_profiles_wanted(subjects: Sequence[int]) -> bytes:
@@ -572,9 +589,12 @@ def _decode_list(kind: int, payload: bytes, at: int) -> tuple[Section, int]:
         data, at = _take(payload, at, 4 * count)
         return Received(struct.unpack(f">{count}I", data)), at
     if kind == _KIND_PROFILES:
-        data, at = _take(payload, at, count * PROFILE_BYTES)
-        packed = [data[i : i + PROFILE_BYTES] for i in range(0, len(data), PROFILE_BYTES)]
-        return Profiles([read_profile(each) for each in packed]), at
+        profiles = []
+        for _ in range(count):
+            length, at = _take(payload, at, 1)
+            packed, at = _take(payload, at, length[0])
+            profiles.append(read_profile(packed))
+        return Profiles(profiles), at
     data, at = _take(payload, at, ID_BYTES * count)
     subjects = [high << 32 | low for high, low in _ID.iter_unpack(data)]
     if kind == _KIND_PROFILES_WANTED:

@@ -10,9 +10,11 @@ once, over log2(N) hops at most, and every node forwards as much as it receives.
 everything about five times for the same. Parts are stretches of the ring, not lists of nodes, so it
 does no harm that no two nodes know exactly the same members.
 
-Whoever is made responsible for a part confirms it. What is not confirmed is sent again, and
-then given to the next member of that part. What gets lost nevertheless is found by repair
-(``gossip.py``).
+Whoever is made responsible for a part confirms it, and what the same node has sent before it, since
+confirmations get lost as often as what they confirm. Statuses can wait until the next datagram may
+have confirmed them too, and go again only then, or when a later one is confirmed and they are not.
+Whoever confirms nothing any more loses its part to the next member of it. What gets lost
+nevertheless is found by repair (``gossip.py``).
 
 A member's address is in its profile, which does not travel along: whoever gets a record of somebody
 unknown asks its sender for it, and passes the record on when it has come.
@@ -27,8 +29,9 @@ most ``FLIGHTS_MAX`` datagrams are unconfirmed and ``WAITING_MAX`` statuses wait
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -56,18 +59,26 @@ OVERHEAD_BYTES = 48 + 28
 # A confirmation takes two ways through the network and two event loops: milliseconds. Whoever takes
 # longer than this is busy with something else.
 CONFIRM_S = 0.2
-TRIES_MAX = 4
-# Then others take its part over, and it is only told itself, with more and more patience: where a
-# quarter of all packets gets lost, four times in vain is nothing unusual.
+# Statuses go again when so many times as long has passed as they waited for each other: by then the
+# next datagram has gone, and a confirmation of it is one of theirs.
+CONFIRM_WAITS = 2
+# A confirmation names so many datagrams, the last ones of one sender, for 4 bytes each; they are
+# remembered of so many senders.
+RECEIPTS = 4
+RECEIPTS_OF_MAX = 1024
+# Where a quarter of all packets gets lost, five times in vain is nothing unusual if nothing else
+# was confirmed meanwhile: 2 in 100. Then others take its part over, and it is only told itself,
+# with more and more patience.
+TRIES_MAX = 5
 LATE_TRIES_MAX = 4
 # A member that has confirmed nothing is asked to pass nothing on for so long, or until it is heard.
 SILENT_S = 5.0
 PASSED_OVER_MAX = 4
 # Statuses wait for each other so long at most on the way to the nearest finger, which gets half of
 # all, and so long on the way to the farthest ones, which get few.
-WAIT_NEAR_S = 0.8
+WAIT_NEAR_S = 1.2
 WAIT_FAR_S = 0.15
-NEAR_FINGERS = 5
+NEAR_FINGERS = 6
 FLIGHTS_MAX = 1024
 WAITING_MAX = 4 * STATUSES_MAX
 CLAIMS_SHARE = 4
@@ -119,17 +130,19 @@ class Leg(NamedTuple):
 
 @dataclass(slots=True)
 class Cargo:
-    """What is to be sent to one target, by limit."""
+    """What is to be sent to one target, by limit. ``wait_s``: how long what is in a hurry most may
+    wait."""
 
     claims: dict[int, dict[Claim, None]] = field(default_factory=dict)
     statuses: dict[int, dict[int, None]] = field(default_factory=dict)
+    wait_s: float = WAIT_NEAR_S
 
     def empty(self) -> bool:
         return not (self.claims or self.statuses)
 
     def for_one(self, limit: int) -> Cargo:
         """The same, of which the target is to pass nothing on."""
-        return Cargo(_merged(self.claims, limit), _merged(self.statuses, limit))
+        return Cargo(_merged(self.claims, limit), _merged(self.statuses, limit), 0.0)
 
     def status_count(self) -> int:
         return sum(map(len, self.statuses.values()))
@@ -137,11 +150,12 @@ class Cargo:
 
 @dataclass(slots=True)
 class Flight:
-    """A numbered datagram that is not confirmed yet."""
+    """A numbered datagram that is not confirmed yet. ``began_s``: of the first of its ``tries``."""
 
     target: int
     cargo: Cargo
-    tries: int
+    began_s: float
+    tries: int = 1
 
 
 class Spread:
@@ -175,7 +189,8 @@ class Spread:
         self._fingers_of = (-1, -1)
         self._silent_version = 0
         self.unconfirmed: list[int] = []
-        self._answering: set[int] = set()
+        self._confirmed_s: dict[int, float] = {}
+        self._receipts: dict[int, list[int]] = {}
         self._rides: dict[Claim, int] = {}
 
     # --- who passes on to whom --------------------------------------------------------------------
@@ -239,21 +254,25 @@ class Spread:
     ) -> None:
         """The records of these members go on, as they are when they are sent."""
         new = dict.fromkeys(subjects)
-        for target, limit, wait_s in legs:
+        for target, limit, usual_s in legs:
+            wait_s = 0.0 if urgent else usual_s
             cargo = self._cargo(target)
             waiting = cargo.statuses.get(limit)
             if waiting is None:
                 cargo.statuses[limit] = new.copy()
             else:
                 waiting.update(new)
+            cargo.wait_s = min(cargo.wait_s, wait_s)
             full = cargo.status_count() >= STATUSES_MAX
-            self._timers.set_by(("flush", target), now_s if full or urgent else now_s + wait_s)
+            self._timers.set_by(("flush", target), now_s if full else now_s + wait_s)
 
     def pass_claims(self, legs: Iterable[Leg], claims: Iterable[Claim], now_s: float) -> None:
         """These claims go on, at once."""
         new = dict.fromkeys(claims)
         for target, limit, _ in legs:
-            self._cargo(target).claims.setdefault(limit, {}).update(new)
+            cargo = self._cargo(target)
+            cargo.claims.setdefault(limit, {}).update(new)
+            cargo.wait_s = 0.0
             self._timers.set_by(("flush", target), now_s)
 
     def say(self, claim: Claim, limit: int, now_s: float) -> None:
@@ -281,13 +300,28 @@ class Spread:
 
     # --- what happens meanwhile -------------------------------------------------------------------
 
-    def confirmed(self, numbers: Iterable[int]) -> None:
-        """These datagrams have arrived."""
+    def receipts(self, sender: int, number: int) -> list[int]:
+        """This datagram has come: which ones are to be confirmed to its sender now."""
+        former = self._receipts.pop(sender, [])
+        self._receipts[sender] = numbers = [*former[1 - RECEIPTS :], number]
+        if len(self._receipts) > RECEIPTS_OF_MAX:
+            del self._receipts[next(iter(self._receipts))]
+        return numbers
+
+    def confirmed(self, sender: int, numbers: Sequence[int], now_s: float) -> None:
+        """These datagrams have arrived there, the last ones of those that have. So others that were
+        sent in between are lost, or will be confirmed in a moment."""
         for number in numbers:
-            flight = self._flights.pop(number, None)
-            if flight is not None:
+            flight = self._flights.get(number)
+            if flight is not None and flight.target == sender:
+                del self._flights[number]
                 self._timers.set(("flight", number), None)
-                self._answering.add(flight.target)
+                self._confirmed_s[sender] = now_s
+        first = min(numbers, default=0) if len(numbers) >= RECEIPTS else 0
+        last = max(numbers, default=0)
+        for number, flight in self._flights.items():
+            if first < number < last and flight.target == sender:
+                self._timers.set_by(("flight", number), now_s + CONFIRM_S)
 
     def due(self, kind: str, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         """A "flush", "flight" or "silent" has come."""
@@ -307,8 +341,12 @@ class Spread:
 
     def _give_up_waiting(self, number: int, now_s: float, effects: list[GossipEffect]) -> None:
         flight = self._flights.pop(number)
-        target, tries = flight.target, flight.tries
-        if tries == TRIES_MAX or self._view.find(target) < 0:
+        target = flight.target
+        here = self._view.find(target) >= 0
+        silent = self._confirmed_s.get(target, -math.inf) < flight.began_s
+        if silent:
+            flight.cargo.wait_s = 0.0
+        if not here or (silent and flight.tries >= TRIES_MAX):
             self._hand_over(flight, now_s)
             if target not in self._silent:
                 self._silent[target] = now_s + SILENT_S
@@ -316,10 +354,11 @@ class Spread:
                 self._silent_version += 1
                 self.unconfirmed.append(target)
             flight.cargo = flight.cargo.for_one(stay(target))
-        if tries == 1 and target not in self._answering:
+        if flight.tries == 1 and target not in self._confirmed_s:
             self._say_where(target, effects)
-        if tries < TRIES_MAX + LATE_TRIES_MAX and self._view.find(target) >= 0:
-            self._send(target, flight.cargo, tries + 1, now_s, effects)
+        if flight.tries < TRIES_MAX + LATE_TRIES_MAX and here:
+            flight.tries += 1
+            self._send(flight, now_s, effects)
 
     def _say_where(self, target: int, effects: list[GossipEffect]) -> None:
         """It may not know where to send its confirmation: a ping has this node's address."""
@@ -364,7 +403,8 @@ class Spread:
             enough = -CLAIMS_DEBT if waiting.claims else 1 / CLAIMS_SHARE
             if saved < enough:
                 break
-            self._send(target, self._load(waiting, claims_only=not rich), 1, now_s, effects)
+            cargo = self._load(waiting, claims_only=not rich)
+            self._send(Flight(target, cargo, now_s), now_s, effects)
         if waiting.empty():
             return
         self._drop_oldest(waiting)
@@ -373,7 +413,7 @@ class Spread:
 
     def _load(self, waiting: Cargo, *, claims_only: bool) -> Cargo:
         """Take out of ``waiting`` what fits into one datagram."""
-        cargo = Cargo()
+        cargo = Cargo(wait_s=waiting.wait_s)
         room = PAYLOAD_BYTES_MAX - NUMBER_BYTES
         heads_bytes = len(waiting.statuses) * SPREAD_HEAD_BYTES
         all_bytes = heads_bytes + waiting.status_count() * STATUS_BYTES
@@ -410,12 +450,11 @@ class Spread:
         index = self._view.find(subject)
         return self._view.made_s[index] if index >= 0 else float("inf")
 
-    def _send(
-        self, target: int, cargo: Cargo, tries: int, now_s: float, effects: list[GossipEffect]
-    ) -> None:
-        profile = self._profile_of(target)
+    def _send(self, flight: Flight, now_s: float, effects: list[GossipEffect]) -> None:
+        profile = self._profile_of(flight.target)
         if profile is None:
             return
+        cargo = flight.cargo
         self._numbers = (self._numbers + 1) & 0xFFFFFFFF
         sections = [encode_numbered(self._numbers)]
         for limit, claims in cargo.claims.items():
@@ -427,9 +466,10 @@ class Spread:
         assert len(payload) <= PAYLOAD_BYTES_MAX, f"a datagram of {len(payload)} bytes"
         self._budget.spend(len(payload))
         effects.append(SendDatagram(profile.address.node, payload))
-        self._flights[self._numbers] = Flight(target, cargo, tries)
-        late = max(tries - TRIES_MAX, 0)
-        self._timers.set(("flight", self._numbers), now_s + CONFIRM_S * 2**late)
+        self._flights[self._numbers] = flight
+        late = max(flight.tries - TRIES_MAX, 0)
+        confirm_s = CONFIRM_S * 2**late + CONFIRM_WAITS * cargo.wait_s
+        self._timers.set(("flight", self._numbers), now_s + confirm_s)
 
     def check(self) -> None:
         """Assert the invariants."""

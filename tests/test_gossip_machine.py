@@ -53,7 +53,13 @@ from swarmcache.gossip_records import (
     ring_id,
     status_body,
 )
-from swarmcache.gossip_spread import OVERHEAD_BYTES
+from swarmcache.gossip_spread import (
+    CONFIRM_S,
+    CONFIRM_WAITS,
+    OVERHEAD_BYTES,
+    RECEIPTS,
+    WAIT_NEAR_S,
+)
 from swarmcache.messages import NodeAddress
 
 EPOCH = 1_000
@@ -75,6 +81,7 @@ class Alone:
         )
         self.now_s = 0.0
         self.names = [f"other{number}:1" for number in range(others)]
+        self.confirming = set(self.names)
         self.effects: list[GossipEffect] = []
         self.tell(TimePassed())
         for name in self.names:
@@ -135,7 +142,7 @@ class Alone:
                 case PingFor(number, target):
                     lost = silent is not None and target == ring_id(silent)
                     self.hear(effect.address, encode_nack(number) if lost else encode_ack(number))
-                case Numbered(number):
+                case Numbered(number) if effect.address in self.confirming:
                     self.hear(effect.address, encode_received([number]))
                 case _:
                     pass
@@ -195,6 +202,128 @@ def test_what_is_known_already_is_confirmed_and_passed_on_only_farther_than_befo
     assert sections_to(farther, Statuses) != []
 
 
+def test_a_confirmation_names_the_last_datagrams_of_the_same_sender() -> None:
+    alone = Alone(2)
+    one, other = alone.names
+    alone.hear(other, encode_numbered(99))
+
+    sent = [alone.hear(one, encode_numbered(number)) for number in range(1, RECEIPTS + 3)]
+
+    numbers = [
+        section.numbers
+        for effects in sent
+        for _, section in sections_to(effects, Received)
+        if isinstance(section, Received)
+    ]
+    assert numbers[:2] == [(1,), (1, 2)]
+    assert numbers[-1] == tuple(range(3, RECEIPTS + 3))
+
+
+def numbered_to(alone: Alone, node: str) -> list[int]:
+    """The numbers of what it has been sent to confirm."""
+    sent = sections_to(alone.effects, Numbered)
+    return [each.number for to, each in sent if to == node and isinstance(each, Numbered)]
+
+
+def quiet_for_a_while(others: int) -> Alone:
+    """From now on nobody confirms anything."""
+    alone = Alone(others)
+    alone.pass_time(20.0)
+    alone.effects.clear()
+    alone.confirming.clear()
+    return alone
+
+
+def passing_on(count: int) -> Alone:
+    """It has sent so many datagrams with the next status of ``other0:1`` to ``other1:1``."""
+    alone = quiet_for_a_while(2)
+    for seq in range(count):
+        alone.hear("other0:1", alone.status("other0:1", seq + 2, limit=EVERYBODY))
+        alone.pass_time(WAIT_NEAR_S)
+    return alone
+
+
+def test_statuses_go_again_only_when_the_next_datagram_could_have_confirmed_them_too() -> None:
+    alone = passing_on(1)
+    [number] = numbered_to(alone, "other1:1")
+    alone.pass_time(CONFIRM_S + CONFIRM_WAITS * WAIT_NEAR_S - 0.1)
+    assert numbered_to(alone, "other1:1") == [number]
+
+    alone.pass_time(0.2)
+    assert len(numbered_to(alone, "other1:1")) == 2
+
+
+def test_what_a_later_confirmation_names_does_not_go_again() -> None:
+    alone = passing_on(2)
+    numbers = numbered_to(alone, "other1:1")
+    assert len(numbers) == 2
+
+    alone.hear("other1:1", encode_received(numbers))
+    alone.pass_time(CONFIRM_S + CONFIRM_WAITS * WAIT_NEAR_S)
+
+    assert numbered_to(alone, "other1:1") == numbers
+
+
+def test_what_was_lost_goes_again_when_a_later_one_is_confirmed() -> None:
+    alone = passing_on(2)
+    lost, later = numbered_to(alone, "other1:1")
+
+    alone.hear("other1:1", encode_received([later]))
+    alone.pass_time(CONFIRM_S + 0.01)
+
+    assert len(numbered_to(alone, "other1:1")) == 3
+    alone.hear("other1:1", encode_received([lost]), encode_received([]))  # which is of no use now
+    alone.hear("other0:1", encode_received([numbered_to(alone, "other1:1")[-1]]))  # not its own
+    alone.pass_time(CONFIRM_S + CONFIRM_WAITS * WAIT_NEAR_S)
+    assert len(numbered_to(alone, "other1:1")) > 3
+
+
+def test_what_is_urgent_goes_again_at_once() -> None:
+    alone = quiet_for_a_while(2)
+
+    alone.hear("other0:1", alone.rumour(RumourKind.SUSPECT, "other0:1", limit=EVERYBODY))
+    alone.pass_time(0.01)
+    assert len(numbered_to(alone, "other1:1")) == 1
+    alone.pass_time(CONFIRM_S)
+
+    assert len(numbered_to(alone, "other1:1")) == 2
+
+
+def carrying(alone: Alone, node: str, subject: str) -> list[int]:
+    """The numbers of the datagrams to ``node`` with a status of ``subject``."""
+    found = []
+    for effect in alone.effects:
+        if isinstance(effect, SendDatagram) and effect.address == node:
+            sections = decode_payload(effect.payload)
+            of = {r.subject for s in sections if isinstance(s, Statuses) for r in s.records}
+            numbers = [each.number for each in sections if isinstance(each, Numbered)]
+            found += numbers if ring_id(subject) in of else []
+    return found
+
+
+@pytest.mark.parametrize("confirms_others", [False, True])
+def test_only_who_confirms_nothing_any_more_loses_its_part(confirms_others: bool) -> None:
+    alone = Alone(8)
+    alone.pass_time(20.0)
+    alone.effects.clear()
+    ring = sorted(alone.names, key=lambda name: (ring_id(name) - SELF) % RING)
+    first, second, finger, heir = ring[0], ring[1], ring[3], ring[4]
+    alone.confirming.discard(finger)
+
+    alone.hear(first, alone.status(first, 2, limit=EVERYBODY))
+    alone.pass_time(WAIT_NEAR_S)
+    for seq in range(2, 16):
+        alone.hear(second, alone.status(second, seq, limit=EVERYBODY))
+        alone.pass_time(WAIT_NEAR_S)
+        if confirms_others:
+            both = carrying(alone, finger, first)
+            other = [each for each in carrying(alone, finger, second) if each not in both]
+            alone.hear(finger, encode_received(other))
+
+    assert len(carrying(alone, finger, first)) >= 2
+    assert (carrying(alone, heir, first) == []) == confirms_others
+
+
 def test_bytes_that_are_no_gossip_are_counted_and_nothing_is_answered() -> None:
     alone = Alone(2)
 
@@ -239,6 +368,19 @@ def test_a_node_that_is_suspected_itself_begins_another_epoch_and_says_so_at_onc
         for record in section.records
     ]
     assert {(record.subject, record.epoch) for record in records} == {(SELF, EPOCH + 1)}
+
+
+def test_who_says_that_a_node_is_suspected_is_answered_whatever_is_left_of_the_budget() -> None:
+    alone = Alone(3, budget_bytes_per_s=1.0)
+    accuser = alone.names[0]
+
+    effects = alone.hear(accuser, alone.rumour(RumourKind.SUSPECT, "self:1"))
+
+    [(told, section)] = sections_to(effects, Statuses)
+    assert isinstance(section, Statuses)
+    [record] = section.records
+    assert (told, section.limit) == (accuser, ring_id(accuser) + 1)
+    assert (record.subject, record.epoch) == (SELF, EPOCH + 1)
 
 
 def test_nobody_is_declared_dead_without_being_asked_once_more_also_over_tcp() -> None:

@@ -56,6 +56,7 @@ from swarmcache.gossip_records import (
     pack_size,
     pack_status,
     profile_tag,
+    profiles_for_datagrams,
     read_body,
     read_profile,
     ring_id,
@@ -174,6 +175,28 @@ def test_words_that_do_not_fit_beside_the_address_are_cut() -> None:
 def test_an_address_that_cannot_be_one_is_refused_where_it_is_packed(node: str) -> None:
     with pytest.raises(ValueError, match="is not host:port"):
         pack_profile(NodeProfile(NodeAddress(node, 1), "", "", 0))
+
+
+@given(st.lists(st.integers(0, 90), max_size=60))
+def test_profiles_travel_in_as_few_datagrams_as_they_fit_into(lengths: list[int]) -> None:
+    profiles = [
+        NodeProfile(NodeAddress(f"host{number}:1", 1, "n" * length), "rack", "1", 5)
+        for number, length in enumerate(lengths)
+    ]
+
+    groups = profiles_for_datagrams(pack_profile(each) for each in profiles)
+
+    payloads = [encode_profiles(group) for group in groups]
+    come = [section for payload in payloads for section in decode_payload(payload)]
+    assert [p for each in come if isinstance(each, Profiles) for p in each.profiles] == profiles
+    for payload, following in zip(payloads, groups[1:], strict=False):
+        assert len(payload) + 1 + len(following[0]) > PAYLOAD_BYTES_MAX
+
+
+@pytest.mark.parametrize("words", [b"h:1\0n\0r\0", b"h:1\0n\0r\0v\0x", b"h:1\0n\0r\0v\0\0"])
+def test_a_profile_has_four_words_and_nothing_else(words: bytes) -> None:
+    with pytest.raises(BadMessage):
+        read_profile(b"\0\1" + bytes(8) + words)
 
 
 def test_an_id_follows_from_the_address() -> None:
