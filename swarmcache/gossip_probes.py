@@ -9,6 +9,7 @@ Invariants: a probe ends in one verdict; ``health`` lies between 0 (well) and ``
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -61,6 +62,10 @@ class Verdict:
     fair: bool
 
 
+def _nobody() -> array[int]:
+    return array("Q")
+
+
 @dataclass(slots=True)
 class Probes:
     """All probes of one node that are under way.
@@ -74,7 +79,7 @@ class Probes:
     health: int = 0
     helping: dict[int, tuple[int, int]] = field(default_factory=dict)
     _probes: dict[int, Probe] = field(default_factory=dict)
-    _round: list[int] = field(default_factory=list)
+    _round: array[int] = field(default_factory=_nobody)
     _numbers: int = 0
 
     @property
@@ -99,7 +104,7 @@ class Probes:
                 index = view.find(target)
                 if index >= 0 and view.profiles[index] is not None and not self.asks_for(target):
                     return target
-            self._round = list(view.ids)
+            self._round = view.ids[:]  # 8 bytes each; a list of them takes 40
             self.rng.shuffle(self._round)
         return None
 
