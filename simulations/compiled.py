@@ -59,7 +59,10 @@ def missing() -> str | None:
 def compiled_copy(
     below: Path, modules: Sequence[str] = MODULES, *, optimization: str = "2"
 ) -> Path:
-    """The directory with the compiled copy of both packages. Raises CalledProcessError."""
+    """The directory with the compiled copy of both packages.
+
+    Raises CalledProcessError, having printed why.
+    """
     copy = below / f"simulations-{_digest(modules, optimization)}"
     if not copy.exists():
         beside = copy.with_suffix(".unfinished")
@@ -67,13 +70,18 @@ def compiled_copy(
         for package in PACKAGES:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / package, beside / package, ignore=ignore)
-        subprocess.run(
+        compiling = subprocess.run(
             [sys.executable, "-P", "-m", "mypyc", *modules],
             cwd=beside,
             env=environment(beside) | {"MYPYC_OPT_LEVEL": optimization},
-            stdout=subprocess.DEVNULL,
-            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
+        if compiling.returncode:
+            print(compiling.stdout, file=sys.stderr)
+            compiling.check_returncode()
         beside.rename(copy)
     return copy
 
