@@ -998,10 +998,10 @@ class PeerState:
             case Have():
                 fetching = self._fetching.get(version_id)
                 if fetching is None and message.complete:
-                    if version_id not in neighbour.versions:
-                        # It has not noticed that we parted when a connection broke.
-                        effects.append(TellPeer(node, Gone(version_id)))
-                    self._part(node, version_id, now_s)  # or else we have told it the same
+                    # It waits for us to say the same. If we have, that may have come before it
+                    # began, or been of chunks that were cut otherwise.
+                    effects.append(TellPeer(node, Gone(version_id)))
+                    self._part(node, version_id, now_s)
                 if fetching is None or fetching.download is None:
                     return
                 if message.chunk_size_bytes not in (0, fetching.chunk_size_bytes):

@@ -1155,16 +1155,17 @@ def test_two_that_have_all_have_nothing_to_do_with_one_another_any_more() -> Non
     assert HangUp(HIGHER.node) in bench.wait_until(bench.now_s + LINGER_S)
 
 
-def test_who_takes_us_for_one_of_a_swarm_that_we_have_left_is_told() -> None:
-    """Found in simulation: a connection broke, and only one of the two was still fetching."""
+def test_who_has_all_and_hears_that_a_neighbour_has_says_that_it_wants_nothing() -> None:
+    """Found in simulation: a connection broke, and only one of the two was still fetching; or what
+    the other one had been told had come before it began to fetch."""
     bench = Bench()
-    file, other = version("a"), version("b")
-    bench.meet(HIGHER, other)
+    left, told = version("a"), version("b")
+    bench.meet(HIGHER, told)
+    bench.tell(ManifestLoaded(told.version_id, tuple(map(digest, range(3))), CHUNK_BYTES))
 
-    effects = bench.heard(HIGHER, have(file, complete=True))
-
-    assert effects == [TellPeer(HIGHER.node, Gone(file.version_id))]
-    assert bench.heard(HIGHER, have(other, complete=True)) == []
+    for file in (left, told):
+        effects = bench.heard(HIGHER, have(file, complete=True))
+        assert effects == [TellPeer(HIGHER.node, Gone(file.version_id))]
 
 
 def test_chunks_of_a_file_that_is_cut_differently_are_not_heard_of() -> None:
