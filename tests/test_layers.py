@@ -210,6 +210,7 @@ MACHINE_IMPORTS = {
     "msgspec",
     "operator",
     "random.Random",
+    "sortedcontainers",
     "struct",
     "typing",
 }
