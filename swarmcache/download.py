@@ -169,8 +169,13 @@ class Download:
 
     # --- neighbours -----------------------------------------------------------------------------
 
-    def add_peer(self, address: NodeAddress, *, source: bool, busy: bool = False) -> list[TellPeer]:
-        """A neighbour is there (or introduced once more): tells it all that this node holds."""
+    def add_peer(
+        self, address: NodeAddress, *, source: bool, busy: bool = False, again: bool = False
+    ) -> list[TellPeer]:
+        """A neighbour is there (or introduced once more): tells it all that this node holds.
+
+        ``again``: it is asked to do the same, since it was not listened to before.
+        """
         if address.node not in self.peers:
             near = self._rack.meet(address.node, address.rack)
             # It may be back before what it was asked for has ended.
@@ -180,7 +185,9 @@ class Download:
             )
             self._take_turns(address.rack)
             self._neighbours_most = max(self._neighbours_most, len(self.peers))
-        return [TellPeer(address.node, have) for have in self._haves(self.held & ~self._fresh)]
+        haves = self._haves(self.held & ~self._fresh)
+        haves[0].again = again
+        return [TellPeer(address.node, have) for have in haves]
 
     def remove_peer(self, node: str) -> None:
         """A neighbour is gone. Chunks in flight from it end in their own events."""

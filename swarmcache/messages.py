@@ -460,6 +460,8 @@ class Have(Message, tag="have", omit_defaults=True):
     that the receiver has itself it has not been told of. ``chunk_size_bytes``: how the sender cuts
     the file (0: not told). The last chunks of two ways to cut it may be equally long. ``coming``:
     told to those in the rack of the sender: all chunks that it is fetching from another rack.
+    ``again``: what the receiver has told before came when the sender could make nothing of it: it
+    is to tell all that it has once more.
     """
 
     version_id: VersionId
@@ -468,6 +470,7 @@ class Have(Message, tag="have", omit_defaults=True):
     complete: bool = False
     chunk_size_bytes: Count = 0
     coming: Annotated[list[Count], Meta(max_length=HAVE_CHUNKS_MAX)] | None = None
+    again: bool = False
 
 
 class Gone(Message, tag="gone"):

@@ -24,22 +24,32 @@ REDIAL_S = 1.0
 REDIAL_MAX_S = 30.0
 # A connection that no swarm needs any more is kept this long for the next one.
 LINGER_S = 30.0
+# As many as a node fetches at once and more; one that is forgotten costs a second or so.
+UNHEARD_MAX = 256
 
 
 @dataclass(slots=True)
 class Neighbour:
     """Another node that shares at least one swarm with this one, or did until recently.
 
-    ``versions``: the file versions, and how their swarms cut them (0: not told). ``dead``: all
-    others say so, and nothing was heard of it since.
+    ``versions``: the file versions, and how their swarms cut them (0: not told). ``unheard``: those
+    of which it has told over this connection when nothing could be made of that here, the latest
+    ones. ``dead``: all others say so, and nothing was heard of it since.
     """
 
     address: NodeAddress
     versions: dict[bytes, int] = field(default_factory=dict)
+    unheard: dict[bytes, None] = field(default_factory=dict)
     up: bool = False
     dialling: bool = False
     dead: bool = False
     failures: int = 0
+
+    def not_heard(self, version_id: bytes) -> None:
+        """It has told of chunks of this file version, which is not being fetched (yet)."""
+        self.unheard[version_id] = None
+        if len(self.unheard) > UNHEARD_MAX:
+            del self.unheard[next(iter(self.unheard))]
 
 
 class PeerNeighbours:
@@ -101,6 +111,7 @@ class PeerNeighbours:
             # It heard of us from the tracker before we heard of it.
             neighbour = self._neighbours[address.node] = Neighbour(address)
         neighbour.address = address
+        neighbour.unheard.clear()
         neighbour.dialling = False
         neighbour.up = True
         neighbour.dead = False

@@ -874,11 +874,17 @@ class PeerState:
         if isinstance(event, ChunkRead):
             fetching = self._fetching.get(event.version_id)
             if fetching is not None and fetching.download is not None:
+                held = fetching.download.held
                 fetching.download.chunk_read(event.chunk, event.digest)
-                fetching.progress_at_s = now_s
+                self._note_progress(fetching, held, now_s)
         else:
             self._handle_reader_end(event, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
+
+    def _note_progress(self, fetching: Fetching, held_before: int, now_s: float) -> None:
+        """A chunk has come. One that was there already is none that anybody waits for."""
+        if fetching.download is not None and fetching.download.held != held_before:
+            fetching.progress_at_s = now_s
 
     def _handle_reader_end(
         self, event: RangeReadDone | RangeReadFailed, now_s: float, effects: list[PeerEffect]
@@ -930,7 +936,10 @@ class PeerState:
             if fetching.download is not None:
                 source = node not in self._distrusted
                 busy = self._uploads_of(node) >= self._window
-                told = fetching.download.add_peer(neighbour.address, source=source, busy=busy)
+                again = neighbour.unheard.pop(version_id, 0) is None
+                told = fetching.download.add_peer(
+                    neighbour.address, source=source, busy=busy, again=again
+                )
                 effects.extend(told)
             return
         if not self._seeds.greet(version_id, node, neighbour.versions[version_id], effects):
@@ -996,16 +1005,22 @@ class PeerState:
         version_id = message.version_id
         match message:
             case Have():
+                if message.again and version_id in neighbour.versions:
+                    self._greet(neighbour, version_id, now_s, effects)
                 fetching = self._fetching.get(version_id)
                 if fetching is None and message.complete:
                     # It waits for us to say the same. If we have, that may have come before it
                     # began, or been of chunks that were cut otherwise.
                     effects.append(TellPeer(node, Gone(version_id)))
                     self._part(node, version_id, now_s)
+                    return
                 if fetching is None or fetching.download is None:
+                    neighbour.not_heard(version_id)
                     return
                 if message.chunk_size_bytes not in (0, fetching.chunk_size_bytes):
-                    return  # one of us has not been told yet how this swarm cuts the file
+                    # One of us has not been told yet how this swarm cuts the file.
+                    neighbour.not_heard(version_id)
+                    return
                 if node not in fetching.download.peers:
                     # It was introduced to us before we were introduced to it.
                     self._meet(neighbour.address, version_id, now_s, effects)
@@ -1040,8 +1055,9 @@ class PeerState:
             download = fetching.download
             match event:
                 case ChunkArrived():
+                    held = download.held
                     download.chunk_arrived(event.chunk, event.node, now_s)
-                    fetching.progress_at_s = now_s
+                    self._note_progress(fetching, held, now_s)
                 case ChunkCorrupt():
                     download.chunk_corrupt(event.chunk, event.node, now_s)
                 case ChunkAbsent():

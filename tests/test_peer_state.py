@@ -1168,6 +1168,82 @@ def test_who_has_all_and_hears_that_a_neighbour_has_says_that_it_wants_nothing()
         assert effects == [TellPeer(HIGHER.node, Gone(file.version_id))]
 
 
+def test_who_was_not_listened_to_is_asked_to_tell_all_again() -> None:
+    """Found in simulation: it had told of its chunks before this node began to fetch."""
+    bench = Bench()
+    file, other = version("a"), version("b")
+    bench.meet(HIGHER, other)
+    assert bench.heard(HIGHER, have(file, 0)) == []
+    bench.begin(file)
+
+    (greeting,) = of(TellPeer, bench.heard(HIGHER, have(file, 1)))
+
+    assert isinstance(greeting.message, Have)
+    assert greeting.message.again
+    bench.said(Peers(file.version_id, [HIGHER]))
+    *_, next_greeting = of(TellPeer, bench.seen)
+    assert next_greeting.message == have(file), "once is enough"
+
+
+def test_what_a_neighbour_told_over_an_earlier_connection_it_tells_again_unasked() -> None:
+    bench = Bench()
+    file, other = version("a"), version("b")
+    bench.begin(other, request=2)
+    bench.meet(HIGHER, other)
+    bench.heard(HIGHER, have(file, 0))
+    bench.tell(PeerLost(HIGHER.node, "reset"), PeerConnected(HIGHER))
+    bench.begin(file)
+
+    (greeting,) = of(TellPeer, bench.said(Peers(file.version_id, [HIGHER])))
+
+    assert greeting.message == have(file)
+
+
+def test_who_asks_for_it_is_told_all_again() -> None:
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.meet(HIGHER, file)
+    bench.lease(file, 1, 0, 1)
+    bench.read(file, 1, 0)
+    bench.wait_until(bench.now_s + 1.0)
+    greeting = have(file)
+    greeting.again = True
+
+    assert bench.heard(HIGHER, greeting) == [TellPeer(HIGHER.node, have(file, 0))]
+    assert bench.heard(LOWER, greeting) == [], "it is no neighbour"
+
+
+def test_who_asks_a_seed_for_it_is_told_all_again() -> None:
+    bench = Bench()
+    file = version()
+    bench.meet(HIGHER, file)
+    bench.tell(ManifestLoaded(file.version_id, tuple(map(digest, range(3))), CHUNK_BYTES))
+    greeting = have(file)
+    greeting.again = True
+
+    effects = bench.heard(HIGHER, greeting)
+
+    assert of(TellPeer, effects) == [TellPeer(HIGHER.node, have(file, 0, 1, 2, complete=True))]
+
+
+def test_a_chunk_that_was_there_already_is_no_progress() -> None:
+    """Found in simulation: chunks that were read in vain kept a client waiting for a third one."""
+    bench = Bench()
+    file = version()
+    bench.begin(file)
+    bench.lease(file, 1, 0, 1)
+    bench.read(file, 1, 0)
+    begin_s = bench.now_s
+    bench.wait_until(begin_s + 3.0)
+    bench.lease(file, 2, 0, 1)
+    bench.read(file, 2, 0)
+
+    assert not of(AnswerOriginal, bench.wait_until(begin_s + 4.9))
+    (answer,) = of(AnswerOriginal, bench.wait_until(begin_s + 5.1))
+    assert "no progress for 5 s" in answer.reason
+
+
 def test_chunks_of_a_file_that_is_cut_differently_are_not_heard_of() -> None:
     """The last chunks of two ways to cut a file may be equally long: wrong bytes in the end."""
     bench = Bench()
