@@ -592,9 +592,11 @@ class Gossip:
             if (record.epoch, record.seq) > (self._epoch, self._seq):
                 self._refute(record.epoch, now_s)  # of a former life whose clock was ahead
             return False
+        view = self._view
+        if index < 0 or record.epoch > view.epoch(index):
+            self._spread.forget_receipts(record.subject)
         if index < 0:
             return self._take_new(record, made_s, sender, now_s)
-        view = self._view
         if record.epoch > view.epoch(index):
             self._news += 1
         view.replace(index, record, made_s)

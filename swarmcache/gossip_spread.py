@@ -308,6 +308,10 @@ class Spread:
             del self._receipts[next(iter(self._receipts))]
         return numbers
 
+    def forget_receipts(self, sender: int) -> None:
+        """It has begun a new life, in which it counts from the beginning."""
+        self._receipts.pop(sender, None)
+
     def confirmed(self, sender: int, numbers: Sequence[int], now_s: float) -> None:
         """These datagrams have arrived there, the last ones of those that have. So others that were
         sent in between are lost, or will be confirmed in a moment."""

@@ -219,6 +219,18 @@ def test_a_confirmation_names_the_last_datagrams_of_the_same_sender() -> None:
     assert numbers[-1] == tuple(range(3, RECEIPTS + 3))
 
 
+def test_a_new_life_is_not_told_what_came_from_the_one_before() -> None:
+    """It counts from the beginning, and would take its own next ones for confirmed."""
+    alone = Alone(1)
+    (one,) = alone.names
+    alone.hear(one, encode_numbered(7))
+    alone.hear(one, alone.status(one, 1, epoch=EPOCH + 1))
+
+    effects = alone.hear(one, encode_numbered(1))
+
+    assert sections_to(effects, Received) == [(one, Received((1,)))]
+
+
 def numbered_to(alone: Alone, node: str) -> list[int]:
     """The numbers of what it has been sent to confirm."""
     sent = sections_to(alone.effects, Numbered)
