@@ -131,7 +131,7 @@ BUGS = (
     PlantedBug(
         "a busy peer is not asked again",
         "download:Download.peer_busy",
-        "now_s + peer.busy_s",
+        "now_s + BUSY_BACKOFF_S",
         "now_s + 1e6",
     ),
     PlantedBug(
