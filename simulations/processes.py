@@ -60,6 +60,8 @@ class Processes:
         node.powered = False
         if node.alive:
             self._end(node, notice_s=SILENCE_S)
+        else:  # its clients may have outlived the daemon
+            self._cluster.writers.daemon_ended(node)
         rng = Random(f"{node.name} {node.life} power")
         for version_id, replica in list(node.disk.replicas.items()):
             if not replica.durable:

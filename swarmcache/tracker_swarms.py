@@ -383,6 +383,12 @@ class TrackerSwarms:
         if swarm is None or name not in swarm.members:
             return None
         wanted = mask_from_bytes(message.wanted)
+        searches = [self._searches[query_id] for query_id in sorted(swarm.searches)]
+        doubted: dict[str, None] = {
+            search.doubted: None
+            for search in searches
+            if search.doubted is not None and search.wanted & wanted
+        }
         for other in list(swarm.order):
             member = swarm.members[other]
             chunks = member.guarded & wanted
@@ -391,10 +397,13 @@ class TrackerSwarms:
             member.guarded ^= chunks
             wanted ^= chunks
             self._search(swarm, chunks, [other], now_s, effects, doubted=other)
-            # Also those who are neighbours: one of them may have parted when it could not reach the
-            # other, who waits to be dialled.
-            self._link(swarm, name, other, effects)
-            self._link(swarm, other, name, effects)
+            doubted[other] = None
+        # Also those who are neighbours: one of them may have parted when it could not reach the
+        # other, who waits to be dialled. And those whom another one has made us ask just now.
+        for other in doubted:
+            if other != name and other in swarm.members:
+                self._link(swarm, name, other, effects)
+                self._link(swarm, other, name, effects)
         return swarm
 
     def distrust(

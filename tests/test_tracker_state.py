@@ -833,6 +833,22 @@ def test_who_cannot_get_chunks_of_a_neighbour_is_introduced_to_it_anew() -> None
     assert after == (before[0] + 1, before[1] + 1)
 
 
+def test_all_who_cannot_get_the_same_chunks_are_introduced_to_who_has_them() -> None:
+    """Found in simulation: while the first one's question was not answered the others got nothing,
+    every second again."""
+    bench = Bench()
+    bench.connect("a", "b", "c")
+    bench.say("a", Replicas([FILE]))
+    bench.join("b", "c", chunks=4)
+    before = {name: len(bench.messages(Peers, name)) for name in ("a", "b", "c")}
+
+    for name in ("b", "c"):
+        bench.say(name, Missing(FILE, b"\x0f"))
+
+    after = {name: len(bench.messages(Peers, name)) - before[name] for name in ("a", "b", "c")}
+    assert after == {"a": 2, "b": 1, "c": 1}
+
+
 def test_who_leaves_is_nobodys_neighbour_and_reads_nothing() -> None:
     bench = Bench(slots_max=1)
     bench.connect("a", "b")
