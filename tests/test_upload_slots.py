@@ -60,6 +60,13 @@ def test_who_lags_behind_one_of_those_served_waits_for_the_next_place() -> None:
     assert not slots.waiting
 
 
+def test_who_has_nothing_lags_behind_everybody_who_has_something() -> None:
+    """Found in simulation: of a file of five chunks a node got none for five seconds."""
+    assert full(2, held_chunks=1).admit(Upload(A, 0))
+    assert not full(2, held_chunks=2).admit(Upload(A, 1))
+    assert not full(2, held_chunks=0).admit(Upload(A, 0))
+
+
 def test_another_file_is_not_starved_by_one_that_has_all_places() -> None:
     slots = UploadSlots(2)
     first = Upload(A, 100)
