@@ -54,17 +54,17 @@ class Compartments(Generic[Call]):
         calls.running[place] -= 1
         if not calls.running[place]:
             del calls.running[place]
-        following = next((each for each in calls.waiting if self._has_room(calls, each)), None)
-        if following is None:
-            if not calls.running:
-                del self._owners[owner]
-            return None
-        queue = calls.waiting.pop(following)
-        call = queue.popleft()
-        if queue:
-            calls.waiting[following] = queue
-        calls.running[following] += 1
-        return call
+        for following, queue in calls.waiting.items():
+            if self._has_room(calls, following):
+                call = queue.popleft()
+                del calls.waiting[following]
+                if queue:
+                    calls.waiting[following] = queue  # behind the others
+                calls.running[following] += 1
+                return call
+        if not calls.running:
+            del self._owners[owner]
+        return None
 
     def pending(self, owner: Hashable) -> int:
         """How many calls of this owner run or wait."""
