@@ -1,8 +1,8 @@
 """Threads for calls that may hang, in compartments of which one does not hold up another.
 
-Who runs when is decided by ``compartments.py``. Threads are made when there is need, and some are
-kept for the next call. They do not keep the process from ending: whatever hangs then may hang for
-ever.
+Who runs when is decided by ``compartments.py``. Threads are made when there is need, and some may
+be kept for the next call. They do not keep the process from ending: whatever hangs then may hang
+for ever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from swarmcache.compartments import Compartments
 
 Result = TypeVar("Result")
 
-IDLE_MAX = 16
 # How long the end waits for calls that may be at work rather than hang.
 CLOSE_S = 2.0
 
@@ -46,13 +45,14 @@ class CompartmentThreads:
     """Runs calls of many owners, each of whom waits for their own only. Thread-safe.
 
     At most ``owner_max`` calls of one owner run at once, ``place_max`` of them at one place.
+    ``idle_max``: how many threads are kept for calls to come.
     """
 
-    def __init__(self, name: str, owner_max: int, place_max: int) -> None:
+    def __init__(self, name: str, owner_max: int, place_max: int, idle_max: int = 16) -> None:
         self._name = name
+        self._idle_max = idle_max
         self._compartments: Compartments[_Call] = Compartments(owner_max, place_max)
         self._changed = threading.Condition()
-        self._running = 0
         self._idle = 0
         self._next: SimpleQueue[_Call | None] = SimpleQueue()
         self._closed = False
@@ -91,10 +91,9 @@ class CompartmentThreads:
         for call in dropped:
             call.future.cancel()
         with self._changed:
-            self._changed.wait_for(lambda: not self._running, CLOSE_S)
+            self._changed.wait_for(lambda: not self._compartments.running, CLOSE_S)
 
     def _begin(self, call: _Call) -> None:
-        self._running += 1
         if self._idle:
             self._idle -= 1
             self._next.put(call)
@@ -112,14 +111,13 @@ class CompartmentThreads:
         with self._changed:
             following = self._compartments.ended(call.owner, call.place)
             if following is None:
-                self._running -= 1
                 self._changed.notify_all()
             return following
 
     def _rest(self) -> _Call | None:
         """The next call for an idle thread; None if it is to end."""
         with self._changed:
-            if self._closed or self._idle >= IDLE_MAX:
+            if self._closed or self._idle >= self._idle_max:
                 return None
             self._idle += 1
         return self._next.get()

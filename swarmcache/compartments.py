@@ -36,6 +36,11 @@ class Compartments(Generic[Call]):
         self._place_max = place_max
         self._owners: dict[Hashable, _Owner[Call]] = {}
 
+    @property
+    def running(self) -> bool:
+        """Some call runs."""
+        return bool(self._owners)
+
     def add(self, owner: Hashable, place: Hashable, call: Call) -> bool:
         """Whether the call may run at once; otherwise it waits."""
         calls = self._owners.setdefault(owner, _Owner())

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from swarmcache.cache_dir import Damaged
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.compartment_threads import CompartmentThreads
-from swarmcache.descriptor_closer import close_file
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import LocalError, SwarmcacheError
@@ -283,18 +282,18 @@ class LocalRequests:
             if get.hold is None:
                 path = self._cache.lookup(source.version, connection.user)
         except SwarmcacheError as error:
-            close_file(fd, connection.user.uid)
+            connection.close_files_here([fd])
             self._answer_from_thread(connection, Original(str(error)))
         except Exception as error:
             # A bug of ours; the job still gets a path.
             log.exception("cannot look at a source")
-            close_file(fd, connection.user.uid)
+            connection.close_files_here([fd])
             self._answer_from_thread(connection, Original(f"internal error: {error}"))
         else:
             if path is None:
                 self._loop.call_soon_threadsafe(self._get, connection, get, fd, source)
                 return
-            close_file(fd, connection.user.uid)
+            connection.close_files_here([fd])
             self._count_hits(1)
             self._answer_from_thread(connection, Cached(os.fsencode(path), hit=True))
 

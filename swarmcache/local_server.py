@@ -21,11 +21,11 @@ import struct
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from swarmcache.descriptor_closer import DescriptorCloser
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk_calls import SharedFile
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.local_protocol import (
@@ -89,10 +89,19 @@ class LocalConnection:
         if data:
             self._server.loop.call_soon_threadsafe(self._flush)
 
-    def close_files(self, fds: Collection[int]) -> None:
-        """Close descriptors that have come from this client, in a thread: it may take long."""
-        if fds:
-            self._server.closer.close(self.user.uid, fds)
+    def close_files(self, fds: Iterable[int]) -> None:
+        """Close descriptors that have come from this client, in a thread of its user."""
+        for fd in fds:
+            self._server.closer.submit(self.user.uid, None, self.close_files_here, (fd,))
+
+    def close_files_here(self, fds: Iterable[int]) -> None:
+        """The same in this thread. It may take as long as the client's user likes: the process
+        behind a FUSE file is asked first, and a socket may linger."""
+        for fd in fds:
+            try:
+                os.close(fd)
+            except OSError as error:  # what was written could not be: that is the client's to know
+                log.info("closing a file of uid %d: %s", self.user.uid, error)
 
     def share(self, fd: int) -> SharedFile:
         """A descriptor from this client for several users, which is closed in the same way."""
@@ -198,7 +207,8 @@ class LocalServer:
         """``pending(uid)``: how many files of a user are looked at or wait for that, those of
         clients who have gone meanwhile as well."""
         self.handler = handler
-        self.closer = DescriptorCloser()
+        # One thread of each user, for as long as there is something to close.
+        self.closer = CompartmentThreads("close", 1, 1, idle_max=0)
         self._pending = pending
         self.loop = asyncio.get_running_loop()
         self._path = path
@@ -250,7 +260,7 @@ class LocalServer:
         same = sum(connection.user.uid == uid for connection in self._connections)
         if same > CLIENTS_PER_USER_MAX or len(self._connections) > CLIENTS_MAX:
             return "too many requests at once"
-        if self.closer.pending(uid) > DESCRIPTORS_MAX:
+        if self.closer.pending(uid) > DESCRIPTORS_MAX + 1:  # one of them is being closed
             return "files that you have opened hang when they are closed"
         if self._pending(uid) > CLIENTS_PER_USER_MAX:
             return "files that you have opened hang when they are looked at"

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion
 from swarmcache.compartment_threads import CompartmentThreads
-from swarmcache.descriptor_closer import close_file
 from swarmcache.disk import Cache, User
 from swarmcache.errors import LocalError, SwarmcacheError
 from swarmcache.local_protocol import Found, LookUp
@@ -164,8 +163,7 @@ class LookUps:
     def _let_go(self, asked: Asked) -> None:
         """End a request for which files were fetched. In a thread: to close files may take long."""
         self._release(asked)
-        for fd in asked.fds:
-            close_file(fd, asked.connection.user.uid)
+        asked.connection.close_files_here(asked.fds)
 
     def _answer_in_thread(self, asked: Asked) -> None:
         """Hand out what has come, where the source is still what was asked for."""
@@ -201,6 +199,5 @@ class LookUps:
 
     def _end(self, asked: Asked, found: Found) -> None:
         """End a request for which nothing was fetched. In a thread, as above."""
-        for fd in asked.fds:
-            close_file(fd, asked.connection.user.uid)
+        asked.connection.close_files_here(asked.fds)
         self._answer(asked.connection, found)

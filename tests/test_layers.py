@@ -60,7 +60,6 @@ LAYERS = {
         "cp_command",
         "datagrams",
         "demo",
-        "descriptor_closer",
         "directories",
         "disk",
         "disk_calls",

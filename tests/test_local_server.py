@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from swarmcache import local_server
-from swarmcache.descriptor_closer import DescriptorCloser
 from swarmcache.errors import LocalError
 from swarmcache.local_protocol import LINE_MAX_BYTES, AnyRequest, Cached, Failed, Get, Progress
 from swarmcache.local_server import (
@@ -375,16 +374,20 @@ async def test_a_descriptor_whose_closing_takes_long_holds_up_nobody(daemon: Dae
         client.close()
 
 
-def test_after_a_descriptor_that_cannot_be_closed_the_others_are() -> None:
+async def test_after_a_descriptor_that_cannot_be_closed_the_others_are(
+    daemon: Daemon, client: Client
+) -> None:
+    client.send(STATUS)
+    await client.line()
+    (connection,) = daemon.connections
     before = open_descriptors()
     reader, writer = os.pipe()
     os.close(writer)
-    closer = DescriptorCloser()
 
-    closer.close(7, [writer, reader])
+    connection.close_files([writer, reader])
 
     wait_for_descriptors(before)
-    closer.close(7, [os.open("/", os.O_RDONLY)])
+    connection.close_files([os.open("/", os.O_RDONLY)])
     wait_for_descriptors(before)
 
 
@@ -412,7 +415,8 @@ async def test_who_has_too_many_that_hang_is_refused(
         ours = [os.dup(sock.fileno()), *os.pipe()]
         sock.close()
         # The first one is being closed, the others wait.
-        daemon.server.closer.close(os.getuid(), ours)
+        for fd in ours:
+            daemon.server.closer.submit(os.getuid(), None, os.close, fd)
 
         late = Client(daemon.path)
         assert "hang when they are closed" in str(await late.line())
