@@ -593,12 +593,12 @@ class Gossip:
                 self._refute(record.epoch, now_s)  # of a former life whose clock was ahead
             return False
         view = self._view
-        if index < 0 or record.epoch > view.epoch(index):
+        new_life = index < 0 or record.epoch > view.epoch(index)
+        if new_life:
             self._spread.forget_receipts(record.subject)
         if index < 0:
             return self._take_new(record, made_s, sender, now_s)
-        if record.epoch > view.epoch(index):
-            self._news += 1
+        self._news += new_life
         view.replace(index, record, made_s)
         self._claims.hear_of(record.subject, record.epoch, made_s)
         return True

@@ -876,15 +876,11 @@ class PeerState:
             if fetching is not None and fetching.download is not None:
                 held = fetching.download.held
                 fetching.download.chunk_read(event.chunk, event.digest)
-                self._note_progress(fetching, held, now_s)
+                if fetching.download.held != held:  # or else nobody waits for it
+                    fetching.progress_at_s = now_s
         else:
             self._handle_reader_end(event, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
-
-    def _note_progress(self, fetching: Fetching, held_before: int, now_s: float) -> None:
-        """A chunk has come. One that was there already is none that anybody waits for."""
-        if fetching.download is not None and fetching.download.held != held_before:
-            fetching.progress_at_s = now_s
 
     def _handle_reader_end(
         self, event: RangeReadDone | RangeReadFailed, now_s: float, effects: list[PeerEffect]
@@ -936,7 +932,8 @@ class PeerState:
             if fetching.download is not None:
                 source = node not in self._distrusted
                 busy = self._uploads_of(node) >= self._window
-                again = neighbour.unheard.pop(version_id, 0) is None
+                again = version_id in neighbour.unheard
+                neighbour.unheard.pop(version_id, None)
                 told = fetching.download.add_peer(
                     neighbour.address, source=source, busy=busy, again=again
                 )
@@ -1014,11 +1011,12 @@ class PeerState:
                     effects.append(TellPeer(node, Gone(version_id)))
                     self._part(node, version_id, now_s)
                     return
-                if fetching is None or fetching.download is None:
-                    neighbour.not_heard(version_id)
-                    return
-                if message.chunk_size_bytes not in (0, fetching.chunk_size_bytes):
+                if (
+                    fetching is None
+                    or fetching.download is None
                     # One of us has not been told yet how this swarm cuts the file.
+                    or message.chunk_size_bytes not in (0, fetching.chunk_size_bytes)
+                ):
                     neighbour.not_heard(version_id)
                     return
                 if node not in fetching.download.peers:
@@ -1057,7 +1055,8 @@ class PeerState:
                 case ChunkArrived():
                     held = download.held
                     download.chunk_arrived(event.chunk, event.node, now_s)
-                    self._note_progress(fetching, held, now_s)
+                    if download.held != held:
+                        fetching.progress_at_s = now_s
                 case ChunkCorrupt():
                     download.chunk_corrupt(event.chunk, event.node, now_s)
                 case ChunkAbsent():
