@@ -147,7 +147,6 @@ DISK_THREADS = 4
 THREADS_PER_USER = 16
 THREADS_PER_PLACE = 8
 LOOK_THREADS = 2  # for other nodes, which do not wait until those of the disk have time
-COPY_THREADS = 4
 PROGRESS_S = 0.25
 # Replicas in one message of an announcement, of which the next is read when the former is on its
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
@@ -209,13 +208,13 @@ class Daemon:
         stack.callback(self._cache.close)
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
         self._look_threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
-        self._copy_threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
-        for threads in (self._disk_threads, self._look_threads, self._copy_threads):
+        for threads in (self._disk_threads, self._look_threads):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
         per_user = (THREADS_PER_USER, THREADS_PER_PLACE)
         self._read_threads = CompartmentThreads("read", *per_user)
         self._examine_threads = CompartmentThreads("examine", *per_user)
-        for compartments in (self._read_threads, self._examine_threads):
+        self._copy_threads = CompartmentThreads("copy", 1, 1)
+        for compartments in (self._read_threads, self._examine_threads, self._copy_threads):
             stack.push_async_callback(asyncio.to_thread, compartments.close)
 
     async def _listen(self, stack: AsyncExitStack) -> HostPort:

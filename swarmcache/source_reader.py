@@ -18,12 +18,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from swarmcache.chunks import ChunkLayout, FileVersion
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.errors import LeaseExpired, SourceChanged, SourceFailed
 
 # What is asked of the file server before it is needed, the piece being read included: what comes in
@@ -82,10 +83,13 @@ def read_range(
         return size_bytes
     runs = Runs(first, count, max(1, run_min_bytes // layout.chunk_size_bytes))
     reading = _RangeReading(fd, version, layout, sink, runs)
-    with ThreadPoolExecutor(1, thread_name_prefix="read along") as other_thread:
-        other = other_thread.submit(reading.read_runs)
+    # Not a pool's thread, for which the process would wait in the end, however long it hangs.
+    other = CompartmentThreads("read along", 1, 1, idle_max=0).submit(None, None, reading.read_runs)
+    try:
         reading.read_runs()
-        other.result()
+    finally:
+        wait([other])
+    other.result()
     return size_bytes
 
 

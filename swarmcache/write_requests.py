@@ -17,7 +17,6 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,7 +93,7 @@ class WriteRequests:
         cache: Cache,
         examiner: SourceExaminer,
         examine_threads: CompartmentThreads,
-        copy_threads: ThreadPoolExecutor,
+        copy_threads: CompartmentThreads,
         disk: DiskWorker,
         numbers: Iterator[int],
         *,
@@ -104,7 +103,7 @@ class WriteRequests:
     ) -> None:
         """``numbers``, ``chunk_size_bytes``, ``spawn`` and ``handle`` as for ``LocalRequests``.
 
-        ``copy_threads`` make replicas, one at a time for each user.
+        ``copy_threads`` make replicas, one at a time for each user, who is their owner.
         """
         self._cache = cache
         self._examiner = examiner
@@ -119,7 +118,6 @@ class WriteRequests:
         self._writers: dict[int, Writer] = {}
         self._by_connection: dict[LocalConnection, int] = {}
         self._offers: dict[int, Offer] = {}
-        self._turns: dict[int, asyncio.Lock] = {}  # by uid
 
     def take(self, connection: LocalConnection, request: AboutWriting, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
@@ -208,7 +206,6 @@ class WriteRequests:
     ) -> None:
         file, copy = connection.share(file_fd), connection.share(copy_fd)
         alive = self._spawn(_keep_alive(connection))
-        turn = self._turns.setdefault(connection.user.uid, asyncio.Lock())
         try:
             version = await self._examine_threads.run(
                 connection.user.uid,
@@ -217,9 +214,8 @@ class WriteRequests:
             )
             reason = ""
             if version.size_bytes:  # an empty file needs no replica
-                async with turn:
-                    offer = Offer(connection, version, file, copy, digest, asyncio.Future())
-                    reason = await self._offer(offer)
+                offer = Offer(connection, version, file, copy, digest, asyncio.Future())
+                reason = await self._offer(offer)
             connection.send(Failed(reason) if reason else End())
         except SwarmcacheError as error:
             connection.send(Failed(str(error)))
@@ -243,13 +239,13 @@ class WriteRequests:
 
     async def _offer(self, offer: Offer) -> str:
         """Have the machine decide; the reason why there is no replica, or nothing."""
-        version_id = offer.version.version_id
+        version_id, uid = offer.version.version_id, offer.connection.user.uid
         if self._cache.lookup(offer.version, offer.connection.user) is not None:
-            if await self._copying(lambda: is_replica(self._cache, version_id, offer.digest)):
+            if await self._copying(uid, is_replica, self._cache, version_id, offer.digest):
                 return ""
             # Of what was there before, whose size and time happen to be the same.
             self._handle(ReplicaDropped(version_id))
-            await self._copying(lambda: self._cache.drop(version_id))
+            await self._copying(uid, self._cache.drop, version_id)
         number = next(self._numbers)
         self._offers[number] = offer
         try:
@@ -270,7 +266,8 @@ class WriteRequests:
 
         reason = "internal error"
         try:
-            await self._copying(_keeping_open(add, offer.file, offer.copy))
+            making = _keeping_open(add, offer.file, offer.copy)
+            await self._copying(offer.connection.user.uid, making)
             reason = ""
         except LocalError as error:
             reason = str(error)
@@ -279,8 +276,9 @@ class WriteRequests:
             if not offer.done.done():
                 offer.done.set_result(reason)
 
-    async def _copying(self, function: Callable[[], Result]) -> Result:
-        return await self._loop.run_in_executor(self._copy_threads, function)
+    async def _copying(self, uid: int, function: Callable[..., Result], *args: object) -> Result:
+        """What may take long: each user waits for their own files only, should these hang."""
+        return await self._copy_threads.run(uid, None, function, *args)
 
 
 def _keeping_open(function: Callable[..., Result], *files: SharedFile) -> Callable[[], Result]:

@@ -44,7 +44,7 @@ class Reading:
         self.version = FileVersion(os.fsencode(path), stat.st_size, stat.st_mtime_ns)
         self.target = bytearray(SIZE_BYTES)
         self.digests: dict[int, bytes] = {}
-        self.threads: set[int] = set()
+        self.threads: set[threading.Thread] = set()
 
     def read(
         self,
@@ -55,7 +55,7 @@ class Reading:
         split_bytes: int = SIZE_BYTES + 1,
     ) -> int:
         def write_piece(offset: int, piece: memoryview) -> None:
-            self.threads.add(threading.get_ident())
+            self.threads.add(threading.current_thread())
             self.target[offset : offset + len(piece)] = piece
             meddle()
 
@@ -109,6 +109,8 @@ def test_a_long_range_is_read_by_two_threads(reading: Reading) -> None:
 
     assert read_bytes == SIZE_BYTES
     assert len(reading.threads) == 2
+    (other,) = reading.threads - {threading.current_thread()}
+    assert other.daemon, "if it hangs the process ends nevertheless"
     assert reading.target == DATA
     assert reading.digests == {chunk: digest_of(chunk) for chunk in range(6)}
 
@@ -123,7 +125,10 @@ def test_when_one_thread_fails_the_other_does_not_go_on(reading: Reading) -> Non
     with pytest.raises(LeaseExpired):
         reading.read(0, 6, may_go_on=only_the_other, split_bytes=SIZE_BYTES)
 
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read along")]
+    for thread in threading.enumerate():
+        if thread.name.startswith("read along"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @given(first=st.integers(0, 100), count=st.integers(1, 2000), run_min=st.integers(1, 20))

@@ -11,22 +11,24 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from blake3 import blake3
 
 from swarmcache import write_slot
+from swarmcache.chunks import FileVersion
 from swarmcache.client import Client
 from swarmcache.clock import now_s
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.config import load
 from swarmcache.cp import CopyProgress, copy_files
-from swarmcache.local_protocol import OfferReplica, encode_request
-from swarmcache.local_server import LocalServer
+from swarmcache.disk import Cache, User
+from swarmcache.disk_calls import SharedFile
+from swarmcache.local_protocol import Answer, End, OfferReplica, Working, encode_request
+from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.local_socket import Connection, parse_answer
 from swarmcache.peer_events import AnswerSlot, PeerEvent, RequestGone, WriteWanted
 from swarmcache.peer_writes import PIECE_S
@@ -202,38 +204,36 @@ async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
     events: asyncio.Queue[PeerEvent] = asyncio.Queue()
     examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
     none: Any = None  # whatever makes replicas
-    with ThreadPoolExecutor(1) as threads:
-        requests = WriteRequests(
-            *(none, examiner, CompartmentThreads("examine", 1, 1), threads, none),
-            itertools.count(1),
-            chunk_size_bytes=None,
-            spawn=asyncio.create_task,
-            handle=events.put_nowait,
-        )
-        server = LocalServer(
-            tmp_path / "run/daemon.sock",
-            requests.take,  # type: ignore[arg-type]
-        )
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(os.fspath(tmp_path / "run/daemon.sock"))
-            fd = os.open(tmp_path, os.O_PATH)
-            socket.send_fds(client, [b'{"op":"write_slot"}\n'], [fd])
-            os.close(fd)
-            wanted = await asyncio.wait_for(events.get(), PATIENCE_S)
-            assert isinstance(wanted, WriteWanted)
-            until_s = now_s() + 0.2
-            requests.carry_out(AnswerSlot(wanted.request, until_s))
-            if client_leaves:
-                client.close()
-            else:
-                server.close()
-
-            gone = await asyncio.wait_for(events.get(), PATIENCE_S)
-
-            assert gone == RequestGone(wanted.request)
-            assert client_leaves or now_s() >= until_s + PIECE_S
+    requests = WriteRequests(
+        *(none, examiner, CompartmentThreads("examine", 1, 1), none, none, itertools.count(1)),
+        chunk_size_bytes=None,
+        spawn=asyncio.create_task,
+        handle=events.put_nowait,
+    )
+    server = LocalServer(
+        tmp_path / "run/daemon.sock",
+        requests.take,  # type: ignore[arg-type]
+    )
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(tmp_path / "run/daemon.sock"))
+        fd = os.open(tmp_path, os.O_PATH)
+        socket.send_fds(client, [b'{"op":"write_slot"}\n'], [fd])
+        os.close(fd)
+        wanted = await asyncio.wait_for(events.get(), PATIENCE_S)
+        assert isinstance(wanted, WriteWanted)
+        until_s = now_s() + 0.2
+        requests.carry_out(AnswerSlot(wanted.request, until_s))
         if client_leaves:
+            client.close()
+        else:
             server.close()
+
+        gone = await asyncio.wait_for(events.get(), PATIENCE_S)
+
+        assert gone == RequestGone(wanted.request)
+        assert client_leaves or now_s() >= until_s + PIECE_S
+    if client_leaves:
+        server.close()
     examiner.close()
 
 
@@ -303,6 +303,72 @@ def test_an_offer_that_is_true_replaces_a_replica_that_is_not(node: Node, tmp_pa
 
     assert node.daemon.get(file) == [cached]
     assert Path(os.fsdecode(cached)).read_bytes() == b"after!"
+
+
+class Offering:
+    """A client of whom it is known who it is, and what it is answered in the end."""
+
+    def __init__(self, uid: int) -> None:
+        self.user = User(uid, f"user{uid}")
+        self.answers: asyncio.Queue[Answer] = asyncio.Queue()
+
+    def share(self, fd: int) -> SharedFile:
+        return SharedFile(fd, os.close)
+
+    def send(self, answer: Answer) -> None:
+        if not isinstance(answer, Working):
+            self.answers.put_nowait(answer)
+
+
+async def test_copies_that_hang_keep_nobody_else_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may offer a copy in a file system of its own, whose reads never end."""
+    path, hangs, may_end = tmp_path / "file", threading.Semaphore(0), threading.Event()
+    path.write_bytes(b"12345")
+    hung = blake3(b"hung").digest()
+
+    def compare(_cache: Cache, _version_id: bytes, digest: bytes) -> bool:
+        if digest == hung:
+            hangs.release()
+            assert may_end.wait(PATIENCE_S)
+        return True
+
+    class Full:
+        def lookup(self, version: FileVersion, user: User) -> str:
+            return "/cached"
+
+    monkeypatch.setattr("swarmcache.write_requests.is_replica", compare)
+    examiner, none = SourceExaminer(load({}, {}, Path("/dev/null"))), cast(Any, None)
+    requests = WriteRequests(
+        *(cast(Any, Full()), examiner, CompartmentThreads("examine", 9, 9)),
+        *(CompartmentThreads("copy", 1, 1), none, itertools.count(1)),
+        chunk_size_bytes=None,
+        spawn=asyncio.create_task,
+        handle=none,
+    )
+
+    def offer(client: Offering, digest: bytes) -> None:
+        fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
+        requests.take(cast(LocalConnection, client), OfferReplica(digest), fds)
+
+    users_that_hang = [Offering(uid) for uid in range(1001, 1017)]
+    for client in users_that_hang:
+        offer(client, hung)
+        offer(client, hung)
+    for _ in users_that_hang:
+        assert await asyncio.to_thread(hangs.acquire, timeout=PATIENCE_S)
+    other = Offering(1017)
+    offer(other, blake3(b"12345").digest())
+    assert isinstance(await asyncio.wait_for(other.answers.get(), PATIENCE_S), End)
+    assert not hangs.acquire(blocking=False), "of each user one at a time"
+    assert all(client.answers.empty() for client in users_that_hang)
+
+    may_end.set()
+    for client in users_that_hang:
+        for _ in range(2):
+            assert isinstance(await asyncio.wait_for(client.answers.get(), PATIENCE_S), End)
+    examiner.close()
 
 
 @pytest.mark.box
