@@ -17,11 +17,13 @@ from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.errors import LeaseExpired, NoSpace, SourceChanged, SourceFailed
 from swarmcache.source_reader import (
     AHEAD_MAX_BYTES,
+    AHEAD_MAX_S,
+    AHEAD_MIN_S,
     AHEAD_STEP_BYTES,
     RUN_SHARE,
+    Ahead,
     RangeSink,
     Runs,
-    _ahead_bytes,
     read_range,
 )
 
@@ -157,15 +159,27 @@ def test_reading_stops_when_the_lease_is_over_and_what_was_read_counts(reading: 
     assert not any(reading.target[2 * CHUNK_BYTES :])
 
 
-def test_a_slow_source_is_asked_for_a_quarter_of_a_second_ahead_and_a_fast_one_for_no_more() -> (
-    None
-):
-    megabyte = 1_000_000
+@pytest.mark.parametrize(
+    ("first_s", "ahead_s"),
+    [(0.001, AHEAD_MIN_S), (0.1, 0.2), (5.0, AHEAD_MAX_S)],
+)
+def test_as_much_is_asked_for_ahead_as_comes_in_twice_the_time_of_the_first_piece(
+    first_s: float, ahead_s: float
+) -> None:
+    ahead = Ahead()
+    assert ahead.size_bytes == AHEAD_STEP_BYTES
 
-    assert _ahead_bytes(megabyte, 1.0) == megabyte // 4
-    assert _ahead_bytes(100, 1.0) == AHEAD_STEP_BYTES
-    assert _ahead_bytes(megabyte, 0.001) == AHEAD_MAX_BYTES
-    assert _ahead_bytes(megabyte, 0.0) == AHEAD_MAX_BYTES
+    ahead.note(AHEAD_STEP_BYTES, first_s)
+    for rate_bytes_per_s in (3_000_000, 5_000_000):
+        ahead.note(rate_bytes_per_s // 10, 0.1)
+        assert ahead.size_bytes == max(int(rate_bytes_per_s * ahead_s), AHEAD_STEP_BYTES)
+
+    ahead.note(100, 1.0)
+    assert ahead.size_bytes == AHEAD_STEP_BYTES
+    ahead.note(AHEAD_MAX_BYTES, AHEAD_MIN_S / 2)
+    assert ahead.size_bytes == AHEAD_MAX_BYTES
+    ahead.note(100, 0.0)
+    assert ahead.size_bytes == AHEAD_MAX_BYTES
 
 
 @pytest.mark.parametrize(
