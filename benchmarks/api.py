@@ -83,8 +83,12 @@ def measure(options: Options) -> list[Figure]:
         Figure("hits, a call each", Spread.of(calls), "/s", "bare round trip", Spread.of(echoes)),
         Figure(
             f"hits, {len(files)} in one call",
-            *(found, "/s", "open, fstat, stat", Spread.of(looks)),
-            *(f">= {HITS_PER_S_MIN:.0f}/s", met),
+            found,
+            "/s",
+            "open, fstat, stat",
+            Spread.of(looks),
+            f">= {HITS_PER_S_MIN:.0f}/s",
+            met,
         ),
     ]
 

@@ -195,7 +195,12 @@ class _Bench:
         figures = [
             Figure(
                 what + "first answer after start",
-                *(Spread.of([first_s]), "s", "", None, target, first_s <= FIRST_ANSWER_S_MAX),
+                Spread.of([first_s]),
+                "s",
+                "",
+                None,
+                target,
+                first_s <= FIRST_ANSWER_S_MAX,
             ),
             *after_start.figures(what + "a hit right after the start"),
         ]

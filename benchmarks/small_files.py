@@ -61,13 +61,21 @@ def measure(options: Options) -> list[Figure]:
     return [
         Figure(
             what + "cold, from a peer",
-            *(fetched, "files/s", "make, write, rename, link", Spread.of(put)),
-            *(f">= {COLD_PER_S_MIN:.0f}/s", fetched.median >= COLD_PER_S_MIN),
+            fetched,
+            "files/s",
+            "make, write, rename, link",
+            Spread.of(put),
+            f">= {COLD_PER_S_MIN:.0f}/s",
+            fetched.median >= COLD_PER_S_MIN,
         ),
         Figure(
             what + "warm, get DIRECTORY",
-            *(found, "s", "cp -r", Spread.of(copied_again)),
-            *(f"<= {WARM_S_MAX:.0f} s", found.median <= WARM_S_MAX),
+            found,
+            "s",
+            "cp -r",
+            Spread.of(copied_again),
+            f"<= {WARM_S_MAX:.0f} s",
+            found.median <= WARM_S_MAX,
         ),
     ]
 

@@ -25,12 +25,24 @@ from blake3 import blake3
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("swarmcache", "simulations")
 MODULES = (
-    *("swarmcache/chunk_picker.py", "swarmcache/chunks.py", "swarmcache/download.py"),
-    *("swarmcache/fetching.py", "swarmcache/peer_neighbours.py", "swarmcache/peer_state.py"),
-    *("swarmcache/rack_view.py", "swarmcache/timers.py", "swarmcache/upload_slots.py"),
-    *("simulations/clocks.py", "simulations/cluster.py", "simulations/control_plane.py"),
-    *("simulations/engine.py", "simulations/file_server.py", "simulations/network.py"),
-    *("simulations/readings.py", "simulations/transfers.py", "simulations/wires.py"),
+    "swarmcache/chunk_picker.py",
+    "swarmcache/chunks.py",
+    "swarmcache/download.py",
+    "swarmcache/fetching.py",
+    "swarmcache/peer_neighbours.py",
+    "swarmcache/peer_state.py",
+    "swarmcache/rack_view.py",
+    "swarmcache/timers.py",
+    "swarmcache/upload_slots.py",
+    "simulations/clocks.py",
+    "simulations/cluster.py",
+    "simulations/control_plane.py",
+    "simulations/engine.py",
+    "simulations/file_server.py",
+    "simulations/network.py",
+    "simulations/readings.py",
+    "simulations/transfers.py",
+    "simulations/wires.py",
     "simulations/writers.py",
 )
 

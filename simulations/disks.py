@@ -89,7 +89,9 @@ class Disk:
             return []
         candidates = [
             Candidate(
-                *(version_id, replica.layout.size_bytes, replica.last_used_s),
+                version_id,
+                replica.layout.size_bytes,
+                replica.last_used_s,
                 elsewhere.get(version_id, 0),
             )
             for version_id, replica in self.replicas.items()

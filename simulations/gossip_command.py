@@ -29,7 +29,12 @@ def main(arguments: list[str]) -> int:
     if RESTART in asked.scenario[1:]:
         parser.error(f"{RESTART} can only come first: it begins with nobody")
     settings = GossipSettings(
-        *(asked.nodes, asked.seed, asked.loss, asked.latency, asked.period, asked.check_every),
+        asked.nodes,
+        asked.seed,
+        asked.loss,
+        asked.latency,
+        asked.period,
+        asked.check_every,
         tries=asked.tries,
     )
     began_s = time.perf_counter()

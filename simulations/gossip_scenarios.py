@@ -187,8 +187,13 @@ class Run:
         }
         ages_s = sorted(self.ages_s)
         return GossipResult(
-            *(scenario, cluster.settings, figures, cluster.trace_digest),
-            *(self.sent_by_second(), ages_s[:: max(len(ages_s) // 2000, 1)], self.known),
+            scenario,
+            cluster.settings,
+            figures,
+            cluster.trace_digest,
+            self.sent_by_second(),
+            ages_s[:: max(len(ages_s) // 2000, 1)],
+            self.known,
         )
 
 

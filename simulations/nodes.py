@@ -67,7 +67,7 @@ class Node:
 
     def _begin_life(self) -> None:
         address = NodeAddress(
-            *(self.name, 7382, f"node{self.index:05d}"), self.rack.label if self.rack else ""
+            self.name, 7382, f"node{self.index:05d}", self.rack.label if self.rack else ""
         )
         seed = f"{self.settings.seed} {self.name}" + (f" {self.life}" if self.life else "")
         self.machine = PeerState(

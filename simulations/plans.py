@@ -41,8 +41,13 @@ THEMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "tracker": (
         (
-            *("journal lost", "tracker killed", "tracker stopped", "tracker connection reset"),
-            *("file server slow", "cut to tracker", "writer stopped"),
+            "journal lost",
+            "tracker killed",
+            "tracker stopped",
+            "tracker connection reset",
+            "file server slow",
+            "cut to tracker",
+            "writer stopped",
         ),
         ("message", "tracker", "peer message", "copy", "dial", "read"),
     ),
@@ -84,8 +89,15 @@ WITHOUT_TRACKER = "without the tracker"
 WITHOUT_TRACKER_EVERY = 8
 WITHOUT_TRACKER_S = 30.0
 _WHO_STANDS_IN = (
-    *("daemon killed", "daemon stopped", "power cut", "stand-in killed", "stand-in stopped"),
-    *("stand-in killed", "stand-in stopped", "tracker connection reset", "client gone"),
+    "daemon killed",
+    "daemon stopped",
+    "power cut",
+    "stand-in killed",
+    "stand-in stopped",
+    "stand-in killed",
+    "stand-in stopped",
+    "tracker connection reset",
+    "client gone",
 )
 
 

@@ -140,19 +140,20 @@ class CacheDir:
             self.file_system = self._use_check.file_system
             self._evictor = Evictor(self._index, self._uses, self, min_age_s)
             self.listing = CacheListing(
-                *(path, self._index, self._objects, self._uses, self._evictor),
+                path,
+                self._index,
+                self._objects,
+                self._uses,
+                self._evictor,
                 min_age_s=min_age_s,
                 boot_id=self._boot_id,
             )
-            self._retention = (
-                Retention(
-                    *(self._index, self._uses, self._evictor),
-                    self._boot_id,
-                    max(max_age_s, min_age_s),
+            self._retention: Retention | None = None
+            if max_age_s is not None:
+                kept_s = max(max_age_s, min_age_s)
+                self._retention = Retention(
+                    self._index, self._uses, self._evictor, self._boot_id, kept_s
                 )
-                if max_age_s is not None
-                else None
-            )
             self._partials = PartialStore(
                 self._partial_fd,
                 SpaceLimits(min_free, max_usage, min_age_s),
@@ -699,7 +700,8 @@ class CacheDir:
         elif self._index.lost:
             log.warning(
                 "the cache index in %s is %s: made again from the files, but without the pins",
-                *(own, self._index.lost),
+                own,
+                self._index.lost,
             )
         return empty
 
@@ -770,7 +772,9 @@ class CacheDir:
             return replica
         log.warning(
             "the copy of %s was touched (%s, expected %s): taken out",
-            *(os.fsdecode(replica.path), stamp, replica.stamp),
+            os.fsdecode(replica.path),
+            stamp,
+            replica.stamp,
         )
         self._take_out(replica)
         return None
@@ -886,7 +890,8 @@ class CacheDir:
         users = self._unlink_users(replica)
         # Of another file in its place, or one of another size, nothing is known at all.
         same_file = stamp is not None and (stamp.inode, stamp.size_bytes) == (
-            *(replica.stamp.inode, replica.stamp.size_bytes),
+            replica.stamp.inode,
+            replica.stamp.size_bytes,
         )
         taken_back = self._take_back(version_id) if same_file else None
         if taken_back is None:
@@ -938,7 +943,7 @@ class CacheDir:
                 finish(fd, replica.stamp.mtime_ns)
                 stamp = Stamp.of(os.fstat(fd))
                 self._index.settle(
-                    *(version_id, stamp, Trust.WRITTEN, self._boot_id), verified_s=time.time()
+                    version_id, stamp, Trust.WRITTEN, self._boot_id, verified_s=time.time()
                 )
                 return True
 

@@ -398,7 +398,8 @@ class CacheIndex:
         rows = self._rows(
             f"SELECT version_id FROM replica WHERE version_id IN ({marks})"  # noqa: S608 (marks)
             " AND (last_used_s > ? OR version_id IN (SELECT version_id FROM pin))",
-            *(*version_ids, newest_s),
+            *version_ids,
+            newest_s,
         )
         return {version_id for (version_id,) in rows}
 
@@ -424,7 +425,8 @@ class CacheIndex:
         rows = self._rows(
             "SELECT verified_s, version_id FROM replica WHERE verified_s < ?"
             " AND (trust = 2 OR trust = 1 AND boot_id = ?) ORDER BY verified_s LIMIT 1",
-            *(before_s, boot_id),
+            before_s,
+            boot_id,
         )
         return rows[0] if rows else None
 
@@ -501,8 +503,14 @@ class CacheIndex:
                 " ctime_ns = ?, inode = ?, verified_s = coalesce(?, verified_s)"
                 " WHERE version_id = ?",
                 (
-                    *(trust, boot_id, stamp.size_bytes, stamp.mtime_ns),
-                    *(stamp.ctime_ns, stamp.inode, verified_s, version_id),
+                    trust,
+                    boot_id,
+                    stamp.size_bytes,
+                    stamp.mtime_ns,
+                    stamp.ctime_ns,
+                    stamp.inode,
+                    verified_s,
+                    version_id,
                 ),
             )
             for user in linked:
@@ -735,18 +743,34 @@ def _new_row(replica: Replica) -> tuple[Any, ...]:
     assert replica.trust == Trust.DOUBTFUL, "a new row is doubtful until it is settled"
     stamp = replica.stamp
     return (
-        *(replica.version_id, replica.path, _directory_key(os.path.dirname(replica.path))),
-        *(replica.chunk_size_bytes, replica.stored_bytes, replica.trust, replica.boot_id),
-        *(stamp.size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode),
-        *(replica.created_s, replica.last_used_s, replica.verified_s),
+        replica.version_id,
+        replica.path,
+        _directory_key(os.path.dirname(replica.path)),
+        replica.chunk_size_bytes,
+        replica.stored_bytes,
+        replica.trust,
+        replica.boot_id,
+        stamp.size_bytes,
+        stamp.mtime_ns,
+        stamp.ctime_ns,
+        stamp.inode,
+        replica.created_s,
+        replica.last_used_s,
+        replica.verified_s,
     )
 
 
 def _replica(row: tuple[Any, ...]) -> Replica:
     version_id, path, chunk_size_bytes, stored_bytes, trust, boot_id, *rest = row
     return Replica(
-        *(version_id, path, chunk_size_bytes, stored_bytes, Trust(trust), boot_id),
-        *(Stamp(*rest[:4]), *rest[4:]),
+        version_id,
+        path,
+        chunk_size_bytes,
+        stored_bytes,
+        Trust(trust),
+        boot_id,
+        Stamp(*rest[:4]),
+        *rest[4:],
     )
 
 

@@ -24,8 +24,16 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # EUCLEAN and EBADMSG are how ext4 and XFS report what they find damaged, ENOTCONN is FUSE's, ESTALE
 # that of a network file system.
 _DISK_FAILED = (
-    *(errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO),
-    *(errno.EUCLEAN, errno.EBADMSG, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT),
+    errno.EIO,
+    errno.EROFS,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EREMOTEIO,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
 )
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS)
 # What file systems say that cannot share blocks, or not between these two files.
@@ -169,7 +177,9 @@ class Stamp:
     def same_but_for_ctime(self, other: Stamp) -> bool:
         """Whether nothing but links was changed in between."""
         return (self.size_bytes, self.mtime_ns, self.inode) == (
-            *(other.size_bytes, other.mtime_ns, other.inode),
+            other.size_bytes,
+            other.mtime_ns,
+            other.inode,
         )
 
     @staticmethod

@@ -163,7 +163,9 @@ class Evictor:
             wanted_bytes -= freed_bytes
             log.info(
                 "evicted up to %d copies, %d bytes, in %.3f s",
-                *(len(victims), freed_bytes, time.monotonic() - began_s),
+                len(victims),
+                freed_bytes,
+                time.monotonic() - began_s,
             )
 
     def _choose(self, wanted_bytes: int, overhead_bytes: int, newest_s: float) -> list[bytes]:

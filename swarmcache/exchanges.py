@@ -497,7 +497,8 @@ class Exchanges:
         come |= {"from_file_server_bytes": 0, "recovered_bytes": 0, "peers": 1}
         exchange.progress = Progress(exchange.index, exchange.asked, come)
         answer = Answer(
-            *(exchange.asked, copy),
+            exchange.asked,
+            copy,
             cached=True,
             size_bytes=size_bytes,
             from_peers_bytes=size_bytes,

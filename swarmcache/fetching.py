@@ -68,7 +68,11 @@ class Fetching:
         """A new attempt after the disk has failed under this one. Those who wait go on waiting."""
         requests, self.requests = self.requests, {}
         return Fetching(
-            *(self.version, self.file_server, self.user, self.chunk_size_bytes, self.can_read),
+            self.version,
+            self.file_server,
+            self.user,
+            self.chunk_size_bytes,
+            self.can_read,
             stall_s=self.stall_s,
             progress_at_s=now_s,
             failures=self.failures + 1,

@@ -139,9 +139,13 @@ class FileBatch:
         finally:
             os.close(fd)
         return Replica(
-            *(file.version_id, version.path, layout.chunk_size_bytes),
+            file.version_id,
+            version.path,
+            layout.chunk_size_bytes,
             self._reservation.size_of(file.version_id),
-            *(Trust.DOUBTFUL, self._boot_id, Stamp.of(status)),
+            Trust.DOUBTFUL,
+            self._boot_id,
+            Stamp.of(status),
             created_s=now_s,
             last_used_s=now_s,
             verified_s=now_s,

@@ -165,9 +165,14 @@ def status_body(status: NodeStatus, tag: bytes) -> bytes:
     """What of a status record is not about who made it when."""
     flags = status.disk.value | (_STANDING_IN if status.standing_in else 0)
     return _BODY.pack(
-        *(pack_size(status.free_bytes), pack_size(status.used_bytes)),
-        *(pack_size(status.pinned_bytes), min(max(status.uploads, 0), COUNT_MAX)),
-        *(min(max(status.downloads, 0), COUNT_MAX), status.held_digest, flags, tag),
+        pack_size(status.free_bytes),
+        pack_size(status.used_bytes),
+        pack_size(status.pinned_bytes),
+        min(max(status.uploads, 0), COUNT_MAX),
+        min(max(status.downloads, 0), COUNT_MAX),
+        status.held_digest,
+        flags,
+        tag,
     )
 
 
@@ -176,8 +181,14 @@ def read_body(body: bytes) -> NodeStatus:
     free, used, pinned, uploads, downloads, digest, flags, _ = _BODY.unpack(body)
     disk = DiskHealth(min(flags & 3, DiskHealth.SICK.value))
     return NodeStatus(
-        *(unpack_size(free), unpack_size(used), unpack_size(pinned), uploads, downloads),
-        *(disk, digest, bool(flags & _STANDING_IN)),
+        unpack_size(free),
+        unpack_size(used),
+        unpack_size(pinned),
+        uploads,
+        downloads,
+        disk,
+        digest,
+        bool(flags & _STANDING_IN),
     )
 
 
@@ -195,8 +206,14 @@ def pack_status(record: StatusRecord) -> bytes:
     """32 bytes."""
     subject, epoch, seq, age, body = record
     return STATUS.pack(
-        *(subject >> 32, subject & 0xFFFFFFFF, epoch >> 32, epoch & 0xFFFFFFFF),
-        *(seq >> 16, seq & 0xFFFF, age, body),
+        subject >> 32,
+        subject & 0xFFFFFFFF,
+        epoch >> 32,
+        epoch & 0xFFFFFFFF,
+        seq >> 16,
+        seq & 0xFFFF,
+        age,
+        body,
     )
 
 
@@ -298,8 +315,16 @@ def pack_rumour(rumour: Rumour) -> bytes:
     """24 bytes."""
     kind, subject, epoch, seq, origin, age = rumour
     return _RUMOUR.pack(
-        *(kind.value, subject >> 32, subject & 0xFFFFFFFF, epoch >> 32, epoch & 0xFFFFFFFF),
-        *(seq >> 16, seq & 0xFFFF, origin >> 32, origin & 0xFFFFFFFF, age),
+        kind.value,
+        subject >> 32,
+        subject & 0xFFFFFFFF,
+        epoch >> 32,
+        epoch & 0xFFFFFFFF,
+        seq >> 16,
+        seq & 0xFFFF,
+        origin >> 32,
+        origin & 0xFFFFFFFF,
+        age,
     )
 
 

@@ -37,8 +37,26 @@ from swarmcache.job_script import JobScript, NoPreference
 
 # Programs that have no way to write: no option, no command.
 TOOLS = (
-    *("basename", "cat", "cut", "dirname", "expr", "grep", "head", "id", "ls", "nl", "paste"),
-    *("readlink", "realpath", "seq", "stat", "tac", "tail", "tr", "wc", "whoami"),
+    "basename",
+    "cat",
+    "cut",
+    "dirname",
+    "expr",
+    "grep",
+    "head",
+    "id",
+    "ls",
+    "nl",
+    "paste",
+    "readlink",
+    "realpath",
+    "seq",
+    "stat",
+    "tac",
+    "tail",
+    "tr",
+    "wc",
+    "whoami",
 )
 # Programs that have: job_files.bash passes on what does not. mawk has no sandbox.
 TAMED_TOOLS = {"swarmcache-sed": "sed", "swarmcache-awk": "gawk", "swarmcache-sort": "sort"}
@@ -124,8 +142,13 @@ class Look:
             try:
                 process = subprocess.Popen(
                     [
-                        *(self._bash, "--noprofile", "--norc", "-c", _prelude()),
-                        *(self._script.name, *self._script.arguments),
+                        self._bash,
+                        "--noprofile",
+                        "--norc",
+                        "-c",
+                        _prelude(),
+                        self._script.name,
+                        *self._script.arguments,
                     ],
                     cwd=where,
                     env={**environment, "SWARMCACHE_TELL": str(writing)},

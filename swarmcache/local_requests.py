@@ -138,8 +138,13 @@ class LocalRequests:
         self._counting = threading.Lock()
         self._busy: set[LocalConnection] = set()  # those whose files are looked at or fetched
         self._look_ups = LookUps(
-            *(cache, examiner, examine_threads, numbers, handle),
-            *(self._count_hits, self._answer_from_thread),
+            cache,
+            examiner,
+            examine_threads,
+            numbers,
+            handle,
+            self._count_hits,
+            self._answer_from_thread,
         )
 
     def take(self, connection: LocalConnection, request: AboutFiles, fds: list[int]) -> None:
@@ -373,8 +378,11 @@ class LocalRequests:
         chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(source.version.size_bytes)
         self._handle(
             FileWanted(
-                *(number, source.version, source.file_server),
-                *(request.connection.user.name, chunk_size_bytes),
+                number,
+                source.version,
+                source.file_server,
+                request.connection.user.name,
+                chunk_size_bytes,
             )
         )
 
@@ -403,7 +411,11 @@ class LocalRequests:
         self._work.setdefault(version_id, Work())
         self._handle(
             FileWanted(
-                *(number, source.version, source.file_server, user_name, chunk_size_bytes),
+                number,
+                source.version,
+                source.file_server,
+                user_name,
+                chunk_size_bytes,
                 can_read=reader is not None,
             )
         )

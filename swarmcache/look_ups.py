@@ -168,8 +168,12 @@ class LookUps:
     def _answer_in_thread(self, asked: Asked) -> None:
         """Hand out what has come, where the source is still what was asked for."""
         found = Asked(
-            *(asked.connection, asked.fds, asked.versions, list(asked.paths)),
-            *(asked.tree, asked.wait_s),
+            asked.connection,
+            asked.fds,
+            asked.versions,
+            list(asked.paths),
+            asked.tree,
+            asked.wait_s,
         )
         fetched: list[int] = []
         self._count_hits(len(found.paths) - found.paths.count(None))

@@ -237,7 +237,7 @@ class Daemon:
         advertised = self._config.daemon.advertise or listen
         advertised = HostPort(advertised.host, advertised.port or port)
         self.address = NodeAddress(
-            *(str(advertised), data_port, socket.gethostname()[:64]), self._config.daemon.rack
+            str(advertised), data_port, socket.gethostname()[:64], self._config.daemon.rack
         )
         self._identity = msgspec.msgpack.encode(self.address)
         if len(self._identity) > IDENTITY_MAX_BYTES:
@@ -346,14 +346,42 @@ class Daemon:
         self._session = client_session()
         await stack.enter_async_context(self._session)
         self._tracker = TrackerClient(
-            *(self._config, self._session, self._keyring, self.address, self._candidates),
-            *(self._spawn, self._hear_of_tracker),
+            self._config,
+            self._session,
+            self._keyring,
+            self.address,
+            self._candidates,
+            self._spawn,
+            self._hear_of_tracker,
         )
+        self._start_questions()
+        runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        stack.push_async_callback(self._end_tasks)
+        await web.SockSite(runner, self._listener, backlog=1024).start()
+        self._local_server = LocalServer(
+            self._config.daemon.socket, self._take_request, self._examine_threads.pending
+        )
+        stack.callback(self._local_server.close)
+        stack.callback(self._local.answer_everybody, "the daemon is being stopped")
+        if self._datagram_socket is not None:
+            await self._start_gossip(self._datagram_socket, stack)
+        self._tracker.start()
+        self._disk.start()
+        stack.push_async_callback(asyncio.to_thread, self._disk.stop)
+
+    def _start_questions(self) -> None:
+        """What nodes ask one another about files, for clients or by themselves."""
         self._replica_questions = ReplicaQuestions(
             self._cache, self._look_threads, self._session, self._keyring, self.address, self._spawn
         )
         self._cluster_caches = ClusterCaches(
-            *(self._cache, self._disk_threads, self._session, self._keyring, self.address),
+            self._cache,
+            self._disk_threads,
+            self._session,
+            self._keyring,
+            self.address,
             self._spawn,
         )
         self._placed = PlacedReplicas(
@@ -389,21 +417,6 @@ class Daemon:
             self._config.transfer.chunk_size_bytes,
             self._spawn,
         )
-        runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        stack.push_async_callback(self._end_tasks)
-        await web.SockSite(runner, self._listener, backlog=1024).start()
-        self._local_server = LocalServer(
-            self._config.daemon.socket, self._take_request, self._examine_threads.pending
-        )
-        stack.callback(self._local_server.close)
-        stack.callback(self._local.answer_everybody, "the daemon is being stopped")
-        if self._datagram_socket is not None:
-            await self._start_gossip(self._datagram_socket, stack)
-        self._tracker.start()
-        self._disk.start()
-        stack.push_async_callback(asyncio.to_thread, self._disk.stop)
 
     async def _start_gossip(self, sock: socket.socket, stack: AsyncExitStack) -> None:
         """Tell other nodes of this one, and hear of them. Raises OSError."""

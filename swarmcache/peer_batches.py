@@ -125,7 +125,10 @@ class PeerBatches:
                 deadline_s = DEADLINE_S + size_bytes / DEADLINE_RATE_BYTES_PER_S
                 effects.append(
                     FetchFiles(
-                        *(self._numbers, batch.request, holder.address, some),
+                        self._numbers,
+                        batch.request,
+                        holder.address,
+                        some,
                         deadline_s=deadline_s,
                         stall_s=STALL_S,
                     )

@@ -304,8 +304,11 @@ class PeerState:
     def totals(self) -> NodeTotals:
         """What this node has done in this life."""
         return NodeTotals(
-            *(self._life, self._hits + self._misses, self._hits),
-            *(self._from_peers_chunks, self._from_peers_bytes),
+            self._life,
+            self._hits + self._misses,
+            self._hits,
+            self._from_peers_chunks,
+            self._from_peers_bytes,
         )
 
     def fetching(self, version_id: bytes) -> Fetching | None:
@@ -609,7 +612,7 @@ class PeerState:
             fetching.chunk_size_bytes = event.chunk_size_bytes
             layout = ChunkLayout(fetching.version.size_bytes, event.chunk_size_bytes)
             fetching.download = Download(
-                *(fetching.version, layout, self._rng, self._window), rack=self.address.rack
+                fetching.version, layout, self._rng, self._window, rack=self.address.rack
             )
             return
         assert fetching.download is not None, "recovered chunks before there is room"
@@ -716,7 +719,10 @@ class PeerState:
         # One message has room for no more; the tracker does not adopt the others, so they end.
         writes = self._writes.held()
         register = Register(
-            *(self.address, now_s, self._leases.held()[:LOADS_MAX], self._disk),
+            self.address,
+            now_s,
+            self._leases.held()[:LOADS_MAX],
+            self._disk,
             writes=writes,
             totals=self.totals(),
             stood_in=self._stood_in and not event.stand_in,

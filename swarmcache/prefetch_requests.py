@@ -349,8 +349,12 @@ class Prefetch:
     def _wish(self, file: WantedFile) -> PlaceReplica:
         version = file.source.version
         return PlaceReplica(
-            *(version.path, version.size_bytes, version.mtime_ns, file.source.file_server),
-            *(self._connection.user.name, file.chunk_size_bytes),
+            version.path,
+            version.size_bytes,
+            version.mtime_ns,
+            file.source.file_server,
+            self._connection.user.name,
+            file.chunk_size_bytes,
         )
 
     def _heard(self, file: WantedFile, node: str, message: FromPlaced) -> bool:

@@ -35,7 +35,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # Not the module mmap: it does not tell where a mapping is that must not be written.
 _mmap = getattr(_libc, "mmap64", None) or _libc.mmap
 _mmap.argtypes = (
-    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
 )
 _mmap.restype = ctypes.c_void_p
 _MAP_FAILED = ctypes.c_void_p(-1).value

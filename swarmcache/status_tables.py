@@ -67,7 +67,11 @@ def _node_renderables(node: Mapping[str, Any]) -> Iterator[RenderableType]:
     if node.get("downloads"):
         table = _table(
             "Downloads of this node",
-            *("file", "size:right", "done:right", "from peers:right", "from file server:right"),
+            "file",
+            "size:right",
+            "done:right",
+            "from peers:right",
+            "from file server:right",
             "waiting for",
         )
         for each in node["downloads"]:
@@ -88,8 +92,16 @@ def _disk_text(disk: Mapping[str, Any]) -> str:
 # Columns of the table of nodes; those of the second kind are left out where they say nothing.
 NODE_COLUMNS = ("node", "name", "state", "told:right", "disk", "free:right", "of:right")
 MORE_NODE_COLUMNS = (
-    *("cached:right", "pinned:right", "up:right", "down:right", "rack", "version"),
-    *("files:right", "replicas:right", "leases:right", "connected:right"),
+    "cached:right",
+    "pinned:right",
+    "up:right",
+    "down:right",
+    "rack",
+    "version",
+    "files:right",
+    "replicas:right",
+    "leases:right",
+    "connected:right",
 )
 STATE_STYLES = {"suspect": "yellow", "dead": "bold red", "left": "dim"}
 DISK_STYLES = {"full": "yellow", "sick": "bold red"}
@@ -145,7 +157,11 @@ def _node_row(node: Mapping[str, Any]) -> list[Text | str]:
 def _file_servers_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "File servers",
-        *("name", "slots:right", "of them for cp:right", "waiting:right", "read:right"),
+        "name",
+        "slots:right",
+        "of them for cp:right",
+        "waiting:right",
+        "read:right",
         "leases held by",
     )
     for each in file_servers:
@@ -185,8 +201,16 @@ def statistics_renderables(statistics: Mapping[str, Any]) -> Iterator[Renderable
 def _slots_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "Leases of file servers",
-        *("name", "reads:right", "read:right", "writes:right", "ran out:right"),
-        *("failed:right", "waits:right", "mean:right", "max:right", "now:right"),
+        "name",
+        "reads:right",
+        "read:right",
+        "writes:right",
+        "ran out:right",
+        "failed:right",
+        "waits:right",
+        "mean:right",
+        "max:right",
+        "now:right",
     )
     for each in file_servers:
         table.add_row(
@@ -201,8 +225,14 @@ def _slots_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
 def _swarms_table(swarms: Iterable[Mapping[str, Any]]) -> Table:
     table = _table(
         "Swarms",
-        *("file version", "size:right", "chunks:right", "nodes:right", "complete:right"),
-        *("unread:right", "leased:right", "waiting:right"),
+        "file version",
+        "size:right",
+        "chunks:right",
+        "nodes:right",
+        "complete:right",
+        "unread:right",
+        "leased:right",
+        "waiting:right",
     )
     for each in swarms:
         table.add_row(

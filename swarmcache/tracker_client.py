@@ -239,7 +239,11 @@ class TrackerClient:
         """Ask a node who is the tracker; if it is that one, the connection may be the session."""
         try:
             link = await connect_to_node(
-                *(self._http, node, self._keyring, "stand-in", self._identity),
+                self._http,
+                node,
+                self._keyring,
+                "stand-in",
+                self._identity,
                 timeout_s=CONNECT_S,
             )
         except SwarmcacheError as error:

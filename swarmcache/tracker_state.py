@@ -314,8 +314,11 @@ class TrackerState:
                 if lease_id not in adopted:
                     effects.append(JournalEnd(lease_id))
         registered = Registered(
-            *(LEASE_S, self._until_s(node, now_s), adopted),
-            *(self._nodes.seeds(node, SEEDS_MAX, now_s), self._wall_offset_s + now_s),
+            LEASE_S,
+            self._until_s(node, now_s),
+            adopted,
+            self._nodes.seeds(node, SEEDS_MAX, now_s),
+            self._wall_offset_s + now_s,
             slots_max=self._slots_told,
         )
         effects.append(Tell(session, registered))
@@ -378,8 +381,11 @@ class TrackerState:
         until_s = self._until_s(node, now_s)
         seeds = self._nodes.seeds_if_due(node, SEEDS_AT_ONCE, now_s)
         renewed = Renewed(
-            *(until_s, sorted(waiting)[:WAITING_MAX], turns_over),
-            *(seeds, self._wall_offset_s + now_s),
+            until_s,
+            sorted(waiting)[:WAITING_MAX],
+            turns_over,
+            seeds,
+            self._wall_offset_s + now_s,
         )
         effects.append(Tell(node.session, renewed))
 

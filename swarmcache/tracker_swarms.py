@@ -142,9 +142,7 @@ class TrackerSwarms:
         version_id = message.version_id
         unread = full_mask(layout.chunk_count)
         neighbourhood = Neighbourhood(self._rng, self._peers_max)
-        swarm = Swarm(
-            *(version_id, message.file_server, message.user, layout, unread), neighbourhood
-        )
+        swarm = Swarm(version_id, message.file_server, message.user, layout, unread, neighbourhood)
         self._swarms[version_id] = swarm
         chosen = sorted(holders)
         if len(chosen) > self._peers_max // 2:

@@ -33,12 +33,30 @@ _SQLITE_IOERR_KINDS = {
 
 # What needs room on the disk, or may need it.
 _ALLOCATING = {
-    *("fallocate", "fsync", "ftruncate", "link", "makedirs", "mkdir", "pwrite", "rename"),
-    *("setxattr", "sqlite_shm_map", "sqlite_sync", "sqlite_write", "syncfs", "write"),
+    "fallocate",
+    "fsync",
+    "ftruncate",
+    "link",
+    "makedirs",
+    "mkdir",
+    "pwrite",
+    "rename",
+    "setxattr",
+    "sqlite_shm_map",
+    "sqlite_sync",
+    "sqlite_write",
+    "syncfs",
+    "write",
 }
 _CHANGING = _ALLOCATING | {
-    *("chmod", "fchmod", "removexattr", "rmdir", "unlink", "utime"),
-    *("sqlite_delete", "sqlite_truncate"),
+    "chmod",
+    "fchmod",
+    "removexattr",
+    "rmdir",
+    "unlink",
+    "utime",
+    "sqlite_delete",
+    "sqlite_truncate",
 }
 _OPENING = {"listdir", "open", "scandir", "sqlite_open"}
 _SHORT = {"pwrite", "write"}

@@ -102,8 +102,17 @@ class LocalNode(Server):
         self.socket = directory / f"run-{name}" / "daemon.sock"
         super().__init__(
             directory / f"daemon-{name}.log",
-            *("daemon", "--config", config, "--listen", "127.0.0.1:0"),
-            *("--tracker", tracker, "--cache-dir", self.cache_dir, "--socket", self.socket),
+            "daemon",
+            "--config",
+            config,
+            "--listen",
+            "127.0.0.1:0",
+            "--tracker",
+            tracker,
+            "--cache-dir",
+            self.cache_dir,
+            "--socket",
+            self.socket,
             command=command,
         )
 
@@ -166,8 +175,13 @@ class LocalDaemons:
         config.write_text(settings)
         self.tracker = Server(
             self._directory / "tracker.log",
-            *("tracker", "--config", config, "--listen", "127.0.0.1:0"),
-            *("--state-dir", self._directory / "state"),
+            "tracker",
+            "--config",
+            config,
+            "--listen",
+            "127.0.0.1:0",
+            "--state-dir",
+            self._directory / "state",
             command=command,
         )
         self._stack.callback(self.tracker.kill)

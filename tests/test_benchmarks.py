@@ -69,7 +69,12 @@ def test_a_missed_target_is_said_in_words() -> None:
 
     cells = re.split(r" {2,}", table([slow]).splitlines()[2])
     assert cells == [
-        *("a hit", "30.0 (20.0..40.0) ms", "nothing: 10.0 ms", "3.00", "ratio <= 2", "NOT MET"),
+        "a hit",
+        "30.0 (20.0..40.0) ms",
+        "nothing: 10.0 ms",
+        "3.00",
+        "ratio <= 2",
+        "NOT MET",
     ]
 
 

@@ -361,8 +361,11 @@ def test_a_kill_right_after_publishing_loses_nothing(root: Path) -> None:
 @pytest.mark.parametrize(
     ("doing", "method"),
     [
-        *(("publish", "insert"), ("publish", "doubt"), ("publish", "settle")),
-        *(("link", "doubt"), ("link", "settle")),
+        ("publish", "insert"),
+        ("publish", "doubt"),
+        ("publish", "settle"),
+        ("link", "doubt"),
+        ("link", "settle"),
     ],
 )
 def test_a_kill_around_any_write_of_the_index_leaves_no_wrong_row(
@@ -439,7 +442,9 @@ def test_after_a_reboot_only_what_was_durable_is_handed_out_unseen(root: Path) -
 
     cache = open_cache(root)
     assert [cache.lookup(version, ME) is not None for version, _ in (durable, good, rotten)] == [
-        *(True, False, False)
+        True,
+        False,
+        False,
     ]
     assert list(cache.replicas()) == [durable[0].version_id]
     for version, _ in (good, rotten, unchanged):
@@ -497,7 +502,9 @@ def test_many_copies_are_made_durable_with_one_call(
     replicas = [index.find(version_id) for version_id in version_ids]
     index.close()
     assert [replica.trust for replica in replicas if replica is not None] == [
-        *(Trust.DURABLE, Trust.DURABLE, Trust.WRITTEN)
+        Trust.DURABLE,
+        Trust.DURABLE,
+        Trust.WRITTEN,
     ]
 
 
@@ -588,8 +595,11 @@ def exchange(path: Path) -> None:
 @pytest.mark.parametrize(
     ("tamper", "use"),
     [
-        *((flip, True), (restore_mtime_after_flip, True)),
-        *((exchange, False), (cut, False), (Path.unlink, False)),
+        (flip, True),
+        (restore_mtime_after_flip, True),
+        (exchange, False),
+        (cut, False),
+        (Path.unlink, False),
     ],
 )
 def test_a_copy_that_somebody_touched_is_taken_out_everywhere(
@@ -955,8 +965,16 @@ def test_a_disk_that_cannot_set_space_aside_is_accounted_for(root: Path) -> None
     """
     done = subprocess.run(
         [
-            *("unshare", "--mount", "sh", "-c", textwrap.dedent(IN_A_MOUNT), "sh"),
-            *(str(root.parent), sys.executable, textwrap.dedent(script), str(REPOSITORY)),
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            textwrap.dedent(IN_A_MOUNT),
+            "sh",
+            str(root.parent),
+            sys.executable,
+            textwrap.dedent(script),
+            str(REPOSITORY),
         ],
         capture_output=True,
         text=True,
@@ -988,8 +1006,16 @@ def test_without_acls_only_the_daemons_own_user_is_served(root: Path) -> None:
     mount = 'mount -t ramfs ramfs "$1" && chmod 755 "$1" && exec "$2" -c "$3" "$4" "$1/cache"'
     done = subprocess.run(
         [
-            *("unshare", "--mount", "sh", "-c", mount, "sh"),
-            *(str(root.parent), sys.executable, textwrap.dedent(script), str(REPOSITORY)),
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            mount,
+            "sh",
+            str(root.parent),
+            sys.executable,
+            textwrap.dedent(script),
+            str(REPOSITORY),
         ],
         capture_output=True,
         text=True,

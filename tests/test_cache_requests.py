@@ -189,8 +189,16 @@ def add_rows(cache: CacheDir, count: int) -> None:
     stamp = Stamp(10, 1, 1, 1)
     rows = (
         Replica(
-            *(b"%032d" % number, b"/nfs/corpus/%06d" % number, 4096, 4096, Trust.DOUBTFUL),
-            *(b"b" * 16, stamp, 1.0, 1.0, 1.0),
+            b"%032d" % number,
+            b"/nfs/corpus/%06d" % number,
+            4096,
+            4096,
+            Trust.DOUBTFUL,
+            b"b" * 16,
+            stamp,
+            1.0,
+            1.0,
+            1.0,
         )
         for number in range(count)
     )

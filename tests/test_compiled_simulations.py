@@ -15,8 +15,12 @@ from simulations.settings import ClusterSettings
 
 # Those of the machines that count: to compile all that the command compiles takes a minute.
 SOME_MODULES = (
-    *("swarmcache/chunk_picker.py", "swarmcache/chunks.py", "swarmcache/download.py"),
-    *("swarmcache/timers.py", "swarmcache/upload_slots.py", "swarmcache/rack_view.py"),
+    "swarmcache/chunk_picker.py",
+    "swarmcache/chunks.py",
+    "swarmcache/download.py",
+    "swarmcache/timers.py",
+    "swarmcache/upload_slots.py",
+    "swarmcache/rack_view.py",
 )
 
 

@@ -663,8 +663,12 @@ def test_a_secret_of_another_user_is_refused_and_one_of_roots_is_not(secret: Pat
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"fifteen bytes..", b" " * 64, b"x" * 4097),
-        *(b"sixteen bytes ok\nfifteen bytes..", b"sixteen bytes ok\n" * 5),
+        b"",
+        b"fifteen bytes..",
+        b" " * 64,
+        b"x" * 4097,
+        b"sixteen bytes ok\nfifteen bytes..",
+        b"sixteen bytes ok\n" * 5,
     ],
 )
 def test_secrets_that_are_too_short_too_long_or_too_many_are_refused(

@@ -302,8 +302,13 @@ async def test_a_changed_secret_costs_no_chunk_and_a_withdrawn_one_gets_none(pat
     async with serving(lambda _: Source(path, LAYOUT), keyring=serves) as peer:
         with fetching(fetches) as fetcher, fetching(Keyring([old])) as thief:
             for keyring, keys in (
-                *((serves, [old]), (serves, [old, new]), (fetches, [old, new])),
-                *((serves, [new, old]), (fetches, [new, old]), (serves, [new]), (fetches, [new])),
+                (serves, [old]),
+                (serves, [old, new]),
+                (fetches, [old, new]),
+                (serves, [new, old]),
+                (fetches, [new, old]),
+                (serves, [new]),
+                (fetches, [new]),
             ):
                 await asyncio.wrap_future(fetch(thief, peer))
                 keyring.replace(keys)

@@ -236,8 +236,15 @@ class Generator:
             for label in ("another", "a third", "")
         ]
         self.kinds = (
-            *(self.noise, self.disguised, self.truncated, self.oversized, self.replayed),
-            *(self.wrong_label, self.far_future, self.authentic, self.type_confused),
+            self.noise,
+            self.disguised,
+            self.truncated,
+            self.oversized,
+            self.replayed,
+            self.wrong_label,
+            self.far_future,
+            self.authentic,
+            self.type_confused,
         )
 
     def some(self, count_max: int) -> bytes:

@@ -236,8 +236,11 @@ def test_nodes_with_sick_disks_or_other_versions_are_named(settings: Path, root:
         return {"node": node, "version": version, "disk": disk, "state": state}
 
     members = [
-        *(member("a", "1.1"), member("b", "1.0", "sick"), member("c", "1.1", "full")),
-        *(member("d", "0.9", "sick", "dead"), member("e", "0.8", state="left")),
+        member("a", "1.1"),
+        member("b", "1.0", "sick"),
+        member("c", "1.1", "full"),
+        member("d", "0.9", "sick", "dead"),
+        member("e", "0.8", state="left"),
     ]
     status = NodeStatus({"tracker_connected": True, "directories": []}, {}, members=members)
     with ScriptedDaemon(root.parent, lambda _: [status]) as daemon:

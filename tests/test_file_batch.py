@@ -217,7 +217,10 @@ def test_manifests_share_a_file_that_goes_with_the_last_of_them(root: Path) -> N
     assert alone.st_nlink == 1
     cache.drop(FILES[0][0].version_id)
     assert [cache.manifest(each) is not None for each in ids([*FILES[:3], far])] == [
-        *(False, True, True, True)
+        False,
+        True,
+        True,
+        True,
     ]
     cache.drop(FILES[1][0].version_id)
     assert manifests[2].stat().st_nlink == 1

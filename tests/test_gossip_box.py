@@ -117,8 +117,14 @@ def test_a_flood_of_garbage_is_not_answered_and_slows_nobody_down(tmp_path: Path
         key = ClusterKey.from_secret(swarm.cluster.secret_file.read_bytes().strip(), "default")
         flooder = box.head.start(
             [
-                *(sys.executable, "-c", FLOODER, victim.address, str(Cluster.DAEMON_PORT)),
-                *(key.key_id[:KEY_TAG_BYTES].hex(), str(FLOOD_PER_S), str(FLOOD_S)),
+                sys.executable,
+                "-c",
+                FLOODER,
+                victim.address,
+                str(Cluster.DAEMON_PORT),
+                key.key_id[:KEY_TAG_BYTES].hex(),
+                str(FLOOD_PER_S),
+                str(FLOOD_S),
             ]
         )
         disturbed_s = timed_get(swarm, victim, files[2])

@@ -67,8 +67,14 @@ from swarmcache.messages import NodeAddress
 
 PROFILE = NodeProfile(NodeAddress("node01.cluster:7381", 7382, "node01"), "rack7", "0.1.0", 1 << 40)
 STATUS = NodeStatus(
-    *(5 * MEBIBYTE, 6 * MEBIBYTE, 7 * MEBIBYTE, 3, 4),
-    *(DiskHealth.FULL, b"held", True),
+    5 * MEBIBYTE,
+    6 * MEBIBYTE,
+    7 * MEBIBYTE,
+    3,
+    4,
+    DiskHealth.FULL,
+    b"held",
+    True,
 )
 IDS = st.integers(0, RING - 1)
 NUMBERS = st.integers(0, (1 << 32) - 1)

@@ -106,7 +106,10 @@ def test_whatever_becomes_of_the_index_every_file_is_served_again(
     cache.close()
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
     assert sorted(os.listdir(root / ".swarmcache")) == [
-        *("index.sqlite", "lock", "objects", "partial")
+        "index.sqlite",
+        "lock",
+        "objects",
+        "partial",
     ]
 
 

@@ -218,8 +218,17 @@ VALUE_IMPORTS_BANNED = {"aiohttp", "asyncio", "random", "socket", "subprocess", 
 # The way of a cache hit, which must not wait for imports. What it needs in other cases only, these
 # modules import inside functions.
 HIT_MODULES = {
-    *("cli", "client", "errors", "exchanges", "get", "local_socket", "locations"),
-    *("cf", "cf_arguments", "cf_config", "cf_talk"),
+    "cli",
+    "client",
+    "errors",
+    "exchanges",
+    "get",
+    "local_socket",
+    "locations",
+    "cf",
+    "cf_arguments",
+    "cf_config",
+    "cf_talk",
 }
 HIT_IMPORTS = {f"swarmcache.{module}" for module in HIT_MODULES} | sys.stdlib_module_names
 

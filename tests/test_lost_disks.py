@@ -35,8 +35,15 @@ class Node:
     def __init__(self, place: Path, tracker: str, roots: Sequence[Path], *options: str) -> None:
         self.socket = place / "run" / "daemon.sock"
         self._arguments = [
-            *("daemon", "--listen", "127.0.0.1:0", "--tracker", tracker, "--config", "/dev/null"),
-            *("--socket", str(self.socket)),
+            "daemon",
+            "--listen",
+            "127.0.0.1:0",
+            "--tracker",
+            tracker,
+            "--config",
+            "/dev/null",
+            "--socket",
+            str(self.socket),
             *(text for root in roots for text in ("--cache-dir", str(root))),
         ]
         self._environment = {**os.environ, **dict(option.split("=", 1) for option in options)}

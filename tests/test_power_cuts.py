@@ -158,7 +158,13 @@ def together(root: Path, say: Say) -> None:
 
 
 SCENARIOS = [
-    *(first_life, second_user, newer_version, dropped, resumed, found_rotten, evicted),
+    first_life,
+    second_user,
+    newer_version,
+    dropped,
+    resumed,
+    found_rotten,
+    evicted,
     together,
 ]
 

@@ -366,8 +366,14 @@ def test_a_file_mounted_over_the_path_for_its_user_alone_is_refused(
         listener.listen()
         subprocess.run(
             [
-                *("unshare", "--mount", sys.executable, "-c", MOUNTED_FOR_ONE),
-                *(str(theirs), str(file), address),
+                "unshare",
+                "--mount",
+                sys.executable,
+                "-c",
+                MOUNTED_FOR_ONE,
+                str(theirs),
+                str(file),
+                address,
             ],
             check=True,
         )

@@ -63,7 +63,12 @@ class Reading:
 
         sink = RangeSink(may_go_on, write_piece, self.digests.update)
         return read_range(
-            *(self.fd, self.version, LAYOUT, first, count, sink),
+            self.fd,
+            self.version,
+            LAYOUT,
+            first,
+            count,
+            sink,
             split_bytes=split_bytes,
             run_min_bytes=1,
         )

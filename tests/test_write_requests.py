@@ -205,7 +205,12 @@ async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
     examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
     none: Any = None  # whatever makes replicas
     requests = WriteRequests(
-        *(none, examiner, CompartmentThreads("examine", 1, 1), none, none, itertools.count(1)),
+        none,
+        examiner,
+        CompartmentThreads("examine", 1, 1),
+        none,
+        none,
+        itertools.count(1),
         chunk_size_bytes=None,
         spawn=asyncio.create_task,
         handle=events.put_nowait,
@@ -341,8 +346,12 @@ async def test_copies_that_hang_keep_nobody_else_waiting(
     monkeypatch.setattr("swarmcache.write_requests.is_replica", compare)
     examiner, none = SourceExaminer(load({}, {}, Path("/dev/null"))), cast(Any, None)
     requests = WriteRequests(
-        *(cast(Any, Full()), examiner, CompartmentThreads("examine", 9, 9)),
-        *(CompartmentThreads("copy", 1, 1), none, itertools.count(1)),
+        cast(Any, Full()),
+        examiner,
+        CompartmentThreads("examine", 9, 9),
+        CompartmentThreads("copy", 1, 1),
+        none,
+        itertools.count(1),
         chunk_size_bytes=None,
         spawn=asyncio.create_task,
         handle=none,
