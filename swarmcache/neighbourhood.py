@@ -13,7 +13,8 @@ of its label, if it has one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from random import Random
 
@@ -52,7 +53,7 @@ class Neighbourhood:
         """The label of a member's rack; empty where it has none."""
         return self._positions[name].rack
 
-    def of(self, name: str) -> Collection[str]:
+    def of(self, name: str) -> AbstractSet[str]:
         """The neighbours of a member."""
         return self._positions[name].neighbours
 
@@ -112,6 +113,12 @@ class Neighbourhood:
         drawn = self._drawn(members, 8 * self._peers_max)
         others = (other for other in drawn if self._are_far(position, self._positions[other]))
         return near + self._pick(name, others, max(far, 0))
+
+    def choose_one(self, name: str, members: Sequence[str]) -> list[str]:
+        """One more neighbour for one of ``members``, by chance; none where there is no room."""
+        if len(self._positions[name].neighbours) >= self._peers_max:
+            return []
+        return self._pick(name, self._drawn(members, 8 * self._peers_max), 1)
 
     def _choose_near(self, name: str, position: Position) -> list[str]:
         rack = self._racks.get(position.rack, [])

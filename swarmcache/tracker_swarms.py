@@ -398,10 +398,13 @@ class TrackerSwarms:
             doubted[other] = None
         # Also those who are neighbours: one of them may have parted when it could not reach the
         # other, who waits to be dialled. And those whom another one has made us ask just now.
-        for other in doubted:
-            if other != name and other in swarm.members:
-                self._link(swarm, name, other, effects)
-                self._link(swarm, other, name, effects)
+        found = [other for other in doubted if other != name and other in swarm.members]
+        if not swarm.neighbourhood.of(name).isdisjoint(found):
+            # It has had no success with somebody who has them, so others may have more time.
+            found += swarm.neighbourhood.choose_one(name, swarm.order)
+        for other in found:
+            self._link(swarm, name, other, effects)
+            self._link(swarm, other, name, effects)
         return swarm
 
     def distrust(

@@ -849,6 +849,28 @@ def test_all_who_cannot_get_the_same_chunks_are_introduced_to_who_has_them() -> 
     assert after == {"a": 2, "b": 1, "c": 1}
 
 
+def test_who_gets_nothing_from_a_neighbour_that_has_it_gets_one_more_neighbour() -> None:
+    """Found in simulation: with few neighbours each, some knew nobody but one that was busy."""
+    bench = Bench(peers_max=4)
+    names = [f"n{number:02}" for number in range(12)]
+    bench.connect("holder", *names)
+    bench.say("holder", Replicas([FILE]))
+    bench.join(*names, chunks=4)
+
+    def met(name: str) -> set[str]:
+        return {peer.node for peers in bench.messages(Peers, name) for peer in peers.peers}
+
+    starved = next(name for name in names if "holder" in met(name) and len(met(name)) < 4)
+    before = met(starved)
+    bench.say(starved, Missing(FILE, b"\x0f"))
+
+    (stranger,) = met(starved) - before
+    assert starved in met(stranger)
+    for _ in range(8):
+        bench.say(starved, Missing(FILE, b"\x0f"))
+    assert len(met(starved)) == 4, "and no more than it may have"
+
+
 def test_who_leaves_is_nobodys_neighbour_and_reads_nothing() -> None:
     bench = Bench(slots_max=1)
     bench.connect("a", "b")
