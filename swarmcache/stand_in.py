@@ -13,8 +13,10 @@ reach the tracker either, stands in. Gossip lags behind, so nobody relies on it 
   does not stand in. So a newcomer that is first on the list does not divide the cluster.
 * Who stands in goes on asking, and trying the tracker, and ends when it hears of either.
 
-A stand-in grants nothing before the leases of its predecessor must have run out. A tracker that was
-away for long enough to be stood in for waits in the same way (``handover.py``).
+A stand-in grants nothing before the leases of its predecessor must have run out. That may have been
+a stand-in that is cut off: it knows so ``WATCH_S + CONNECT_S`` later at most, and whoever follows
+it has waited for its answer for ``CONNECT_S``. A tracker that was away for long enough to be stood
+in for waits in the same way (``handover.py``).
 
 Invariants: this node has one session at most; it stands in only while it is not with the tracker,
 nor with another node.
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nsmallest
+from itertools import dropwhile, islice, takewhile
 from random import Random
 from typing import TypeAlias
 
@@ -52,8 +55,6 @@ AWAY_S = 1.0
 # Between two rounds of questions, of who has no tracker and of who stands in.
 SEEK_S = 0.5
 WATCH_S = 1.0
-# Who stands in and is answered by nobody for so long is alone.
-ALONE_S = 2.5
 # How many of the list are asked in one round, and how many of those behind a node that is first.
 CANDIDATES_MAX = 6
 CHECKS = 3
@@ -248,7 +249,6 @@ class StandIn:
         self._try_at_s: float | None = now_s
         # Who comes before this node and has asked it: so they live, whatever the gossip tells.
         self._askers: dict[str, float] = {}
-        self._heard_s = now_s  # when another node has last answered
         self._round: Round | None = None
         self._round_at_s: float | None = now_s + AWAY_S
 
@@ -380,7 +380,7 @@ class StandIn:
 
     def _begin(self, now_s: float, effects: list[StandInEffect]) -> None:
         self.standing_in = True
-        grants_from_s = max(self._lost_s + STAND_IN_GRANTS_S, now_s + LEASE_S)
+        grants_from_s = max(self._lost_s + STAND_IN_GRANTS_S, now_s + LEASE_S + WATCH_S)
         effects += (BeginStandingIn(grants_from_s), AskNode(self.node))
 
     def _end(self, reason: str, effects: list[StandInEffect]) -> None:
@@ -412,7 +412,10 @@ class StandIn:
         known = [node for node in known if node != self.node][:CHECKS]
         to_ask = deque(dict.fromkeys([*known, *first[:CANDIDATES_MAX]]))
         self._round = Round(first, to_ask)
-        self._ask_next(now_s, effects)
+        if self.standing_in:
+            self._ask_at_once(now_s, effects)
+        else:
+            self._ask_next(now_s, effects)
 
     def _end_round(self, now_s: float) -> None:
         self._round = None
@@ -432,7 +435,7 @@ class StandIn:
             if node != self.node:
                 self._ask(node, effects)
                 return
-            if asking.sent or not (self.standing_in or self._able(now_s)):
+            if asking.sent or not self._able(now_s):
                 continue
             self._check_others(now_s, effects)
             return
@@ -444,13 +447,24 @@ class StandIn:
         self._round.waiting.add(node)
         effects.append(AskNode(node))
 
+    def _ask_at_once(self, now_s: float, effects: list[StandInEffect]) -> None:
+        """Who stands in asks those before it and some behind it together: if it is cut off it is to
+        know that soon, however many they are."""
+        asking = self._round
+        assert asking is not None
+        before = takewhile(lambda node: node != self.node, list(asking.to_ask))
+        asking.to_ask.clear()
+        for node in before:
+            self._ask(node, effects)
+        self._check_others(now_s, effects)
+
     def _check_others(self, now_s: float, effects: list[StandInEffect]) -> None:
         asking = self._round
         assert asking is not None
-        place = asking.order.index(self.node) + 1
+        behind = dropwhile(lambda node: node != self.node, asking.order)
         asking.checking = True
-        for node in asking.order[place:]:
-            if node not in asking.asked and len(asking.waiting) < CHECKS:
+        for node in islice((node for node in behind if node != self.node), CHECKS):
+            if node not in asking.asked:
                 self._ask(node, effects)
         if not asking.waiting:
             self._conclude(now_s, effects)
@@ -462,7 +476,7 @@ class StandIn:
         if not self.standing_in:
             if self._round.heard and self._able(now_s):
                 self._begin(now_s, effects)
-        elif now_s > self._heard_s + ALONE_S:
+        elif not self._round.heard:
             self._end("nobody else can be reached", effects)
             self._lost_s = now_s
         elif self.session is None:
@@ -485,7 +499,6 @@ class StandIn:
                 effects.append(LetGo(node))
             return
         asking.heard = True
-        self._heard_s = now_s
         if stands_in and (not self.standing_in or self._before(node, self.node)):
             self._end("another node stands in as well", effects)
             self._use(node, effects)
