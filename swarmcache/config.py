@@ -246,7 +246,7 @@ class GossipSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=
     """What nodes tell one another of themselves. None: they do not."""
 
     rate_max_bytes_per_s: Annotated[float | None, _or_none(parse_gossip_rate, "off")] = field(
-        name="rate_max", default=12_000.0
+        name="rate_max", default=13_500.0
     )
 
 
