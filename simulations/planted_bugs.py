@@ -290,7 +290,7 @@ BUGS = (
     PlantedBug(
         "a stand-in grants at once",
         "stand_in:StandIn._begin",
-        "max(self._lost_s + STAND_IN_GRANTS_S, now_s + LEASE_S)",
+        "max(self._lost_s + STAND_IN_GRANTS_S, now_s + LEASE_S + WATCH_S)",
         "now_s",
     ),
     PlantedBug(

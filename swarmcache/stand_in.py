@@ -507,11 +507,12 @@ class StandIn:
             self._end_for_tracker(now_s, effects)
         elif answer.by and not stands_in and answer.by != self.node:
             # It may be that we have not heard of that node, or that it is gone by now.
-            asking.waiting.clear()
             asking.checking = False
             asking.sent = True
             asking.to_ask = deque([answer.by])
-            self._ask_next(now_s, effects)
+            asking.waiting &= {answer.by}
+            if not asking.waiting:
+                self._ask_next(now_s, effects)
         elif answer.able and not self.standing_in and self._before(node, self.node):
             self._end_round(now_s)  # it is about to
         else:

@@ -504,6 +504,17 @@ def test_two_that_stand_in_agree_on_the_one_that_comes_first() -> None:
     machine.check()
 
 
+def test_who_stands_in_and_hears_of_another_that_does_waits_for_what_that_one_says() -> None:
+    """Both are asked together, and either may answer first."""
+    machine, first, third = standing_in_second()
+    assert machine.handle(NodeTold(third, StandsIn(by=first)), 204.1) == []
+
+    done = machine.handle(NodeTold(first, StandsIn(by=first)), 204.1)
+
+    assert [type(effect) for effect in done] == [LeaveStandIn, EndStandingIn, UseStandIn]
+    machine.check()
+
+
 def test_who_stands_in_and_hears_of_the_tracker_ends() -> None:
     machine, first, _ = standing_in_second()
 
