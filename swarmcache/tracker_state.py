@@ -167,7 +167,9 @@ class TrackerState:
         self._statistics = TrackerStatistics(statistics_interval_s, now_s)
         self._nodes = TrackerNodes()
         self._replicas = TrackerReplicas(rng, self._nodes, self._statistics)
-        self._swarms = TrackerSwarms(rng, self._nodes, self._ledger, peers_max=peers_max)
+        self._swarms = TrackerSwarms(
+            rng, self._nodes, self._ledger, self._replicas.holders, peers_max=peers_max
+        )
         self._servers: dict[str, FileServer] = {}
         self._ranges: dict[int, LeasedRange] = {}
         self._writes = TrackerWrites(self._ledger)
@@ -428,8 +430,7 @@ class TrackerState:
         self._replicas.drop(name, version_id)  # it would not want what it has
         swarm = self._swarms.get(version_id)
         if swarm is None:
-            holders = self._replicas.holders(version_id)
-            swarm = self._swarms.create(message, layout, holders)
+            swarm = self._swarms.create(message, layout)
             for leased in self._ranges.values():
                 if leased.version_id == version_id:
                     self._enter_range(swarm, leased)

@@ -97,9 +97,10 @@ class Swarm:
 
 
 class TrackerSwarms:
-    """All swarms. ``nodes``: those that are connected; ``ledger``: that of a file server, by name.
+    """All swarms. ``nodes``: those that are connected; ``ledger``: that of a file server, by name;
+    ``holders``: the nodes that have all of a file version.
 
-    Both are the caller's, who grants what is free after each call that may have left chunks unread.
+    All are the caller's, who grants what is free after each call that may have left chunks unread.
     """
 
     def __init__(
@@ -107,12 +108,14 @@ class TrackerSwarms:
         rng: Random,
         nodes: TrackerNodes,
         ledger: Callable[[str], SlotLedger],
+        holders: Callable[[bytes], Collection[str]],
         *,
         peers_max: int,
     ) -> None:
         self._rng = rng
         self._nodes = nodes
         self._ledger = ledger
+        self._holders = holders
         self._peers_max = peers_max
         self._swarms: dict[bytes, Swarm] = {}
         self._of_node: dict[str, set[bytes]] = {}
@@ -137,14 +140,14 @@ class TrackerSwarms:
 
     # --- members come ---------------------------------------------------------------------------
 
-    def create(self, message: Join, layout: ChunkLayout, holders: Collection[str]) -> Swarm:
+    def create(self, message: Join, layout: ChunkLayout) -> Swarm:
         """A swarm for a file version that nobody fetched; of its holders, so many as suffice."""
         version_id = message.version_id
         unread = full_mask(layout.chunk_count)
         neighbourhood = Neighbourhood(self._rng, self._peers_max)
         swarm = Swarm(version_id, message.file_server, message.user, layout, unread, neighbourhood)
         self._swarms[version_id] = swarm
-        chosen = sorted(holders)
+        chosen = sorted(self._holders(version_id))
         if len(chosen) > self._peers_max // 2:
             chosen = self._rng.sample(chosen, self._peers_max // 2)
         for holder in chosen:
@@ -350,10 +353,20 @@ class TrackerSwarms:
         effects: list[TrackerEffect],
     ) -> None:
         """Find a new guardian for chunks, among complete members or by asking the neighbours."""
+        if chunks and self._complete_member(swarm) is None:
+            self._enlist_holder(swarm, effects)
         if self._complete_member(swarm) or not neighbours or not chunks:
             self._orphan(swarm, chunks)
             return
         self._search(swarm, chunks, neighbours, now_s, effects)
+
+    def _enlist_holder(self, swarm: Swarm, effects: list[TrackerEffect]) -> None:
+        """Another holder becomes a member, since those that were chosen are gone."""
+        for name in sorted(self._holders(swarm.version_id)):
+            if name not in swarm.members and not self._nodes[name].silent:
+                self._add_member(swarm, name, complete=True)
+                self._introduce(swarm, name, effects)
+                return
 
     def _complete_member(self, swarm: Swarm) -> Member | None:
         """A member that can be relied on to have every chunk."""

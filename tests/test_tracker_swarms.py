@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmcache.chunks import ChunkLayout, mask_to_bytes
+from swarmcache.chunks import ChunkLayout, full_mask, mask_to_bytes
 from swarmcache.messages import DiskStatus, Holding, Join, Missing, NodeAddress, Query
 from swarmcache.messages import ReportCorrupt as Corrupt
 from swarmcache.slot_ledger import SlotLedger
@@ -26,8 +26,13 @@ class Bench:
     def __init__(self, *, peers_max: int = 40, chunks: int = 8, seed: int = 1) -> None:
         self.nodes = TrackerNodes()
         self.ledger = SlotLedger(2)
+        self.holders: list[str] = []
         self.swarms = TrackerSwarms(
-            Random(seed), self.nodes, lambda _: self.ledger, peers_max=peers_max
+            Random(seed),
+            self.nodes,
+            lambda _: self.ledger,
+            lambda _: self.holders,
+            peers_max=peers_max,
         )
         self.layout = ChunkLayout(chunks, 1)
         self.now_s = 0.0
@@ -57,13 +62,13 @@ class Bench:
             leased |= mask
         self.swarms.check({FILE: leased} if self.swarms.get(FILE) else {})
 
-    def join(self, *names: str, held: int = 0, holders: list[str] | None = None) -> None:
+    def join(self, *names: str, held: int = 0) -> None:
         for name in names:
             size_bytes = self.layout.size_bytes
             message = Join(FILE, SERVER, "ada", size_bytes, 1, mask_to_bytes(held))
             swarm = self.swarms.get(FILE)
             if swarm is None:
-                swarm = self.swarms.create(message, self.layout, holders or [])
+                swarm = self.swarms.create(message, self.layout)
             effects: list[TrackerEffect] = []
             self.swarms.join(swarm, name, message, self.now_s, effects)
             self.done(effects)
@@ -125,7 +130,8 @@ def test_chunks_of_a_lost_reader_are_asked_for_among_its_neighbours_and_then_unr
 def test_whoever_holds_all_guards_what_was_unread_while_it_is_trusted() -> None:
     bench = Bench()
     bench.connect("a", "b")
-    bench.join("a", holders=["b"])
+    bench.holders = ["b"]
+    bench.join("a")
     assert (bench.swarm.unread, bench.swarm.members["b"].guarded) == (0, 0xFF)
 
     effects: list[TrackerEffect] = []
@@ -194,6 +200,27 @@ def test_no_chunk_is_ever_lost(steps: list[tuple[str, str, int]], peers_max: int
         bench.done(effects)
         if bench.swarms.get(FILE) is None:
             bench.leased.clear()
+
+
+def test_another_holder_is_brought_in_where_the_chosen_ones_do_not_answer() -> None:
+    """Found in simulation: the file was read again, though a third node had all of it."""
+    bench = Bench(peers_max=4)
+    bench.holders = ["x", "y", "z"]
+    bench.connect("a", *bench.holders)
+    bench.join("a")
+    chosen = sorted(bench.swarm.members.keys() - {"a"})
+    assert len(chosen) == 2
+    (other,) = set(bench.holders) - set(chosen)
+    for _ in chosen:
+        effects: list[TrackerEffect] = []
+        everything = mask_to_bytes(full_mask(bench.layout.chunk_count))
+        bench.swarms.missing("a", Missing(FILE, everything), bench.now_s, effects)
+        bench.done(effects)
+        bench.wait()
+
+    assert other in bench.swarm.members
+    assert other in bench.swarm.neighbourhood.of("a")
+    assert not bench.swarm.unread
 
 
 @pytest.mark.parametrize("count", [2, 12, 60])
