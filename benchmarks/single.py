@@ -3,9 +3,7 @@
 Both are whole processes that read a fresh file of the same size, whose pages are in memory, and
 write the copy to the same file system, in turns. What either has left to be written back is written
 back before the next one starts, or else the disk's debts of one would be paid by the other. And
-both find as much memory for their copy as was in use a moment ago: a virtual machine gets memory
-from its host when it is touched for the first time, which takes longer than the copy (measured: a
-``cp`` of 256 MiB takes 0.07 s into memory that an earlier copy has left, 0.68 s otherwise).
+both find as much memory for their copy as was in use a moment ago (``used_memory.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.local_cluster import LocalCluster, Node, run_timed
 from benchmarks.report import Figure, Options, Skipped, Spread, in_turns
+from benchmarks.used_memory import leave_memory
 
 MIB = 1 << 20
 PAIRS = 7
@@ -97,17 +96,12 @@ class _Alone:
     def _fresh_file(self) -> Path:
         self._count += 1
         source = self._directory / f"source{self._count}"
-        scratch = self._directory / "scratch"
-        for file in (source, scratch):
-            self._fill(file)
-        scratch.unlink()  # its memory is what the copy gets
-        subprocess.run(["sync", "-f", self._directory], check=True)
-        return source
-
-    def _fill(self, path: Path) -> None:
-        with path.open("wb") as file:
+        with source.open("wb") as file:
             for _ in range(0, self._size_bytes, MIB):
                 file.write(os.urandom(MIB))
+        leave_memory(self._directory, self._size_bytes)
+        subprocess.run(["sync", "-f", self._directory], check=True)
+        return source
 
 
 def _in_ms(seconds: Spread) -> Spread:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Figure, Options, Skipped, Spread
+from benchmarks.used_memory import leave_memory
 from tests.box import Box, Cluster, Gate, Host, Process, missing, wait_until
 
 MIB = 1 << 20
@@ -144,7 +145,7 @@ def _run(nodes: int, size_bytes: int) -> Run:
             )
         # Just written, so the file server has it in memory.
         file = box.put("file", os.urandom(size_bytes))
-        _have_memory(box.directory, nodes * size_bytes)
+        leave_memory(box.directory, nodes * size_bytes)
         link_before_bytes, cpu_before_s = box.fs.bytes_sent(), _cpu_s(cluster)
         with Gate(box.directory) as gate:
             gets = [cluster.get(node, file, gate=gate) for node in box.nodes]
@@ -164,23 +165,10 @@ def _run(nodes: int, size_bytes: int) -> Run:
         )
 
 
-def _have_memory(directory: Path, size_bytes: int) -> None:
-    """See to it that the disks of the nodes, which are in memory, find memory that was in use just
-    now. A virtual machine gets other memory from its host when it is touched for the first time,
-    which takes longer than what is done with it (see ``single.py``). Without this, a second file of
-    256 MiB for eight nodes took two seconds longer than the first one.
-    """
-    scratch = directory / "scratch"
-    with scratch.open("wb") as file:
-        for _ in range(0, size_bytes, MIB):
-            file.write(bytes(MIB))
-    scratch.unlink()
-
-
 def _last_survivor_s(box: Box, cluster: Cluster, size_bytes: int) -> float:
     """Seconds until the last node has another file, of those whose daemon is not killed."""
     file = box.put("third", os.urandom(size_bytes))
-    _have_memory(box.directory, len(box.nodes) * size_bytes)
+    leave_memory(box.directory, len(box.nodes) * size_bytes)
     *others, victim = box.nodes
     half_bytes = box.fs.bytes_sent_so_far() + size_bytes // 2
     with Gate(box.directory) as gate:

@@ -353,20 +353,22 @@ class TrackerSwarms:
         effects: list[TrackerEffect],
     ) -> None:
         """Find a new guardian for chunks, among complete members or by asking the neighbours."""
-        if chunks and self._complete_member(swarm) is None:
-            self._enlist_holder(swarm, effects)
-        if self._complete_member(swarm) or not neighbours or not chunks:
+        reliable = self._complete_member(swarm) is not None
+        if chunks and not reliable:
+            reliable = self._enlist_holder(swarm, effects)
+        if reliable or not neighbours or not chunks:
             self._orphan(swarm, chunks)
             return
         self._search(swarm, chunks, neighbours, now_s, effects)
 
-    def _enlist_holder(self, swarm: Swarm, effects: list[TrackerEffect]) -> None:
-        """Another holder becomes a member, since those that were chosen are gone."""
+    def _enlist_holder(self, swarm: Swarm, effects: list[TrackerEffect]) -> bool:
+        """Another holder becomes a member, if there is one: those that were chosen are gone."""
         for name in sorted(self._holders(swarm.version_id)):
             if name not in swarm.members and not self._nodes[name].silent:
                 self._add_member(swarm, name, complete=True)
                 self._introduce(swarm, name, effects)
-                return
+                return True
+        return False
 
     def _complete_member(self, swarm: Swarm) -> Member | None:
         """A member that can be relied on to have every chunk."""
