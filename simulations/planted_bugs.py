@@ -302,7 +302,7 @@ BUGS = (
     PlantedBug(
         "the neighbours of a lost guardian are not asked",
         "tracker_swarms:TrackerSwarms._take_over",
-        "not neighbours or not chunks",
+        "not likely or not chunks",
         "True",
     ),
     PlantedBug(
@@ -320,7 +320,7 @@ BUGS = (
     PlantedBug(
         "chunks of a lease that ran out are lost",
         "tracker_swarms:TrackerSwarms.reading_ran_out",
-        "self._take_over(swarm, chunks, neighbours, now_s, effects)",
+        "self._take_over(swarm, chunks, likely, now_s, effects)",
         "pass",
     ),
     PlantedBug(

@@ -5,8 +5,9 @@ for slots, but nobody is chosen to read.
 
 For every chunk of a swarm there is one *guardian*, a connected node that has it. A chunk whose
 guardian is gone is asked for among the neighbours of that guardian (only they can have it from
-there), and read from the file server again only if none of them has it. A replica's holder joins
-the swarm and guards what nobody else does. A swarm ends with the last node that fetches.
+there) and, where these are few, among some others; it is read from the file server again only if
+none of them has it. A replica's holder joins the swarm and guards what nobody else does. A swarm
+ends with the last node that fetches.
 
 Invariants: every chunk of a swarm is unread, leased, asked for, or guarded by a connected member; a
 search ends by itself; neighbours are neighbours on both sides; a swarm with something to read has a
@@ -39,6 +40,10 @@ from swarmcache.tracker_events import TrackerEffect
 from swarmcache.tracker_nodes import TrackerNodes
 
 QUERY_S = 1.0
+
+# So many are asked who has the chunks of a guardian that is gone, where there are so many. A few
+# neighbours may die together with it, while others have got the chunks from them.
+ASKED_MIN = 8
 
 
 @dataclass(slots=True)
@@ -176,7 +181,7 @@ class TrackerSwarms:
                 self._end_search(query_id, now_s, effects)
         member.guarded = (member.guarded | found) & held
         if lost:
-            self._take_over(swarm, lost, sorted(swarm.neighbourhood.of(name)), now_s, effects)
+            self._take_over(swarm, lost, self._likely_to_have(swarm, name), now_s, effects)
         joined = Joined(swarm.version_id, swarm.layout.chunk_size_bytes)
         self._nodes.tell(name, joined, effects)
         self._introduce(swarm, name, effects)
@@ -263,11 +268,12 @@ class TrackerSwarms:
         member = swarm.members.pop(name)
         swarm.order.remove(name)
         self._forget_membership(name, swarm.version_id)
+        likely = self._likely_to_have(swarm, name)
         neighbours = swarm.neighbourhood.remove(name)
         if not swarm.wanted:
             self._dissolve(swarm)
             return
-        self._take_over(swarm, member.guarded | orphaned, neighbours, now_s, effects)
+        self._take_over(swarm, member.guarded | orphaned, likely, now_s, effects)
         for other in neighbours:
             if swarm.neighbourhood.lacks(other):
                 self._introduce(swarm, other, effects)
@@ -332,14 +338,14 @@ class TrackerSwarms:
     def reading_ran_out(
         self, swarm: Swarm, name: str, chunks: int, now_s: float, effects: list[TrackerEffect]
     ) -> None:
-        """A reader was silent for too long. Its neighbours may have what it has read."""
+        """A reader was silent for too long. Others may have what it has read."""
         member = swarm.members.get(name)
-        neighbours: list[str] = []
+        likely: list[str] = []
         if member is not None:
             member.reading = False
             member.read_failed(now_s)
-            neighbours = sorted(swarm.neighbourhood.of(name))
-        self._take_over(swarm, chunks, neighbours, now_s, effects)
+            likely = self._likely_to_have(swarm, name)
+        self._take_over(swarm, chunks, likely, now_s, effects)
         self.reclaim(swarm)
 
     # --- guardians ------------------------------------------------------------------------------
@@ -348,18 +354,32 @@ class TrackerSwarms:
         self,
         swarm: Swarm,
         chunks: int,
-        neighbours: list[str],
+        likely: list[str],
         now_s: float,
         effects: list[TrackerEffect],
     ) -> None:
-        """Find a new guardian for chunks, among complete members or by asking the neighbours."""
+        """Find a new guardian for chunks: a complete member, or one of those who may have them."""
         reliable = self._complete_member(swarm) is not None
         if chunks and not reliable:
             reliable = self._enlist_holder(swarm, effects)
-        if reliable or not neighbours or not chunks:
+        if reliable or not likely or not chunks:
             self._orphan(swarm, chunks)
             return
-        self._search(swarm, chunks, neighbours, now_s, effects)
+        self._search(swarm, chunks, likely, now_s, effects)
+
+    def _likely_to_have(self, swarm: Swarm, name: str) -> list[str]:
+        """Who may have the chunks that a member guarded."""
+        neighbours = swarm.neighbourhood.of(name)
+        others: list[str] = []
+        if len(neighbours) < ASKED_MIN:
+            others = [
+                other
+                for other, member in swarm.members.items()
+                if other != name and other not in neighbours
+                if member.trusted and not self._nodes[other].silent
+            ]
+            others = self._rng.sample(others, min(len(others), ASKED_MIN - len(neighbours)))
+        return sorted(neighbours) + others
 
     def _enlist_holder(self, swarm: Swarm, effects: list[TrackerEffect]) -> bool:
         """Another holder becomes a member, if there is one: those that were chosen are gone."""
@@ -439,8 +459,8 @@ class TrackerSwarms:
             return None
         member.trusted = False
         chunks, member.guarded = member.guarded, 0
-        neighbours = sorted(swarm.neighbourhood.of(message.node))
-        self._take_over(swarm, chunks, neighbours, now_s, effects)
+        likely = self._likely_to_have(swarm, message.node)
+        self._take_over(swarm, chunks, likely, now_s, effects)
         self.reclaim(swarm)
         return swarm
 
@@ -502,8 +522,8 @@ class TrackerSwarms:
         swarm = self._swarms[search.version_id]
         swarm.searches.discard(query_id)
         if search.doubted in swarm.members:
-            neighbours = sorted(swarm.neighbourhood.of(search.doubted))
-            self._take_over(swarm, search.wanted, neighbours, now_s, effects)
+            likely = self._likely_to_have(swarm, search.doubted)
+            self._take_over(swarm, search.wanted, likely, now_s, effects)
         else:
             self._orphan(swarm, search.wanted)
         self.reclaim(swarm)

@@ -14,7 +14,7 @@ from swarmcache.messages import ReportCorrupt as Corrupt
 from swarmcache.slot_ledger import SlotLedger
 from swarmcache.tracker_events import Tell, TrackerEffect
 from swarmcache.tracker_nodes import Node, TrackerNodes
-from swarmcache.tracker_swarms import QUERY_S, Swarm, TrackerSwarms
+from swarmcache.tracker_swarms import ASKED_MIN, QUERY_S, Swarm, TrackerSwarms
 
 FILE = b"f" * 32
 SERVER = "nfs01:/export"
@@ -211,16 +211,41 @@ def test_another_holder_is_brought_in_where_the_chosen_ones_do_not_answer() -> N
     chosen = sorted(bench.swarm.members.keys() - {"a"})
     assert len(chosen) == 2
     (other,) = set(bench.holders) - set(chosen)
-    for _ in chosen:
+
+    def misses_everything() -> None:
         effects: list[TrackerEffect] = []
         everything = mask_to_bytes(full_mask(bench.layout.chunk_count))
         bench.swarms.missing("a", Missing(FILE, everything), bench.now_s, effects)
         bench.done(effects)
-        bench.wait()
 
+    for _ in chosen:
+        misses_everything()
+        bench.wait()
     assert other in bench.swarm.members
+
+    misses_everything()
     assert other in bench.swarm.neighbourhood.of("a")
     assert not bench.swarm.unread
+
+
+def test_a_few_who_are_no_neighbours_are_asked_too_where_a_guardian_has_few() -> None:
+    """Found in simulation: three nodes died at once, and a fourth that had it all was not asked."""
+    bench = Bench(peers_max=4)
+    names = [f"n{number:02}" for number in range(20)]
+    bench.connect(*names)
+    bench.join(*names)
+    bench.read("n00", 0xFF)
+    bench.has_read("n00", 0xFF)
+    neighbours = bench.swarm.neighbourhood.of("n00") & set(names)
+    assert len(neighbours) < ASKED_MIN
+    bench.lose("n00")
+
+    asked = [name for name in names if bench.queries(name)]
+    assert neighbours < set(asked) and len(asked) == ASKED_MIN
+    (other, *_) = set(asked) - neighbours
+    (query,) = bench.queries(other)
+    bench.answer(other, query, 0xFF)
+    assert (bench.swarm.members[other].guarded, bench.swarm.unread) == (0xFF, 0)
 
 
 @pytest.mark.parametrize("count", [2, 12, 60])
