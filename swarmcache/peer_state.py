@@ -439,7 +439,7 @@ class PeerState:
         """Whoever has come to want one of these files meanwhile has it, or begins to fetch it."""
         for version_id, arrived in self._batches.take_ended().items():
             if arrived:
-                self._answer_blocked(version_id, effects)
+                self._answer_blocked(version_id, now_s, effects)
             self._end(version_id, effects)
 
     # --- what is under way ----------------------------------------------------------------------
@@ -531,7 +531,7 @@ class PeerState:
             case ReplicaOffered():
                 self._handle_offered(event, effects)
             case ReplicaAdded():
-                self._handle_added(event.version_id, effects)
+                self._handle_added(event.version_id, now_s, effects)
             case ReplicaNotAdded():
                 self._end(event.version_id, effects)
             case ManifestLoaded():
@@ -555,13 +555,16 @@ class PeerState:
             self._begin(version_id)
             effects.append(AddReplica(event.request, version_id))
 
-    def _handle_added(self, version_id: bytes, effects: list[PeerEffect]) -> None:
+    def _handle_added(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
         self._tell(Replicas([version_id]), effects)
-        self._answer_blocked(version_id, effects)
+        self._answer_blocked(version_id, now_s, effects)
         self._end(version_id, effects)
 
-    def _answer_blocked(self, version_id: bytes, effects: list[PeerEffect]) -> None:
-        """The file is in place, and those have it who wanted to fetch it on its own."""
+    def _answer_blocked(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        """The file is in place, and those have it who wanted to fetch it on its own.
+
+        Who was introduced meanwhile has been told nothing yet.
+        """
         fetching = self._fetching.get(version_id)
         if fetching is not None:
             assert fetching.blocked, "fetched while a replica was added"
@@ -570,6 +573,7 @@ class PeerState:
             for request in fetching.requests:
                 del self._requests[request]
                 effects.append(AnswerCached(request, version_id))
+            self._greet_all(version_id, now_s, effects)
 
     def _handle_disk_failed(
         self,
@@ -620,9 +624,7 @@ class PeerState:
         fetching.on_disk = True
         if self.tracker_connected and not fetching.download.complete:
             self._join(fetching, effects)
-        for neighbour in self._neighbours.of(event.version_id):
-            if neighbour.up:
-                self._greet(neighbour, event.version_id, now_s, effects)
+        self._greet_all(event.version_id, now_s, effects)
         self._go_on(event.version_id, now_s, effects)
 
     def _handle_published(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
@@ -947,6 +949,12 @@ class PeerState:
             return
         if not self._seeds.greet(version_id, node, neighbour.versions[version_id], effects):
             self._end_seed(version_id, now_s, effects)
+
+    def _greet_all(self, version_id: bytes, now_s: float, effects: list[PeerEffect]) -> None:
+        """Tell every neighbour of its swarm."""
+        for neighbour in self._neighbours.of(version_id):
+            if neighbour.up:
+                self._greet(neighbour, version_id, now_s, effects)
 
     def _part(self, node: str, version_id: bytes, now_s: float) -> None:
         """There is nothing left to exchange with this neighbour in this swarm."""

@@ -592,6 +592,24 @@ def test_a_replica_that_is_being_added_answers_whoever_wants_the_file_meanwhile(
     assert of(AnswerCached, effects) == [AnswerCached(2, file.version_id)]
 
 
+def test_who_was_introduced_while_a_replica_was_being_added_hears_of_it_and_is_let_go() -> None:
+    """Found in simulation: both had the whole file, and stayed connected for ever."""
+    bench = Bench()
+    file = version()
+    bench.tell(ReplicaOffered(1, file.version_id))
+    bench.tell(FileWanted(2, file, "nfs", "ada", CHUNK_BYTES))
+    bench.meet(HIGHER, file)
+    bench.heard(HIGHER, Have(file.version_id, [], b"", complete=True))
+
+    assert LoadManifest(file.version_id) in bench.tell(ReplicaAdded(file.version_id))
+    digests = tuple(digest(chunk) for chunk in range(3))
+    effects = bench.tell(ManifestLoaded(file.version_id, digests, CHUNK_BYTES))
+    (have,) = (effect.message for effect in of(TellPeer, effects))
+    assert isinstance(have, Have) and have.complete
+    bench.heard(HIGHER, Gone(file.version_id))
+    assert of(HangUp, bench.wait_until(101.0 + LINGER_S)) == [HangUp(HIGHER.node)]
+
+
 def test_a_replica_that_could_not_be_added_is_fetched_by_whoever_wants_the_file() -> None:
     bench = Bench()
     file = version()
