@@ -17,7 +17,13 @@ from simulations.network import Flow
 from simulations.nodes import Node
 from simulations.racks import between
 from swarmcache.chunks import ChunkLayout
-from swarmcache.peer_events import ChunkRead, RangeReadDone, RangeReadFailed, ReadRange, WriteFailed
+from swarmcache.peer_events import (
+    ChunksRead,
+    RangeReadDone,
+    RangeReadFailed,
+    ReadRange,
+    WriteFailed,
+)
 
 if TYPE_CHECKING:
     from simulations.cluster import Cluster
@@ -166,7 +172,7 @@ class Readings:
             self.server.leave(reading)
         else:
             self._next_piece(reading)
-        self._cluster.tell(node, ChunkRead(version_id, effect.lease_id, chunk, digest))
+        self._cluster.tell(node, ChunksRead(version_id, effect.lease_id, {chunk: digest}))
         if done and node.life == reading.life:
             node.reading.pop(reading)
             elapsed_s = self._engine.now_s - reading.since_s

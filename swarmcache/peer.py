@@ -82,7 +82,7 @@ from swarmcache.peer_events import (
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
-    ChunkRead,
+    ChunksRead,
     DialPeer,
     DistrustPeer,
     DropPartial,
@@ -721,8 +721,7 @@ class Daemon:
 
         def on_chunks(digests: Mapping[int, bytes]) -> None:
             partial.commit_chunks(digests)
-            for chunk, digest in digests.items():
-                tell(ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
+            tell(ChunksRead(effect.version_id, effect.lease_id, digests))
 
         sink = RangeSink(
             lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunks

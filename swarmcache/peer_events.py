@@ -9,6 +9,7 @@ costs three times as much, and a simulated cluster creates millions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -376,13 +377,12 @@ class FilesNotKept:
 
 
 @dataclass(slots=True)
-class ChunkRead:
-    """A chunk of a leased range was read, digested and is on disk."""
+class ChunksRead:
+    """Chunks of a leased range, by number with their digests, were read and are on disk."""
 
     version_id: bytes
     lease_id: int
-    chunk: int
-    digest: bytes
+    digests: Mapping[int, bytes]
 
 
 @dataclass(slots=True)
@@ -462,7 +462,7 @@ PeerEvent: TypeAlias = (
     | HolderBusy
     | HolderFailed
     | FilesNotKept
-    | ChunkRead
+    | ChunksRead
     | RangeReadDone
     | RangeReadFailed
     | TimePassed

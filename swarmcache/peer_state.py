@@ -77,7 +77,7 @@ from swarmcache.peer_events import (
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
-    ChunkRead,
+    ChunksRead,
     ChunksRecovered,
     CopyWanted,
     DiskMeasured,
@@ -223,7 +223,7 @@ class PeerState:
                 self._handle_fetch_end(event, now_s, effects)
             case TrackerSaid():
                 self._handle_tracker_said(event.message, now_s, effects)
-            case ChunkRead() | RangeReadDone() | RangeReadFailed():
+            case ChunksRead() | RangeReadDone() | RangeReadFailed():
                 self._handle_reading(event, now_s, effects)
             case TimePassed():
                 self._handle_time(now_s, effects)
@@ -875,15 +875,16 @@ class PeerState:
 
     def _handle_reading(
         self,
-        event: ChunkRead | RangeReadDone | RangeReadFailed,
+        event: ChunksRead | RangeReadDone | RangeReadFailed,
         now_s: float,
         effects: list[PeerEffect],
     ) -> None:
-        if isinstance(event, ChunkRead):
+        if isinstance(event, ChunksRead):
             fetching = self._fetching.get(event.version_id)
             if fetching is not None and fetching.download is not None:
                 held = fetching.download.held
-                fetching.download.chunk_read(event.chunk, event.digest)
+                for chunk, digest in event.digests.items():
+                    fetching.download.chunk_read(chunk, digest)
                 if fetching.download.held != held:  # or else nobody waits for it
                     fetching.progress_at_s = now_s
         else:

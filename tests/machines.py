@@ -34,7 +34,7 @@ from swarmcache.peer_events import (
     ChunkAbsent,
     ChunkArrived,
     ChunkCorrupt,
-    ChunkRead,
+    ChunksRead,
     ChunksRecovered,
     DialPeer,
     DistrustPeer,
@@ -895,7 +895,7 @@ class Cluster:
             digest = digest_of(stored.version, stored.layout, chunk)
             stored.chunks[chunk] = digest
             self.read_bytes += stored.layout.length_bytes(chunk)
-            self.tell_node(at, ChunkRead(effect.version_id, effect.lease_id, chunk, digest))
+            self.tell_node(at, ChunksRead(effect.version_id, effect.lease_id, {chunk: digest}))
             next_piece(at)
 
         self.after(self.rng.random() * self.piece_max_s, self._node_act(node, end))

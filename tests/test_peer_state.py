@@ -52,7 +52,7 @@ from swarmcache.peer_events import (
     CheckCopy,
     ChunkArrived,
     ChunkCorrupt,
-    ChunkRead,
+    ChunksRead,
     ChunksRecovered,
     CopyWanted,
     DialPeer,
@@ -197,9 +197,8 @@ class Bench:
 
     def read(self, file: FileVersion, lease_id: int, *chunks: int) -> list[PeerEffect]:
         """Chunks of a leased range come from the file server."""
-        return self.tell(
-            *(ChunkRead(file.version_id, lease_id, chunk, digest(chunk)) for chunk in chunks)
-        )
+        digests = {chunk: digest(chunk) for chunk in chunks}
+        return self.tell(ChunksRead(file.version_id, lease_id, digests))
 
     def complete(self, file: FileVersion, request: int = 1, chunks: int = 3) -> None:
         """The whole file is read here and put in place."""
