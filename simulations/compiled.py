@@ -3,7 +3,7 @@
 Takes the arguments of ``python -m simulations`` (not ``planted_bugs``, which changes the sources).
 Compiled with mypyc, a run has the same trace for little more than half the processor time. The
 packages are copied into ``build/`` of the checkout, and the modules there compiled in which the
-time goes. That takes a minute, once for as long as no source changes.
+time goes. That takes a minute or two, once for as long as no source changes.
 
 Needs the development dependencies, a C compiler and Python's header files.
 
@@ -29,6 +29,12 @@ MODULES = (
     "swarmcache/chunks.py",
     "swarmcache/download.py",
     "swarmcache/fetching.py",
+    "swarmcache/gossip.py",
+    "swarmcache/gossip_claims.py",
+    "swarmcache/gossip_probes.py",
+    "swarmcache/gossip_records.py",
+    "swarmcache/gossip_spread.py",
+    "swarmcache/gossip_view.py",
     "swarmcache/peer_neighbours.py",
     "swarmcache/peer_state.py",
     "swarmcache/rack_view.py",
@@ -39,6 +45,7 @@ MODULES = (
     "simulations/control_plane.py",
     "simulations/engine.py",
     "simulations/file_server.py",
+    "simulations/gossip_cluster.py",
     "simulations/network.py",
     "simulations/readings.py",
     "simulations/transfers.py",
