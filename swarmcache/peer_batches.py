@@ -196,6 +196,9 @@ class PeerBatches:
                 assert self._fetches[fetch] is batch, "a fetch of another batch"
             if batch.question is not None:
                 assert self._questions[batch.question] is batch, "a question of another batch"
+        for question, batch in self._questions.items():
+            assert self._batches.get(batch.request) is batch, "a question of a batch that has ended"
+            assert question == batch.question, "a question that was forgotten"
         assert count == self._count <= BATCHED_MAX, "files miscounted"
         assert not self._ended, "nobody was told that a file has left its batch"
         fetches = sum(len(batch.in_flight) for batch in self._batches.values())
@@ -206,13 +209,12 @@ class PeerBatches:
     def _go_on(self, batch: Batch, now_s: float, effects: list[PeerEffect]) -> None:
         """Ask for what is open when it is time; answer when nothing is left."""
         if now_s >= batch.until_s:
-            if batch.question is not None:
-                del self._questions[batch.question]
-                batch.question = None
+            self._withdraw_question(batch)
             self._leave(batch, list(batch.open))
         if batch.open and batch.question is None and now_s >= batch.ask_at_s:
             self._ask(batch, now_s, effects)
         if not batch.open and not batch.in_flight:
+            self._withdraw_question(batch)
             del self._batches[batch.request]
             effects.append(AnswerFiles(batch.request))
 
@@ -222,6 +224,12 @@ class PeerBatches:
         batch.asked = list(batch.open)[:LOCATE_MAX]
         self._questions[self._numbers] = batch
         effects.append(TellTracker(WhoHas(self._numbers, batch.asked)))
+
+    def _withdraw_question(self, batch: Batch) -> None:
+        """Whatever the tracker answers comes too late."""
+        if batch.question is not None:
+            del self._questions[batch.question]
+            batch.question = None
 
     def _leave(self, batch: Batch, version_ids: Sequence[bytes]) -> None:
         """These are not to be had, as far as they are open."""

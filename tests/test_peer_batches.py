@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swarmcache.chunks import FileVersion, mask_of, mask_to_bytes
 from swarmcache.messages import (
@@ -26,8 +28,10 @@ from swarmcache.peer_events import (
     HolderBusy,
     HolderFailed,
     PeerEffect,
+    PeerEvent,
     ReserveSpace,
     TellTracker,
+    TrackerConnected,
     TrackerLost,
 )
 from tests.test_peer_state import HIGHER, LOWER, Bench, of
@@ -206,6 +210,83 @@ def test_a_disk_without_room_for_all_ends_the_batch(bench: BatchBench) -> None:
     assert bench.answers() == 0, "something is under way still"
     bench.tell(arrived(higher, 2, 3))
     assert bench.answers() == 1
+
+
+def test_an_answer_of_the_tracker_that_comes_after_the_batch_has_ended_does_no_harm(
+    bench: BatchBench,
+) -> None:
+    """Found in simulation: one holder was busy, and the disk had no room for what another sent."""
+    bench.want_together()
+    lower, higher = bench.held_by((LOWER, [0, 1]), (HIGHER, [2, 3, 4]))
+    bench.tell(HolderBusy(lower.fetch, LOWER.node))
+    bench.wait_until(bench.now_s + BUSY_PAUSE_S)
+    late = bench.question()
+    bench.tell(FilesNotKept(higher.fetch, HIGHER.node, "not enough free space"))
+    assert bench.answers() == 1
+
+    assert bench.said(HeldBy(late.request_id, [])) == []
+
+
+ENDINGS = ["arrived", "busy", "failed", "lies", "no room"]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["want", "held", "wait", "lost", "found", *ENDINGS]), st.integers(0, 31)
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(STEPS)
+def test_whatever_happens_every_batch_is_answered_once(steps: list[tuple[str, int]]) -> None:
+    bench = BatchBench()
+    flying: list[FetchFiles] = []
+    requests = 0
+    for step, number in steps:
+        seen = len(bench.seen)
+        match step:
+            case "want":
+                wanted = [FILES[each] for each in range(5) if number >> each & 1] or FILES
+                bench.tell(FilesWanted(REQUEST + requests, wanted))
+                requests += 1
+            case "held":
+                masks = {LOWER: number, HIGHER: 31 - number}
+                holders = [BatchHolder(each, mask_to_bytes(mask)) for each, mask in masks.items()]
+                asked = [told.message for told in of(TellTracker, bench.seen)]
+                for question in of(WhoHas, asked)[-2:]:  # one of them may be of an ended batch
+                    bench.said(HeldBy(question.request_id, holders))
+            case "wait":
+                bench.wait_until(bench.now_s + BUSY_PAUSE_S * (number + 1))
+            case "lost":
+                bench.tell(TrackerLost("reset"))
+            case "found":
+                bench.tell(TrackerConnected())
+            case _ if flying:
+                fetch = flying.pop(number % len(flying))
+                bench.tell(_ending(step, fetch, number))
+        flying += of(FetchFiles, bench.seen[seen:])
+    for fetch in flying:
+        bench.tell(HolderFailed(fetch.fetch, fetch.address.node, "reset"))
+    bench.wait_until(bench.now_s + BATCH_S)
+
+    answered = sorted(answer.request for answer in of(AnswerFiles, bench.seen))
+    assert answered == list(range(REQUEST, REQUEST + requests))
+
+
+def _ending(step: str, fetch: FetchFiles, number: int) -> PeerEvent:
+    node = fetch.address.node
+    match step:
+        case "arrived":
+            some = [each.version_id for each in fetch.versions[: number % 4]]
+            return FilesArrived(fetch.fetch, node, some, 1000)
+        case "busy":
+            return HolderBusy(fetch.fetch, node)
+        case "failed":
+            return HolderFailed(fetch.fetch, node, "reset")
+        case "lies":
+            return FilesCorrupt(fetch.fetch, node, fetch.versions[0].version_id)
+        case _:  # no room
+            return FilesNotKept(fetch.fetch, node, "not enough free space")
 
 
 def test_a_tracker_that_is_lost_or_silent_holds_up_nobody(bench: BatchBench) -> None:
