@@ -203,6 +203,18 @@ class DaemonSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=
     metrics: Annotated[HostPort | None, _or_none(HostPort.parse, "none")] = None
     socket: Annotated[Path, parse_path]
 
+    @property
+    def told(self) -> HostPort:
+        """The address that other nodes are told. Raises ConfigError where it is nobody's."""
+        address = self.advertise or self.listen
+        if address.is_unspecified:
+            name = "advertise" if self.advertise else "listen"
+            raise ConfigError(
+                f'daemon.{name} = "{address}" stands for all addresses of this node: expected '
+                "daemon.advertise (--advertise HOST:PORT), at which other nodes reach it"
+            )
+        return address
+
 
 class CacheSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The cache directories and how much of their disks they may take."""

@@ -219,7 +219,7 @@ class Daemon:
 
     async def _listen(self, stack: AsyncExitStack) -> HostPort:
         """Open both ports, and decide how this node is called."""
-        listen = self._config.daemon.listen
+        listen, advertised = self._config.daemon.listen, self._config.daemon.told
         transfer = self._config.transfer
         self._listener, self._datagram_socket = self._bind(listen)
         stack.callback(self._listener.close)
@@ -234,7 +234,6 @@ class Daemon:
         )
         data_port = await self._chunk_server.start(listen.host, port + 1 if listen.port else 0)
         stack.push_async_callback(self._chunk_server.stop)
-        advertised = self._config.daemon.advertise or listen
         advertised = HostPort(advertised.host, advertised.port or port)
         self.address = NodeAddress(
             str(advertised), data_port, socket.gethostname()[:64], self._config.daemon.rack

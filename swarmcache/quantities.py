@@ -163,6 +163,14 @@ class HostPort(Struct, frozen=True):
         except ValueError:  # a name
             return self.host == "localhost"
 
+    @property
+    def is_unspecified(self) -> bool:
+        """Whether it stands for all addresses of a machine: to listen on, not to be reached at."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:  # a name
+            return False
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 

@@ -287,6 +287,19 @@ def test_every_field_names_the_function_that_reads_it() -> None:
 
 # --- the file ------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7381", "[::]:7381"])
+def test_what_is_nobodys_address_is_not_told_to_others(listen: str) -> None:
+    config = load({"daemon.listen": listen, "cluster.secret_file": "/secret"}, {})
+    with pytest.raises(ConfigError, match=r"daemon\.listen .* expected daemon\.advertise"):
+        _ = config.daemon.told
+    options = {"daemon.listen": listen, "cluster.secret_file": "/secret"}
+    config = load({**options, "daemon.advertise": "node1:7381"}, {})
+    assert config.daemon.told == HostPort("node1", 7381)
+    with pytest.raises(ConfigError, match=r"daemon\.advertise = "):
+        _ = load({**options, "daemon.advertise": listen}, {}).daemon.told
+
+
 EVERY_SETTING = """
 [cluster]
 label = "experiments"
