@@ -59,6 +59,10 @@ class DaemonUnavailable(RemoteError):
     """No daemon answers on the local socket."""
 
 
+class NoDescriptor(DaemonUnavailable):
+    """This process may open no more files, so it cannot connect to the daemon."""
+
+
 class DaemonRefused(RemoteError):
     """The daemon does not do what it was asked; the message says why."""
 

@@ -21,7 +21,13 @@ import select
 import stat
 import time
 
-from swarmcache.errors import BadMessage, DaemonUnavailable, NotCached, SourceUnreadable
+from swarmcache.errors import (
+    BadMessage,
+    DaemonUnavailable,
+    NoDescriptor,
+    NotCached,
+    SourceUnreadable,
+)
 from swarmcache.local_socket import (
     FOUND_BYTES_MAX,
     SILENCE_S_MAX,
@@ -335,6 +341,7 @@ class Exchanges:
         self._next_index = 0
         self._arrivals: select.epoll | None = None  # made when something is in flight
         self._fault = ""
+        self._short = False  # of descriptors: what is in flight must end before more is begun
 
     def close(self) -> None:
         """End the requests that are still in flight."""
@@ -369,6 +376,8 @@ class Exchanges:
 
     def start(self) -> bool:
         """Turn to the next paths. False: there are none, or enough is in flight."""
+        if self._short:
+            return False
         if self._missed and len(self._in_flight) < REQUESTS_MAX:
             self._ask(self._missed.pop(0))  # a few dozen at most
             return True
@@ -390,18 +399,29 @@ class Exchanges:
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Act on what arrives, or on the time that is up."""
+        self._take_in(wait_s)
+        if self._late():
+            # This process may have been stopped (SIGSTOP, a suspended job) while it waited. What
+            # has come meanwhile has come in time, and poll() has not looked again.
+            self._take_in(0.0)
+            for each, fault in self._late():
+                self._give_up(each, fault)
+
+    def _take_in(self, wait_s: float) -> None:
         for fd, _ in self._arrivals.poll(wait_s) if self._arrivals is not None else ():
             if fd in self._in_flight:
                 self._receive(self._in_flight[fd])
             else:
                 self._receive_found(self._look_ups[fd])
+
+    def _late(self) -> list[tuple[Exchange | LookUp, str]]:
+        """Whose time is up, and what to say of it."""
         now_s = time.monotonic()
-        late = self._deadline_s is not None and now_s >= self._deadline_s + GRACE_S
-        for each in self._unanswered():
-            if late:
-                self._give_up(each, "the daemon did not answer in time")
-            elif now_s >= each.silent_at_s:
-                self._give_up(each, f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
+        if self._deadline_s is not None and now_s >= self._deadline_s + GRACE_S:
+            fault = "the daemon did not answer in time"
+            return [(each, fault) for each in self._unanswered()]
+        fault = f"the daemon said nothing for {SILENCE_S_MAX:.0f} s"
+        return [(each, fault) for each in self._unanswered() if now_s >= each.silent_at_s]
 
     def _unanswered(self) -> list[Exchange | LookUp]:
         return [*self._in_flight.values(), *self._look_ups.values()]
@@ -421,13 +441,20 @@ class Exchanges:
                 source = open_source(asked, real=asked in self._trees)
                 opened.append(Exchange(index, asked, source))
             except SourceUnreadable as error:
-                busy = opened or self._in_flight or self._look_ups
-                if busy and getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+                short = getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE)
+                if short and (opened or self._in_flight or self._look_ups):
                     self._put_off.append(item)  # until others are closed
                     break
-                self._answers[index] = _unusable(asked, error)
+                self._answers[index] = _unusable(asked, error, usable=short)
                 settled = True
         return opened, settled
+
+    def _put_back(self, opened: list[Exchange]) -> None:
+        """Close sources, which are in nobody's hands, to open them again later."""
+        while opened:
+            exchange = opened.pop()
+            exchange.source.close()
+            self._put_off.append((exchange.index, exchange.asked))
 
     def _next_path(self) -> tuple[int, bytes] | None:
         if self._put_off:
@@ -435,15 +462,15 @@ class Exchanges:
         return next(self._waiting, None)
 
     def _send(self, line: bytes, *fds: int) -> tuple[Connection, bool]:
-        """Send a request, and expect the answer. Raises DaemonUnavailable."""
+        """Send a request, and expect the answer. Raises DaemonUnavailable, NoDescriptor."""
         connection, reused = self._connections.send(line, *fds)
         try:
             if self._arrivals is None:
                 self._arrivals = select.epoll()
             self._arrivals.register(connection.fileno(), select.EPOLLIN)
-        except OSError as error:  # no descriptor left
+        except OSError as error:
             connection.close()
-            raise DaemonUnavailable(reason_of(error)) from error
+            raise NoDescriptor(reason_of(error)) from error
         return connection, reused
 
     def _wait_s(self) -> float | None:
@@ -458,6 +485,11 @@ class Exchanges:
         fds = [exchange.source.fd for exchange in look_up.files]
         try:
             look_up.connection, _ = self._send(line, *fds)
+        except NoDescriptor:  # the sources have taken all: one of them makes a connection first
+            first, *others = look_up.files
+            self._put_back(others)
+            self._missed.append(first)
+            return
         except DaemonUnavailable as error:
             self._fault = str(error)
             for exchange in look_up.files:
@@ -511,17 +543,31 @@ class Exchanges:
         if self._fault:
             self._settle_original(exchange, self._fault)
             return
-        exchange.attempts += 1
         tree = self._trees.get(exchange.asked)
         line = get_line(exchange.source.real_path, self._wait_s(), tree)
         try:
             exchange.connection, exchange.reused = self._send(line, exchange.source.fd)
+        except NoDescriptor as error:
+            self._ask_later(exchange, error)
+            return
         except DaemonUnavailable as error:
             self._fault = str(error)
             self._settle_original(exchange, self._fault)
             return
+        exchange.attempts += 1
         exchange.silent_at_s = time.monotonic() + SILENCE_S_MAX
         self._in_flight[exchange.connection.fileno()] = exchange
+
+    def _ask_later(self, exchange: Exchange, error: NoDescriptor) -> None:
+        """When there is a descriptor for its connection, if we can do something for that."""
+        if self._missed:
+            self._put_back(self._missed)
+            self._missed.append(exchange)
+        elif self._in_flight or self._look_ups:
+            self._missed.append(exchange)
+            self._short = True
+        else:
+            self._settle_original(exchange, str(error))
 
     def _give_up(self, late: Exchange | LookUp, fault: str) -> None:
         self._fault = fault
@@ -611,12 +657,13 @@ class Exchanges:
         self._arrivals.unregister(connection.fileno())
         in_flight = self._in_flight if isinstance(each, Exchange) else self._look_ups
         del in_flight[connection.fileno()]
+        self._short = False
         each.connection = None
         return connection
 
 
-def _unusable(asked: bytes, error: SourceUnreadable) -> Answer:
-    return Answer(asked, real_path_of(asked), usable=False, reason=str(error))
+def _unusable(asked: bytes, error: SourceUnreadable, *, usable: bool = False) -> Answer:
+    return Answer(asked, real_path_of(asked), usable=usable, reason=str(error))
 
 
 def _read_lines(

@@ -137,7 +137,7 @@ class Holder:
             connection = self._open[-1]
             try:
                 message = connection.ask(line, fd)
-            except (DaemonUnavailable, BadMessage):  # what it holds is not to be relied on
+            except BaseException:  # ^C as well: a late answer would be taken for the next one
                 self._open.pop().connection.close()
                 raise
             if message.get("answer") != "cached":

@@ -34,7 +34,7 @@ from _socket import (
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 
-from swarmcache.errors import BadMessage, ConfigError, DaemonUnavailable
+from swarmcache.errors import BadMessage, ConfigError, DaemonUnavailable, NoDescriptor
 from swarmcache.locations import SYSTEM_CONFIG, default_socket_candidates
 
 TYPE_CHECKING = False  # typing's own costs its import
@@ -72,8 +72,8 @@ class Connection:
         self._received = b""
         try:
             self._socket = socket(AF_UNIX, SOCK_STREAM)
-        except OSError as error:  # no descriptor left
-            raise DaemonUnavailable(f"{os.fsdecode(path)}: {reason_of(error)}") from error
+        except OSError as error:
+            raise NoDescriptor(f"{os.fsdecode(path)}: {reason_of(error)}") from error
         try:
             self._connect(path)
         except BaseException:
@@ -204,8 +204,8 @@ class Connections:
         Raises DaemonUnavailable.
         """
         if self._pid != os.getpid():
+            self.close()  # before another thread takes one of them for ours
             self._pid = os.getpid()
-            self.close()
         while True:
             try:
                 connection = self._idle.pop()  # atomic, as append() is: threads share the list
@@ -247,7 +247,7 @@ def get_line(
     progress: bool = True,
 ) -> bytes:
     """The request for one file, whose descriptor goes with it."""
-    more = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
+    more = _wait(wait_s)
     if tree is not None:
         more += b',"tree":"%s"' % b2a_base64(tree, newline=False)
     if hold is not None:
@@ -266,10 +266,16 @@ def release_line(hold: int) -> bytes:
 def look_up_line(count: int, wait_s: float | None, tree: bytes | None) -> bytes:
     """The request for the copies of so many files, whose descriptors go with it. What is small and
     missing is fetched first, if it can be had of peers."""
-    more = b"" if wait_s is None else b',"wait_s":%.3f' % wait_s
+    more = _wait(wait_s)
     if tree is not None:
         more += b',"tree":"%s"' % b2a_base64(tree, newline=False)
     return b'{"op":"look_up","count":%d,"fetch":true%s}\n' % (count, more)
+
+
+def _wait(wait_s: float | None) -> bytes:
+    """How long the daemon may take; nothing where that does not matter, nor for infinity, which
+    JSON does not know."""
+    return b"" if wait_s is None or wait_s == float("inf") else b',"wait_s":%.3f' % wait_s
 
 
 def parse_found(line: bytes, count: int) -> tuple[list[bytes | None], set[int]]:
@@ -345,12 +351,14 @@ def is_progress(line: bytes) -> bool:
 def connect(socket_path: bytes | None, config_file: bytes | None) -> Connection:
     """Connect to the daemon that was named, else to this user's, else to root's.
 
-    Raises DaemonUnavailable, whose text says what was tried.
+    Raises DaemonUnavailable, whose text says what was tried; NoDescriptor.
     """
     problems = []
     for path in _candidates(socket_path, config_file):
         try:
             return Connection(path)
+        except NoDescriptor:
+            raise
         except DaemonUnavailable as error:
             problems.append(str(error))
     raise DaemonUnavailable(f"no daemon answers ({'; '.join(problems)})")

@@ -247,6 +247,28 @@ def test_a_process_without_descriptors_gets_the_original_path(
     assert path == file or path.is_relative_to(node.cache_dir)
 
 
+def test_few_descriptors_make_a_call_slower_and_all_files_cached(
+    client: swarmcache.Client, node: LocalNode, tmp_path: Path
+) -> None:
+    files = [str(file) for file in small_files(tmp_path, 100)]
+    client.get_many(files, strict=True)
+    program = (
+        "import os, resource, sys, swarmcache\n"
+        f"client = swarmcache.Client({str(node.socket)!r})\n"
+        "lowest = os.dup(0)\n"
+        "os.close(lowest)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 30, 4096))\n"
+        "print(sum(answer.cached for answer in client.get_many(sys.argv[1:])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *files],
+        cwd=PACKAGE_PARENT,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"100\n")
+
+
 def test_threads_share_a_client(client: swarmcache.Client, tmp_path: Path) -> None:
     files = small_files(tmp_path, 40)
 

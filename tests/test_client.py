@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from swarmcache import client as client_module
 from swarmcache import exchanges, local_socket
 from swarmcache.client import REQUESTS_MAX, Answer, Client, Progress
 from swarmcache.errors import DaemonRefused, DaemonUnavailable
+from swarmcache.exchanges import Exchanges
 from swarmcache.local_protocol import (
     Answer as DaemonAnswer,
 )
@@ -32,6 +38,7 @@ from swarmcache.local_protocol import (
 from swarmcache.local_protocol import (
     Progress as DaemonProgress,
 )
+from swarmcache.local_socket import Connection, Connections
 from tests.scripted_daemon import HANG_UP, Asked, ScriptedDaemon, caching_in
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -223,6 +230,62 @@ def test_a_forked_child_takes_a_connection_of_its_own(daemon: ScriptedDaemon, so
     assert os.waitstatus_to_exitcode(status) == 0
     assert hit_of_parent
     assert [asked.connection for asked in daemon.asked] == [1, 2, 1]
+
+
+def test_no_thread_of_a_forked_child_takes_a_connection_of_its_parent(
+    daemon: ScriptedDaemon,
+) -> None:
+    connections = Connections(bytes(daemon.path))
+    reused = []
+
+    class Inherited(Connection):
+        def close(self) -> None:  # just then another thread has something to ask
+            super().close()
+            connection, was_idle = connections.send(b"")
+            reused.append(was_idle)
+            connection.close()
+
+    connections.give_back(connections.connect())
+    connections.give_back(Inherited(bytes(daemon.path)))
+    connections._pid = 0
+    connections.send(b"")[0].close()
+
+    assert reused == [False]
+
+
+def test_an_answer_that_comes_after_an_interrupted_hold_is_not_taken_for_the_next_one(
+    run_dir: Path, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"CONTENT OF THE OTHER.")
+    cache = caching_in(tmp_path / "cache")
+    asked_for_other = threading.Event()
+    main = threading.get_ident()
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        if not isinstance(asked.request, Get):  # the end of a hold
+            return []
+        if asked.path == bytes(source):
+            signal.pthread_kill(main, signal.SIGUSR1)
+            asked_for_other.wait(1)
+        else:
+            asked_for_other.set()
+        (cached,) = cache(asked)
+        assert isinstance(cached, Cached)
+        return [msgspec.structs.replace(cached, held=True)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with ScriptedDaemon(run_dir, answer) as daemon, Client(bytes(daemon.path)) as client:
+            with pytest.raises(KeyboardInterrupt):
+                client.hold(source)
+            with client.hold(other) as held:
+                assert Path(held).read_bytes() == b"CONTENT OF THE OTHER."
+    finally:
+        signal.signal(signal.SIGUSR1, former)
 
 
 def test_no_descriptor_is_left_open(run_dir: Path, tmp_path: Path, source: Path) -> None:
@@ -462,6 +525,40 @@ def test_a_silent_daemon_is_given_up_and_not_asked_for_the_next_file(
     assert len(daemon.asked) == REQUESTS_MAX
 
 
+class Stopped:
+    """An epoll of a process that was stopped while it waited, as SIGSTOP does: at its end the time
+    is up, and the kernel was not asked again what has come."""
+
+    def __init__(self, real: select.epoll) -> None:
+        self._real = real
+
+    def poll(self, wait_s: float) -> list[tuple[int, int]]:
+        return [] if wait_s else self._real.poll(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_what_came_while_the_client_was_stopped_has_come_in_time(
+    run_dir: Path, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchanges, "SILENCE_S_MAX", 0.0)
+    with ScriptedDaemon(run_dir, caching_in(tmp_path / "cache")) as daemon:
+        connections = Connections(bytes(daemon.path))
+        call = Exchanges(connections, [bytes(source)])
+        while call.start():
+            pass
+        real = call._arrivals
+        assert real is not None and real.poll(10), "the daemon has not answered"
+        monkeypatch.setattr(call, "_arrivals", Stopped(real))
+        call.receive(0.001)
+        (answer,) = call.take()
+        call.close()
+        connections.close()
+
+    assert answer.cached, answer.reason
+
+
 def test_a_daemon_that_tells_of_progress_is_not_given_up(
     run_dir: Path, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,11 +580,13 @@ def test_the_timeout_is_passed_to_the_daemon(run_dir: Path, source: Path) -> Non
     with ScriptedDaemon(run_dir, lambda _: [Original("not in time")]) as daemon:
         get(daemon, source, timeout_s=7.5)
         get(daemon, source)
+        get(daemon, source, timeout_s=math.inf)
 
-    with_timeout, without = (asked.request for asked in daemon.asked)
-    assert isinstance(with_timeout, Get) and isinstance(without, Get)
+    with_timeout, without, endless = (asked.request for asked in daemon.asked)
+    assert isinstance(with_timeout, Get) and isinstance(without, Get) and isinstance(endless, Get)
     assert with_timeout.wait_s == pytest.approx(7.5, abs=0.5)
     assert without.wait_s is None
+    assert endless.wait_s is None
 
 
 def test_a_daemon_that_ignores_the_timeout_is_given_up(
