@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,8 +39,9 @@ class JobScript:
 class Submission:
     """``words``: the command line. ``stdin``: the script, where it came from there.
 
-    ``options``: those in the script, then those of the command line, which count more. ``joined``:
-    a value may follow a short option without a space (``-a1-4``).
+    ``options``: those in the script, then those of environment variables, then those of the command
+    line; later ones count more. ``joined``: a value may follow a short option without a space
+    (``-a1-4``).
     """
 
     words: list[str]
@@ -67,23 +68,30 @@ class Submission:
         return self.option(*names) is not None
 
 
-def read_submission(words: list[str], *, directive: bytes, slurm: bool) -> Submission:
+def read_submission(
+    words: list[str], *, directive: bytes, variables: Mapping[str, str], slurm: bool
+) -> Submission:
     """Find the script of ``words``: a file, with Slurm also the value of ``--wrap``, or stdin.
 
-    ``directive``: what lines of the script with options begin with. Raises NoPreference.
+    ``directive``: what lines of the script with options begin with. ``variables``: environment
+    variables that are options, and which. Raises NoPreference.
     """
+    set_outside = [
+        f"{option}={os.environ[name]}" for name, option in variables.items() if os.environ.get(name)
+    ]
     for index, word in enumerate(words[1:], 1):
         text = _script_text(word)
         if text is not None:
             script = JobScript(text, word, words[index + 1 :])
-            return Submission(words, script, _directives(text, directive) + words[1:index], slurm)
-    wrapped = Submission(words, JobScript(b"", "sh"), words[1:], slurm)
+            options = _directives(text, directive) + set_outside + words[1:index]
+            return Submission(words, script, options, slurm)
+    wrapped = Submission(words, JobScript(b"", "sh"), set_outside + words[1:], slurm)
     if slurm and (command := wrapped.option("--wrap")) is not None:
         return replace(wrapped, script=JobScript(b"#!/bin/sh\n" + os.fsencode(command), "sh"))
     if sys.stdin is None or sys.stdin.isatty() or not _is_script_on_stdin(words[1:]):
         raise NoPreference("the command line names no file that begins with #!")
     text = sys.stdin.buffer.read()
-    options = _directives(text, directive) + words[1:]
+    options = _directives(text, directive) + set_outside + words[1:]
     return Submission(words, JobScript(text, "sh"), options, slurm, text)
 
 
@@ -114,12 +122,15 @@ def _script_text(word: str) -> bytes | None:
 
 
 def _directives(text: bytes, prefix: bytes) -> list[str]:
-    """The options in a script's comments, which end with its first command."""
+    """The options in a script's comments, which end with its first command.
+
+    No space is needed behind the prefix, neither for sbatch nor for qsub (``#$-cwd``).
+    """
     options: list[str] = []
     for line in text.splitlines():
-        if line.strip() and not line.startswith(b"#"):
+        if line.strip() and not line.lstrip().startswith(b"#"):
             break
-        if line.startswith(prefix + b" "):
+        if line.startswith(prefix):
             try:
                 options += shlex.split(os.fsdecode(line[len(prefix) :]), comments=True)
             except ValueError:  # quotes that do not end: the scheduler will say so

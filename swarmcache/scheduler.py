@@ -8,6 +8,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from swarmcache.errors import LocalError
 from swarmcache.get import abandon_stdout
@@ -46,6 +47,7 @@ class Scheduler(ABC):
     """One job at its scheduler."""
 
     directive: bytes  # what lines of a job script with options begin with
+    variables_read: ClassVar[Mapping[str, str]] = {}  # environment variables that are options
 
     def __init__(self, submission: Submission) -> None:
         self.submission = submission

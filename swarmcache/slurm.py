@@ -18,6 +18,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 from swarmcache.job_script import NoPreference, Submission
 from swarmcache.locate import NodeBytes
@@ -56,6 +57,12 @@ class Slurm(Scheduler):
     """A job for sbatch."""
 
     directive = b"#SBATCH"
+    variables_read: ClassVar[Mapping[str, str]] = {
+        "SBATCH_ARRAY_INX": "--array",
+        "SBATCH_CLUSTERS": "--clusters",
+        "SLURM_CLUSTERS": "--clusters",
+        "SBATCH_JOB_NAME": "--job-name",
+    }
 
     def __init__(self, submission: Submission) -> None:
         super().__init__(submission)
@@ -183,13 +190,15 @@ def _let_go(job: str, ids: Collection[str]) -> None:
 def _pending(job: str, ids: Collection[str]) -> list[str]:
     """Which of these have not started; all of them, if Slurm cannot say so.
 
-    One that has ended may be unknown by now.
+    Of an array its tasks, since Slurm lets no array go as a whole. One that has ended may be
+    unknown by now.
     """
     words = ["squeue", "--noheader", "--array", f"--jobs={job}", "--states=PENDING"]
     answer = ask([*words, "--format=%i"], check=False)
     if answer.returncode != 0 and b"Invalid job id" not in answer.stderr:
         return sorted(ids)
-    return sorted(set(_text(answer.stdout).split()) & set(ids))
+    waiting = set(_text(answer.stdout).split())
+    return sorted(each for each in waiting if each in ids or each.partition("_")[0] in ids)
 
 
 def _update(changes: Mapping[str, str]) -> str:

@@ -47,7 +47,12 @@ def run_submit(
         raise UsageError("--prefetch is for sbatch")
     kind = SCHEDULERS[program]
     try:
-        submission = read_submission(words, directive=kind.directive, slurm=kind is Slurm)
+        submission = read_submission(
+            words,
+            directive=kind.directive,
+            variables=kind.variables_read,
+            slurm=kind is Slurm,
+        )
     except NoPreference as error:
         say(f"{error}: no node is preferred")
         return _show(words) if dry_run else submit(words, None)

@@ -143,6 +143,23 @@ def test_each_task_of_an_array_goes_where_its_own_file_is_and_none_waits_for_tha
     )
 
 
+def test_no_task_of_an_array_waits_though_it_was_not_known_to_be_one(site: Site) -> None:
+    """Slurm also reads other schedulers' options in a script."""
+    file = site.put("unknown_array", MIB, site.third)
+
+    submitted = site.submit(site.script("pbs.sh", f"#PBS -t 1-3\ncf {file}"))
+
+    array = submitted.stdout.strip()
+    tasks = [f"{array}_{task}" for task in (1, 2, 3)]
+    site.slurm.wait_for({tasks[0]: ("RUNNING", "node3")})
+    wait_until(
+        lambda: {site.slurm.jobs()[task][0] for task in tasks} == {"RUNNING"},
+        PATIENCE_S,
+        "tasks that were let go to run elsewhere",
+    )
+    assert submitted.stderr == "swarmcache: prefers node3\n"
+
+
 def test_the_prolog_fetches_the_files_of_a_job_before_it_starts_as_its_user(site: Site) -> None:
     """What Slurm's own comment names; what cannot be had holds no job up."""
     file = site.swarm.put("held by nobody, yet", MIB)

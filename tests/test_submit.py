@@ -235,6 +235,7 @@ def test_tasks_of_an_array_are_told_their_own_nodes_before_it_begins(
         (["-w", "n1"], "cf b", "names its nodes itself"),
         (["-wn1"], "cf b", "names its nodes itself"),
         ([], "#SBATCH --nodelist=n1\ncf b", "names its nodes itself"),
+        ([], "#SBATCH\t--nodelist=n1\ncf b", "names its nodes itself"),
         (["-M", "other"], "cf b", "another cluster"),
         ([], "#SBATCH hetjob\ncf b", "several in one"),
         (["--quiet"], "cf b", "does not tell the job's id"),
@@ -264,6 +265,56 @@ def test_a_job_that_cannot_be_placed_is_submitted_as_it_is(
     said = capfd.readouterr()
     assert said.out == "77;cluster\n"
     assert reason in said.err and said.err.endswith("no node is preferred\nsbatch: error: no\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("SBATCH_ARRAY_INX", "1-3", "all tasks of the array ask for the same files"),
+        ("SBATCH_CLUSTERS", "other", "another cluster"),
+        ("SLURM_CLUSTERS", "other", "another cluster"),
+    ],
+)
+def test_what_sbatch_finds_in_its_environment_counts_as_well(
+    programs: Programs,
+    files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    variable: str,
+    value: str,
+    reason: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+
+    run("sbatch", script("cf b"))
+    run("sbatch", "--wrap=cf b")
+
+    assert programs.calls("sbatch") == [["job.sh", ""], ["--wrap=cf b", ""]]
+    assert capfd.readouterr().err.count(reason) == 2
+
+
+def test_the_command_line_counts_more_than_the_environment_and_that_more_than_the_script(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_ARRAY_INX", "0-2")
+    job = script("#SBATCH --array=0-3\nF=(a b a b); cf ${F[$SLURM_ARRAY_TASK_ID]}")
+
+    run("sbatch", job)
+    run("sbatch", "--array=0-1", job)
+
+    places = [call[-1].count("ReqNodeList") for call in programs.calls("scontrol")]
+    assert places == [3, 0, 2, 0]
+
+
+def test_all_tasks_of_an_array_that_was_not_known_to_be_one_are_let_go(
+    programs: Programs, files: Files
+) -> None:
+    programs.answer(("squeue", ("77_2\n77_3\n", "", 0)))
+
+    run("sbatch", script("#PBS -t 1-3\ncf b"))
+
+    let_go = "update JobId=77_2 ReqNodeList=\nupdate JobId=77_3 ReqNodeList=\n"
+    assert programs.calls("scontrol") == [["--oneliner", let_go]]
 
 
 @pytest.mark.parametrize(
@@ -402,12 +453,12 @@ def test_a_prolog_does_not_wait_for_a_daemon_that_hangs(
 def test_grid_engine_is_asked_softly_for_all_holders_the_best_first(
     programs: Programs, files: Files, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = script("#$ -t 1-3\ncf a; cf b")
+    job = script("#$ -t 1-3\n#$-cwd\ncf a; cf b")
 
-    assert run("qsub", "-cwd", "-tc", "2", job) == 0
+    assert run("qsub", "-tc", "2", job) == 0
 
     soft = ["-soft", "-q", "*@n2.cluster,*@n1.cluster", "-hard"]
-    assert programs.calls("qsub") == [[*soft, "-cwd", "-tc", "2", job, ""]]
+    assert programs.calls("qsub") == [[*soft, "-tc", "2", job, ""]]
     assert capfd.readouterr().out == 'Your job 5 ("job.sh") has been submitted\n'
 
 
@@ -547,11 +598,15 @@ def test_the_script_is_the_first_word_that_names_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "log").write_text("no script")
-    script("#SBATCH -J 'a b' # why\n\n#SBATCH --mem=1\necho\n#SBATCH --mem=2", "job")
+    text = "#SBATCH -J 'a b' # why\n\n  # more\n#SBATCH\t--mem=1\n#SBATCH-n2\necho\n#SBATCH --mem=2"
+    script(text, "job")
 
     found = read_submission(
-        ["sbatch", "-o", "log", ".", "job", "job"], directive=b"#SBATCH", slurm=True
+        ["sbatch", "-o", "log", ".", "job", "job"],
+        directive=b"#SBATCH",
+        variables={},
+        slurm=True,
     )
 
     assert (found.script.name, found.script.arguments) == ("job", ["job"])
-    assert found.options == ["-J", "a b", "--mem=1", "-o", "log", "."]
+    assert found.options == ["-J", "a b", "--mem=1", "-n2", "-o", "log", "."]
