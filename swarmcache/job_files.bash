@@ -90,13 +90,19 @@ popd() { cd "${__stack[-1]}" && unset '__stack[-1]'; }
 source() { eval "$(cat -- "$1")"; }
 .() { source "$@"; }
 
-# Without -i and w: those are the ways of sed to write.
+# Without -i, which may be shortened to --i, and w: those are the ways of sed to write.
 sed() {
   local word
-  for word; do case $word in --in* | -[!-]*i* | -i*) return 0 ;; esac; done
+  for word; do case $word in --i* | -[!-]*i* | -i*) return 0 ;; esac; done
   swarmcache-sed --sandbox "$@"
 }
-awk() { swarmcache-awk --sandbox "$@"; }
+# What keeps a program of gawk's from writing does not keep its options from that, nor a variable.
+awk() {
+  local word
+  [[ ${GAWK_PERSIST_FILE-} ]] && return 0
+  for word; do case $word in -[Fvfe]* | - | -- | [!-]* | "") ;; *) return 0 ;; esac; done
+  swarmcache-awk --sandbox "$@"
+}
 sort() {
   local word
   for word; do case $word in --* | -[!-]*[oTS]* | -[oTS]*) return 0 ;; esac; done

@@ -131,9 +131,11 @@ WAYS_TO_DESTROY = [
     "set +r; shopt -u restricted_shell; exec 5> $VICTIM; rm $VICTIM",
     "enable rm kill exec command; builtin exec rm $VICTIM; enable -f /bin/rm rm",
     "sed -i s/x/y/ $VICTIM; sed -n -i p $VICTIM; sed --in-place s/x/y/ $VICTIM; sed -ni p $VICTIM",
+    "sed --i s/x/y/ $VICTIM; sed s/x/y/ --i=.bak $VICTIM; sed -n --in-pl p $VICTIM",
     "sed -e 'w '$VICTIM $DATA/a; sed '1e rm '$VICTIM $DATA/a; command sed -i d $VICTIM",
     "sort -o $VICTIM $DATA/a; sort -no $VICTIM $DATA/a; sort --output=$VICTIM $DATA/a",
     'awk \'BEGIN { system("rm " ENVIRON["VICTIM"]); print > ENVIRON["VICTIM"] }\'',
+    "awk -o$VICTIM 1 $DATA/a; awk -p$VICTIM 1 $DATA/a; awk -vX=1 -d$VICTIM 1; awk --du=$VICTIM 1",
     "history -w $VICTIM; fc -e 'rm $VICTIM'; HISTFILE=$VICTIM",
     "cp $DATA/a $VICTIM; mv $VICTIM x; tee $VICTIM; dd of=$VICTIM; ln -sf x $VICTIM",
     "python3 - <<END\nimport os; os.remove(os.environ['VICTIM'])\nEND",
@@ -166,6 +168,25 @@ def test_the_work_of_a_script_is_not_done(
             assert everything_in(tmp_path) == before
             assert bystander.poll() is None
         bystander.kill()
+
+
+def test_awk_is_run_where_no_option_of_it_can_write(
+    look: LookInto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with -o, -p, -d, -D, -l and -i inplace. GNU's is not everywhere, so this is none."""
+    gawk = tmp_path / "bin/gawk"
+    gawk.parent.mkdir()
+    gawk.write_text('#!/bin/sh\necho "$DATA/a"\n')
+    gawk.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{gawk.parent}:{os.environ['PATH']}")
+    run = ["1", "-F, 1", "-F - -v x=1 -vy=2 -f a -e b -- c -", "'' 1"]
+    not_run = ["-ox 1", "-d 1", "-px 1", "--pretty 1", "-F, -S -ox 1", "-v x=1 --du 1", "-i x 1"]
+
+    for words in run:
+        assert look(f"cf $(awk {words})") == ["a"], words
+    for words in not_run:
+        assert look(f"cf $(awk {words})") == [], words
+    assert look("export GAWK_PERSIST_FILE=heap; cf $(awk 1)") == []
 
 
 def everything_in(directory: Path) -> dict[str, tuple[int, int]]:
