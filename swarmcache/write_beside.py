@@ -4,7 +4,8 @@
 
 Whoever writes one holds a lock on it (flock). So a file that bears this machine's tag and is not
 locked has lost its writer. Of another machine's, the lock tells as well where the file system takes
-locks across machines; since not all do, it must also be old.
+locks across machines; since not all do, it must also be old. That is by its ctime, too: its mtime
+becomes that of its source while its writer still has work to do.
 
 Invariant: nobody removes a file that somebody may still be writing.
 """
@@ -106,7 +107,8 @@ def _remove_if_left(
         status = os.fstat(fd)
         locked = _is_locked(fd)
         ours = name.startswith(PREFIX + machine_tag())
-        if locked or ((locked is None or not ours) and now_s < status.st_mtime + SILENT_S_MAX):
+        changed_s = max(status.st_mtime, status.st_ctime)
+        if locked or ((locked is None or not ours) and now_s < changed_s + SILENT_S_MAX):
             return None
         if not _leads_to(name, directory_fd, fd):
             return None

@@ -54,6 +54,17 @@ def test_what_another_machine_writes_is_left_over_only_after_a_day(
     assert removed(directory_fd, later_s=SILENT_S_MAX + 1) == [OTHER_MACHINE]
 
 
+def test_the_time_of_an_old_source_does_not_make_its_copy_left_over(
+    tmp_path: Path, directory_fd: int
+) -> None:
+    """A copy has it before it is in place: its writer may wait for a slot, and syncs it."""
+    (tmp_path / OTHER_MACHINE).write_text("all of it")
+    os.utime(tmp_path / OTHER_MACHINE, (0, 0))
+
+    assert removed(directory_fd) == []
+    assert removed(directory_fd, later_s=SILENT_S_MAX + 1) == [OTHER_MACHINE]
+
+
 def test_nothing_else_is_removed(tmp_path: Path, directory_fd: int) -> None:
     ours = f"{PREFIX}{machine_tag()}-"
     (tmp_path / "a file").touch()
