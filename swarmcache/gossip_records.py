@@ -109,6 +109,12 @@ class NodeStatus:
     held_digest: bytes = bytes(DIGEST_BYTES)
     standing_in: bool = False
 
+    @property
+    def measured(self) -> bool:
+        """Whether the node has looked at its disk. One that has nothing free, and nothing that
+        could make room, would be full."""
+        return self.disk != DiskHealth.OK or self.free_bytes > 0 or self.used_bytes > 0
+
 
 # --- sizes --------------------------------------------------------------------------------------
 

@@ -59,14 +59,17 @@ def _status_fields(status: NodeStatus | None) -> dict[str, Any]:
 
 
 def known_nodes(members: Iterable[Member]) -> list[KnownNode]:
-    """The members as such that may be asked to take replicas, or may not."""
+    """The members as such that may be asked to take replicas, or may not.
+
+    Of a disk that was not measured yet nothing is known, as soon after the start of its node.
+    """
     found = []
     for member in members:
         if member.profile is None:
             continue
         address, status = member.profile.address, member.status
         trouble = _STATE_TROUBLES.get(member.state, "")
-        if status is None:
+        if status is None or not status.measured:
             found.append(KnownNode(address.node, address.name or address.node, trouble=trouble))
             continue
         found.append(

@@ -52,6 +52,17 @@ def test_who_has_said_nothing_yet_is_told_without_figures_and_without_an_address
     assert known_nodes([silent, nameless]) == [KnownNode("b:7381", "b")]
 
 
+@pytest.mark.parametrize("standing_in", [False, True])
+def test_of_a_disk_that_was_not_measured_yet_nothing_is_known(standing_in: bool) -> None:
+    """It has room, for all that is known: no disk without any is one in order."""
+    fresh = replace(MEMBER, status=NodeStatus(uploads=1, standing_in=standing_in))
+
+    (known,) = known_nodes([fresh])
+
+    assert known == KnownNode("b:7381", "b")
+    assert known.lacking_room(1000).trouble == ""
+
+
 @pytest.mark.parametrize(
     ("state", "disk", "trouble"),
     [
