@@ -202,16 +202,17 @@ def _output_path(client: Client, real_path: bytes, config: CfConfig) -> bytes:
             return own_path(client, b"/" + os.fsencode(OUTPUTS_DIRECTORY) + real_path)
         except (DaemonUnavailable, DaemonRefused):
             base = default_output_dir(os.geteuid())
-    _make_base(base)
-    path = os.fsencode(base).rstrip(b"/") + real_path
+    path = os.fsencode(_make_base(base)).rstrip(b"/") + real_path
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     return path
 
 
-def _make_base(base: str) -> None:
+def _make_base(base: str) -> Path:
     """Make the directory, or see that nobody else has, in a place like /var/tmp.
 
-    Raises OSError, and ValueError for a directory in which others could put links in our way.
+    Returns its real path, which is what was looked at: a link on the way to it may be somebody
+    else's. Raises OSError, and ValueError for a directory in which others could put links in our
+    way.
     """
     path = Path(base)
     for directory in reversed([path, *path.parents]):
@@ -224,3 +225,4 @@ def _make_base(base: str) -> None:
             raise ValueError(f"{directory} belongs to user {found.st_uid}")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
             raise ValueError(f"{directory} may be written by others")
+    return path

@@ -277,6 +277,22 @@ def test_d_prints_the_path_itself_where_others_could_put_something_in_the_way(
     assert "may be written by others" in lines(done)[0]
 
 
+def test_d_prints_the_directory_that_it_has_looked_at_whatever_a_link_to_it_becomes(
+    nobody: None, tmp_path: Path
+) -> None:
+    """In a directory like /tmp, the link may be somebody else's."""
+    mine, link = tmp_path / "mine", tmp_path / "sticky/me"
+    for directory in (mine, link.parent):
+        directory.mkdir()
+    link.parent.chmod(0o1777)
+    link.symlink_to(mine)
+    (tmp_path / ".cmclient").write_text(f"CACHE_DIR = {link}\n")
+
+    done = run("-d", tmp_path / "file")
+
+    assert (done.returncode, done.stdout) == (0, bytes(mine) + bytes(tmp_path / "file") + b"\n")
+
+
 # --- how it is called ----------------------------------------------------------------------------
 
 
