@@ -135,8 +135,16 @@ def _check_link(link: Path) -> None:
         raise UsageError(f"{link} is not from swarmcache: move it away, then try again")
 
 
+def _make_directory(directory: Path) -> None:
+    """With those above it; all users can go through those that are new, whatever the umask."""
+    for each in reversed([directory, *directory.parents]):
+        if not each.exists():
+            each.mkdir()
+            each.chmod(0o755)
+
+
 def _put(file: Path, text: str, mode: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(file.parent)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         beside.write_text(text, "utf-8")
@@ -147,6 +155,6 @@ def _put(file: Path, text: str, mode: int) -> None:
 
 
 def _put_link(link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(link.parent)
     if not link.is_symlink():
         link.symlink_to("../cache-manager/cf")

@@ -71,6 +71,24 @@ def test_the_command_tells_what_it_has_installed(prefix: Path) -> None:
     assert os.access(prefix / "bin/cf", os.X_OK)
 
 
+def test_all_users_can_start_it_whatever_the_umask_of_root(prefix: Path) -> None:
+    prefix.parent.chmod(0o700)
+    former = os.umask(0o077)
+    try:
+        install(prefix / "below")
+    finally:
+        os.umask(former)
+
+    others = {path: path.stat().st_mode & 0o005 for path in [prefix, *prefix.rglob("*")]}
+    assert {path.name for path, mode in others.items() if mode != 0o005} == {
+        "__init__.py",
+        "client.py",
+        "cftools.sh",
+    }
+    assert all(mode & 0o004 for mode in others.values())
+    assert prefix.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_it_can_be_installed_again_while_it_runs(prefix: Path) -> None:
     install(prefix)
     program = prefix / "cache-manager/cf"
