@@ -14,6 +14,7 @@ that its callers know.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,8 @@ __all__ = [
 
 _DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 _CF = os.path.join(_DIRECTORY, "cf")
+# Host, path and size in bytes; a path may have ends of lines in it.
+_LOCATION = re.compile(rb"([^:]*):(.*?):([0-9]+)\n", re.DOTALL)
 
 
 class LogLevel:
@@ -163,10 +166,8 @@ class CmClient:
         """
         options = ["--bundle"] if forceBundle else []
         code, printed = self._ask([*options, "-ll", str(max(0, limit))], files)
-        for line in printed.splitlines():
-            host, _, rest = os.fsdecode(line).partition(":")
-            path, _, size_bytes = rest.rpartition(":")
-            locations.append((host, path, int(size_bytes)))
+        for host, path, size_bytes in _LOCATION.findall(printed):
+            locations.append((os.fsdecode(host), os.fsdecode(path), int(size_bytes)))
         return code == 0
 
     def copy(

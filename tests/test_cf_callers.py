@@ -135,10 +135,12 @@ def test_what_a_caller_puts_beside_a_copy_does_no_harm(caller: Caller) -> None:
     assert (copy.parent / "audio/1.ogg").read_text() == "unpacked"
 
 
-PROGRAM = """
+IMPORT = """
 import importlib, json, sys
 sys.path += [sys.argv[1] + "/", sys.argv[1] + "/cache-manager/"]
 cm = importlib.import_module("cache-manager")
+"""
+PROGRAM = """
 local, target, other, missing = sys.argv[2:]
 client = cm.CmClient(cm.ClientConfiguration())
 places = []
@@ -160,7 +162,7 @@ def test_a_python_program_copies_finds_and_caches(caller: Caller) -> None:
     names = [local, target, caller.directory / "nfs/other", caller.directory / "missing"]
 
     done = subprocess.run(
-        [sys.executable, "-IS", "-c", PROGRAM, caller.program.parent.parent, *names],
+        [sys.executable, "-IS", "-c", IMPORT + PROGRAM, caller.program.parent.parent, *names],
         env=caller.environment,
         stdout=subprocess.PIPE,
         check=True,
@@ -170,3 +172,27 @@ def test_a_python_program_copies_finds_and_caches(caller: Caller) -> None:
     assert copy != str(target)
     assert Path(copy).read_bytes() == target.read_bytes() == local.read_bytes()
     assert results == [True, True, False, True, [[copy, 1]], False]
+
+
+def test_a_python_program_is_told_where_files_with_odd_names_are(caller: Caller) -> None:
+    files = [caller.file(name) for name in ("a\r\nb", "c:d\ne", "f\vg", "h")]
+    for file in files:
+        caller.check_output(file)
+    program = (
+        "places = []\n"
+        "told = cm.CmClient().getLocations(sys.argv[2:], places)\n"
+        "print(json.dumps([told, places]))\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", IMPORT + program, caller.program.parent.parent, *files],
+        env=caller.environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+
+    told, places = json.loads(done.stdout)
+    assert told
+    assert [os.path.basename(path) for _, path, _ in places] == [file.name for file in files]
+    assert [Path(path).read_text() for _, path, _ in places] == ["1"] * len(files)
+    assert len({host for host, _, _ in places}) == 1

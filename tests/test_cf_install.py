@@ -130,7 +130,7 @@ def test_the_package_needs_nothing_that_python_3_8_does_not_have() -> None:
     imported = {
         alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
     }
-    assert imported == {"os", "subprocess", "sys"}
+    assert imported == {"os", "re", "subprocess", "sys"}
 
 
 def test_cache_file_gives_the_path_of_the_copy(
