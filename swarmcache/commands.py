@@ -197,11 +197,14 @@ def status(
     answer = make_client(socket, config_file).status()
     if tracker and answer.get("cluster") is None:
         raise PeerUnavailable(f"the tracker cannot be asked: {answer.get('reason')}")
+    from swarmcache.listing import printing
+
     if as_json:
         import json
 
         shown = {key: answer.get(key) for key in ("node", "cluster", "reason", "members")}
-        print(json.dumps(answer["cluster"]["statistics"] if tracker else shown, sort_keys=True))
+        with printing():
+            print(json.dumps(answer["cluster"]["statistics"] if tracker else shown, sort_keys=True))
         return
     from rich.console import Console
 
@@ -210,12 +213,14 @@ def status(
     # What goes to a file or another program has no terminal's width.
     shown_at_terminal = sys.stdout is not None and sys.stdout.isatty()
     console = Console(highlight=False, width=None if shown_at_terminal else PLAIN_COLUMNS)
-    for renderable in (
+    renderables = (
         statistics_renderables(answer["cluster"]["statistics"])
         if tracker
         else status_renderables(answer)
-    ):
-        console.print(renderable)
+    )
+    with printing():
+        for renderable in renderables:
+            console.print(renderable)
 
 
 @app.command()
@@ -247,14 +252,16 @@ def doctor(
     if directories:
         raise typer.BadParameter("goes with --clean only", param_hint="DIR")
     from swarmcache.doctor import examine
+    from swarmcache.listing import printing
 
     report = examine(socket, config_file)
-    if as_json:
-        import json
+    with printing():
+        if as_json:
+            import json
 
-        print(json.dumps(report.as_dict(), sort_keys=True))
-    else:
-        print("\n".join(report.lines()))
+            print(json.dumps(report.as_dict(), sort_keys=True))
+        else:
+            print("\n".join(report.lines()))
     raise typer.Exit(EXIT_FAILED if report.findings else 0)
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from swarmcache.display import size_text
 from swarmcache.get import say
-from swarmcache.listing import shown_path
-from swarmcache.write_beside import remove_left_over
+from swarmcache.listing import printing, shown_path
+from swarmcache.write_beside import LeftOver, remove_left_over
 
 
 def clean(directories: Sequence[Path]) -> int:
     """Remove what is left in these directories and below them, and print its paths.
 
-    Returns how many directories could not be looked through; each is named on stderr.
+    Returns how many directories could not be looked through; each is named on stderr. Raises
+    LocalError where stdout cannot be written.
     """
     failed = 0
 
@@ -29,16 +30,23 @@ def clean(directories: Sequence[Path]) -> int:
         failed += 1
         say(f"{error.filename!r}: cannot be looked through: {error.strerror}")
 
-    for directory in directories:
-        try:
-            for path, fd in _below(directory, note):
-                for each in remove_left_over(fd, _whose(), time.time()):
-                    shown = shown_path(os.fsencode(os.path.join(path, each.name)))
-                    print(f"removed: {shown} ({size_text(each.size_bytes)})")
-        except OSError as error:  # the directory itself
-            error.filename = os.fspath(directory)
-            note(error)
+    with printing():
+        for directory in directories:
+            for path, each in _removed(directory, note):
+                shown = shown_path(os.fsencode(os.path.join(path, each.name)))
+                print(f"removed: {shown} ({size_text(each.size_bytes)})")
     return failed
+
+
+def _removed(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, LeftOver]]:
+    """Remove what is left in a directory and below; the path of where it was, with each."""
+    try:
+        for path, fd in _below(directory, onerror):
+            for each in remove_left_over(fd, _whose(), time.time()):
+                yield path, each
+    except OSError as error:  # the directory itself
+        error.filename = os.fspath(directory)
+        onerror(error)
 
 
 def _below(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, int]]:

@@ -530,6 +530,27 @@ def test_status_without_a_tracker_says_why(run_dir: Path) -> None:
     assert b"The cluster cannot be shown: the tracker does not answer" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["status", "doctor"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_report_that_cannot_be_written_is_said(
+    run_dir: Path, command: str, options: list[str]
+) -> None:
+    with (
+        ScriptedDaemon(run_dir, lambda _: [STATUS]) as daemon,
+        open("/dev/full", "wb") as full,
+    ):
+        socket = daemon.path if command == "status" else run_dir / "none"
+        words = [*COMMAND, command, *options, f"--socket={socket}", "--config=/dev/null"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, check=False)
+        closed = subprocess.run(
+            ["sh", "-c", '"$@" >&-', "sh", *words], stderr=subprocess.PIPE, check=False
+        )
+
+    assert done.returncode == closed.returncode == 1
+    assert done.stderr == b"swarmcache: cannot write the result: No space left on device\n"
+    assert closed.stderr == b"swarmcache: cannot write the result: stdout is closed\n"
+
+
 def test_status_without_a_daemon_exits_1(run_dir: Path) -> None:
     done = run("status", "--socket", run_dir / "daemon.sock")
 

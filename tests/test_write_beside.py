@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from swarmcache.write_beside import (
     make_beside,
     remove_left_over,
 )
+from tests.local_daemons import COMMAND
 
 UID = os.geteuid()
 OTHER_MACHINE = f"{PREFIX}{'0' * 12}-{'1' * 16}"
@@ -101,6 +103,25 @@ def test_writers_and_those_who_tidy_up_do_not_get_in_each_others_way(directory_f
         ended.set()
         for thread in threads:
             thread.join()
+
+
+def test_doctor_does_not_take_a_stdout_that_is_full_for_a_directory_that_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    names = [f"{PREFIX}{machine_tag()}-{number:016}" for number in range(200)]
+    for name in names:
+        (tmp_path / name).touch()
+
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "doctor", "--clean", tmp_path],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert done.stderr == b"swarmcache: cannot write the result: No space left on device\n"
 
 
 def test_doctor_looks_below_but_through_no_link(
