@@ -420,11 +420,12 @@ class _Directory:
             journal = names.get(name + ".chunks") if _PARTIAL.fullmatch(name) else None
             if journal is not None and max(status.st_mtime, journal.st_mtime) >= oldest_s:
                 kept |= {name, name + ".chunks"}
-        # Of a daemon that runs, what does not look complete may be what it is just about to do.
+        # Of a daemon that runs, what does not look complete may be what it is just about to do. Its
+        # mtime may be that of its source already.
         useless = [
             name
             for name, status in names.items()
-            if name not in kept and (not self._running or status.st_mtime < oldest_s)
+            if name not in kept and (not self._running or status.st_ctime < oldest_s)
         ]
         self._used_bytes += sum(512 * status.st_blocks for status in names.values())
         if useless:

@@ -263,6 +263,9 @@ def test_beside_a_daemon_that_works_nothing_is_wrong(root: Path) -> None:
         file = root / "file"
         file.write_bytes(bytes(100_000))
         node.get(file)
+        being_written = node.cache_dir / ".swarmcache/partial" / ("ab" * 32)
+        being_written.touch()
+        os.utime(being_written, (0, 0))  # as its source has them
 
         done = node.run("doctor", "--config=/dev/null", "--json")
         report: dict[str, Any] = json.loads(done.stdout)
