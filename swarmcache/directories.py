@@ -11,6 +11,7 @@ and no other files; each file is a verified copy.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 LINK_PREFIX = b".swarmcache-link-"  # of links that are about to be renamed into place
+LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class NotMirrored(SwarmcacheError):
@@ -170,8 +172,10 @@ def _note_link(listing: Listing, name: bytes) -> None:
     target = os.path.realpath(path)
     try:
         mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        return  # it leads nowhere, here as there
+    except OSError as error:
+        if error.errno not in LEADS_NOWHERE:  # here as there
+            listing.fault = f"{os.fsdecode(name)!r} in it: {reason_of(error)}"
+        return
     inside = target == listing.root or target.startswith(listing.root + b"/")
     if stat.S_ISREG(mode) and not inside:
         listing.links[name] = None

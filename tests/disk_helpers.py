@@ -9,7 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -33,6 +34,7 @@ __all__ = [
     "Path",
     "User",
     "a_file",
+    "as_stranger",
     "blake3",
     "change_index",
     "fill",
@@ -167,6 +169,16 @@ def killed(root: Path, script: str) -> None:
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@contextmanager
+def as_stranger() -> Iterator[None]:
+    """This process, if it is root's, as a user who has no rights."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def run_as(uid: int, *command: str | Path) -> subprocess.CompletedProcess[bytes]:

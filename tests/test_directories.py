@@ -12,6 +12,7 @@ from swarmcache.client import Answer, Client
 from swarmcache.directories import get_everything
 from swarmcache.local_protocol import Answer as DaemonAnswer
 from swarmcache.local_protocol import Original
+from tests.disk_helpers import as_stranger, needs_root
 from tests.scripted_daemon import Asked, ScriptedDaemon, caching_in
 
 
@@ -177,6 +178,33 @@ def test_a_link_to_a_directory_elsewhere_gives_the_original(
 
     assert_original(get_one(daemon, tree), tree, "'link' in it leads to a directory elsewhere")
     assert daemon.asked == []
+
+
+@pytest.mark.parametrize("text", ["link", "a/beyond", "nothing"])
+@pytest.mark.parametrize("place", ["", "below"])
+def test_a_link_that_leads_nowhere_is_left_out_of_the_copy(
+    daemon: ScriptedDaemon, tree: Path, text: str, place: str
+) -> None:
+    (tree / place / "link").symlink_to(text)
+
+    answer = get_one(daemon, tree)
+
+    assert answer.cached
+    assert not (Path(answer.path) / place / "link").is_symlink()
+
+
+@needs_root
+@pytest.mark.parametrize("place", ["", "below"])
+def test_a_link_into_somebodys_private_home_gives_the_original(root: Path, place: str) -> None:
+    tree, home = root.parent / "tree", root.parent / "home"
+    write(tree, "a", "below/b")
+    home.mkdir(mode=0o700)
+    (tree / place / "link").symlink_to(home / "file")
+
+    with as_stranger(), Client(b"/nowhere/daemon.sock") as client:
+        (answer,) = get_everything(client, [bytes(tree)])
+
+    assert_original(answer, tree, f"{os.path.join(place, 'link')!r} in it: Permission denied")
 
 
 def test_one_file_that_falls_back_gives_the_original(
