@@ -169,7 +169,14 @@ def _why_not_all(client: Client, bundle: Bundle) -> str:
     from swarmcache.local_protocol import LOCATIONS_FILES_MAX
     from swarmcache.locate import files_of, room_for
 
-    files = [file for member in bundle.members for file in files_of(member, bundle=False)]
+    faults: list[str] = []
+
+    def note(path: bytes, reason: str) -> None:
+        faults.append(f"{os.fsdecode(path)!r} in it: {reason}")
+
+    files = [file for member in bundle.members for file in files_of(member, False, note)]
+    if faults:
+        return faults[0]
     rest = iter(dict.fromkeys(files))
     needed_bytes = room_bytes = 0
     while some := list(islice(rest, LOCATIONS_FILES_MAX)):

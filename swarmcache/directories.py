@@ -52,6 +52,8 @@ class Listing:
 
     ``files`` are to be cached: those of the tree and, last, those that only links lead to.
     ``links`` has what each link shall say; None for the copy of the file in ``link_targets``.
+    ``unseen``: what could not be looked at, and why; files may be missing for that. ``fault``: the
+    first reason why the directory cannot be mirrored.
     """
 
     def __init__(self, asked: bytes, root: bytes) -> None:
@@ -61,7 +63,15 @@ class Listing:
         self.directories: list[bytes] = []
         self.links: dict[bytes, bytes | None] = {}
         self.link_targets: dict[bytes, bytes] = {}
+        self.unseen: dict[bytes, str] = {}
         self.fault = ""
+
+    def note_unseen(self, name: bytes, error: OSError) -> None:
+        self.unseen[name] = reason_of(error)
+        self.note_fault(f"{os.fsdecode(name)!r} in it: {reason_of(error)}")
+
+    def note_fault(self, fault: str) -> None:
+        self.fault = self.fault or fault
 
     @property
     def files(self) -> list[bytes]:
@@ -139,14 +149,14 @@ def list_directory(asked: bytes) -> Listing:
         waiting = _list_one(listing, b"")
     except OSError as error:
         raise SourceUnreadable(reason_of(error)) from error
-    while waiting and not listing.fault:
+    while waiting:
         name = waiting.pop()
         try:
             waiting += _list_one(listing, name)
         except OSError as error:
-            listing.fault = f"{os.fsdecode(name)!r} in it: {reason_of(error)}"
-    if not listing.names and not listing.link_targets and not listing.fault:
-        listing.fault = "it has no files"
+            listing.note_unseen(name, error)
+    if not listing.names and not listing.link_targets:
+        listing.note_fault("it has no files")
     return listing
 
 
@@ -174,7 +184,7 @@ def _note_link(listing: Listing, name: bytes) -> None:
         mode = os.stat(target).st_mode
     except OSError as error:
         if error.errno not in LEADS_NOWHERE:  # here as there
-            listing.fault = f"{os.fsdecode(name)!r} in it: {reason_of(error)}"
+            listing.note_unseen(name, error)
         return
     inside = target == listing.root or target.startswith(listing.root + b"/")
     if stat.S_ISREG(mode) and not inside:
@@ -183,7 +193,7 @@ def _note_link(listing: Listing, name: bytes) -> None:
     elif stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and inside):
         listing.links[name] = os.path.relpath(target, os.path.dirname(path))
     elif stat.S_ISDIR(mode):
-        listing.fault = f"{os.fsdecode(name)!r} in it leads to a directory elsewhere"
+        listing.note_fault(f"{os.fsdecode(name)!r} in it leads to a directory elsewhere")
 
 
 # --- the copy ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def locate(
     names. ``on_notice`` hears of nodes that do not answer, whose replicas are not listed.
     Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
-    files = (file for path in paths for file in _files_or_fault(path, bundle))
+    files = (file for path in paths for file in _files_and_faults(path, bundle))
     while batch := list(islice(files, LOCATIONS_FILES_MAX)):
         yield from _locate_some(client, batch, limit, on_notice)
 
@@ -197,24 +197,32 @@ def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes
     return next(filter(os.path.lexists, places), places[0])
 
 
-def files_of(path: bytes, bundle: bool | None = None) -> Iterator[bytes]:
+def files_of(
+    path: bytes, bundle: bool | None, on_fault: Callable[[bytes, str], None]
+) -> Iterator[bytes]:
     """The files that a path stands for: those of a bundle, those below a directory, or itself.
 
-    Raises NoBundle.
+    ``on_fault`` hears of what stands for files that nobody can tell, and why: what is no bundle,
+    contrary to ``bundle``, and directories that cannot be listed.
     """
     try:
         lines = read_if_bundle(path, bundle)
     except SourceUnreadable:
         lines = None  # whoever opens it next is told the same
+    except NoBundle as error:
+        on_fault(real_path_of(path), str(error))
+        return
     for member in [path] if lines is None else filter(None, lines):
         if not os.path.isdir(member):
             yield member
             continue
         try:
             listing = list_directory(member)
-        except SourceUnreadable:
-            yield member
+        except SourceUnreadable as error:
+            on_fault(real_path_of(member), str(error))
             continue
+        for name, reason in listing.unseen.items():
+            on_fault(os.path.join(listing.root, name), reason)
         yield from (os.path.join(listing.root, name) for name in listing.names)
         yield from listing.link_targets.values()
 
@@ -222,12 +230,11 @@ def files_of(path: bytes, bundle: bool | None = None) -> Iterator[bytes]:
 # --- the daemon ----------------------------------------------------------------------------------
 
 
-def _files_or_fault(path: bytes, bundle: bool | None) -> Iterator[bytes | FileLocations]:
-    """``files_of``, or what is to be said of a file that is no bundle, contrary to ``bundle``."""
-    try:
-        yield from files_of(path, bundle)
-    except NoBundle as error:
-        yield _unreadable(real_path_of(path), str(error))
+def _files_and_faults(path: bytes, bundle: bool | None) -> Iterator[bytes | FileLocations]:
+    """``files_of``, and what is to be said of what cannot be listed."""
+    faults: list[FileLocations] = []
+    yield from files_of(path, bundle, lambda *fault: faults.append(_unreadable(*fault)))
+    yield from faults
 
 
 def _locate_some(

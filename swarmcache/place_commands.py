@@ -43,8 +43,8 @@ def locate(
     node; if you have not asked for FILE there yet, "get" puts it there at once. --limit counts the
     nodes of each FILE.
 
-    Exit code 1: a FILE does not exist or may not be read, or the tracker cannot be asked; what can
-    be said is printed all the same.
+    Exit code 1: a FILE, or something below it, does not exist or may not be read, or the tracker
+    cannot be asked; what can be said is printed all the same.
     """
     from swarmcache.place_actions import show_locations
 
@@ -69,8 +69,8 @@ def hosts(
 
     For a scheduler, to put a job where its files are. The replicas are verified as for "locate".
 
-    Exit code 1: a FILE does not exist or may not be read, or the tracker cannot be asked; what can
-    be said is printed all the same.
+    Exit code 1: a FILE, or something below it, does not exist or may not be read, or the tracker
+    cannot be asked; what can be said is printed all the same.
     """
     from swarmcache.place_actions import show_hosts
 

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 
 from swarmcache import answer_stream
-from swarmcache.bundles import NoBundle
 from swarmcache.client import Client, Source, open_source
 from swarmcache.display import TransferDisplay, size_text
 from swarmcache.errors import SourceUnreadable
@@ -104,7 +104,9 @@ class _Run:
         seen: set[bytes] = set()
         batch: list[Source] = []
         try:
-            for path in self._members(paths, bundle):
+            for path in chain.from_iterable(
+                files_of(each, bundle, self._cannot_read) for each in paths
+            ):
                 try:
                     source = open_source(path)
                 except SourceUnreadable as error:
@@ -121,13 +123,6 @@ class _Run:
                 yield batch
         finally:
             _close(batch)
-
-    def _members(self, paths: Sequence[bytes], bundle: bool | None) -> Iterator[bytes]:
-        for path in paths:
-            try:
-                yield from files_of(path, bundle)
-            except NoBundle as error:
-                self._cannot_read(path, str(error))
 
     # --- the nodes ------------------------------------------------------------------------------
 

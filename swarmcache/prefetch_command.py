@@ -59,9 +59,10 @@ def prefetch(
     fails is not asked. On the other nodes a copy is opened to nobody: a "get" of whoever may read
     the FILE has it at once.
 
-    Exit code 0: the nodes have all FILEs. 1: a FILE does not exist or may not be read. 2: wrong
-    usage. 3: a node does not have all of them; which, and why, is said on stderr. In the last cases
-    the others are brought all the same. What was begun goes on when this is interrupted.
+    Exit code 0: the nodes have all FILEs. 1: a FILE, or something below it, does not exist or may
+    not be read. 2: wrong usage. 3: a node does not have all of them; which, and why, is said on
+    stderr. In the last cases the others are brought all the same. What was begun goes on when this
+    is interrupted.
     """
     if (copies is not None) + everywhere + bool(names) != 1:
         raise typer.BadParameter("expected one of --nodes N, --all and --node NAME...")

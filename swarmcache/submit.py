@@ -121,9 +121,14 @@ def _common(wanted: FilesOfTasks) -> list[bytes]:
 # --- who holds it --------------------------------------------------------------------------------
 
 
+def _say_why(path: bytes, reason: str) -> None:
+    say(f"{os.fsdecode(path)!r}: {reason}")
+
+
 def _rank(scheduler: Scheduler, client: Client, wanted: FilesOfTasks) -> Rankings:
     """Nodes by how much they hold of it. Raises NoPreference, and what ``locate`` raises."""
-    members = {path: list(files_of(path)) for files in wanted.values() for path in files}
+    paths = {path: None for files in wanted.values() for path in files}  # each once
+    members = {path: list(files_of(path, None, _say_why)) for path in paths}
     files = list(dict.fromkeys(file for some in members.values() for file in some))
     found = dict(zip(files, locate(client, files, on_notice=say, bundle=False), strict=True))
     nodes = scheduler.nodes()

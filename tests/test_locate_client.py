@@ -25,6 +25,8 @@ from swarmcache.local_protocol import (
     Working,
 )
 from swarmcache.locate import FileLocations, Replica, local_path, locate, own_path, room_for
+from swarmcache.place_actions import show_locations
+from tests.disk_helpers import as_stranger, needs_root
 from tests.scripted_daemon import HANG_UP, Asked, ScriptedDaemon
 
 
@@ -66,6 +68,48 @@ def test_what_cannot_be_read_keeps_its_place_and_is_not_asked_about(
         assert [answer.readable for answer in answers] == [False, True, False]
         assert next(locate(client, [missing])).path == missing
         assert [each.request for each in daemon.asked] == [LocationsOf(1)]
+
+
+@needs_root
+def test_what_cannot_be_looked_at_is_named_and_all_else_below_the_directory_is_found(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is anything left out because of a link to a directory elsewhere, which is not below."""
+    tree, home = root.parent / "tree", root.parent / "home"
+    files = [tree / name for name in ("top", "1/f", "2/f", "2/3/f")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (tree / "out").symlink_to(root.parent)
+    for closed in (home, tree / "2/closed"):
+        closed.mkdir(mode=0o700)
+    (tree / "link").symlink_to(home / "file")
+
+    def answer(asked: Asked) -> list[Answer]:
+        assert isinstance(asked.request, LocationsOf)
+        place = Location("n", b"/c", False)
+        return [*(Locations(b"/f", 5, [place]) for _ in range(asked.request.count)), End()]
+
+    root.mkdir()
+    with ScriptedDaemon(root, answer) as daemon, Client(bytes(daemon.path)) as client:
+        daemon.path.chmod(0o666)
+        with as_stranger():
+            code = show_locations(client, [bytes(tree)], limit=None, bundle=None, as_json=False)
+
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (1, "n:/c:5\n" * len(files))
+    assert sorted(printed.err.splitlines()) == [
+        f"swarmcache: '{tree}/{name}': Permission denied" for name in ("2/closed", "link")
+    ]
+
+
+@needs_root
+def test_a_directory_that_may_not_be_listed_is_named_with_the_reason(root: Path) -> None:
+    root.mkdir(mode=0o700)
+    with as_stranger(), Client(b"/nowhere/daemon.sock") as client:
+        assert list(locate(client, [bytes(root)])) == [
+            FileLocations(bytes(root), reason="Permission denied", readable=False)
+        ]
 
 
 def test_what_the_daemon_takes_for_no_file_is_not_said_to_have_no_replicas(

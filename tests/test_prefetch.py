@@ -18,7 +18,7 @@ from swarmcache.commands import run
 from swarmcache.local_protocol import CachedFile, Ls
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.box import wait_until
-from tests.disk_helpers import needs_root
+from tests.disk_helpers import as_stranger, needs_root
 from tests.local_daemons import PATIENCE_S, LocalDaemons, LocalNode
 
 pytestmark = pytest.mark.slow
@@ -190,6 +190,25 @@ def test_files_and_nodes_that_are_not_there_are_named_and_the_others_are_served(
         "nobody": False,
         cluster.id_of("b"): True,
     }
+
+
+@needs_root
+def test_all_that_may_be_read_below_a_directory_is_brought_and_what_may_not_is_named(
+    cluster: Cluster, prefetch: Prefetch
+) -> None:
+    files = [cluster.put(f"whole/{name}", 1000) for name in ("top", "1/f", "2/f", "3/f")]
+    tree = files[0].parent
+    (tree / "out").symlink_to(cluster.put("beyond/file").parent)
+
+    code, lines, err = prefetch("--node", cluster.id_of("b"), tree)
+    assert (code, err) == (0, "")
+    assert {line["path"] for line in lines if line["placed"]} == set(map(str, files))
+
+    (tree / "closed").mkdir(mode=0o700)
+    with as_stranger():
+        code, lines, err = prefetch("--node", cluster.id_of("b"), tree)
+    assert (code, err) == (1, f"swarmcache: '{tree}/closed': Permission denied\n")
+    assert {line["path"] for line in lines if line["placed"]} == set(map(str, files))
 
 
 def test_a_node_that_has_gone_is_named(cluster: Cluster, prefetch: Prefetch) -> None:
