@@ -16,7 +16,7 @@ from itertools import islice
 
 from swarmcache.bundles import NoBundle, read_if_bundle, write_result
 from swarmcache.client import Answer, open_source, real_path_of
-from swarmcache.directories import get_everything
+from swarmcache.directories import DirectoryAnswer, get_everything
 from swarmcache.errors import SourceUnreadable, SwarmcacheError
 from swarmcache.local_socket import reason_of
 
@@ -89,11 +89,11 @@ def get_with_bundles(
         if not isinstance(request, Bundle):
             yield request if isinstance(request, Answer) else found[0]
             continue
-        found = [_if_still_there(answer) for answer in found]
-        if all_or_nothing and not all(answer.cached for answer in found):
+        usable = [_if_still_there(answer) for answer in found]
+        if all_or_nothing and not all(answer.cached for answer in usable):
             request.fault = "not all of its files can be cached"
-            _take_out(client, [answer for answer in found if answer.cached and not answer.hit])
-        yield _answer(request, found)
+            _take_out(client, _new_copies(found))
+        yield _answer(request, usable)
 
 
 def _paths_of(request: bytes | Bundle | Answer) -> list[bytes]:
@@ -199,12 +199,20 @@ def _why_not_all(client: Client, bundle: Bundle) -> str:
     return ""
 
 
-def _take_out(client: Client, answers: Sequence[Answer]) -> None:
+def _new_copies(answers: Iterable[Answer]) -> list[bytes]:
+    """The copies that were not there before; those of directories file by file, since some may
+    have been, and other jobs use them."""
+    files: list[Answer] = []
+    for answer in answers:
+        files += answer.files if isinstance(answer, DirectoryAnswer) else [answer]
+    return [os.fsencode(file.path) for file in files if file.cached and not file.hit]
+
+
+def _take_out(client: Client, copies: list[bytes]) -> None:
     """Take these copies of the user's out of the cache again."""
     from swarmcache.cache_client import ask
     from swarmcache.local_protocol import Rm
 
-    copies = [os.fsencode(answer.path) for answer in answers]
     with suppress(SwarmcacheError):  # a daemon that has gone: its next start knows no more of it
         for _ in ask(client, Rm(copies)) if copies else ():
             pass

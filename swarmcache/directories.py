@@ -47,6 +47,14 @@ class NotMirrored(SwarmcacheError):
     """The cached copy cannot be the same as the source directory; the message says why."""
 
 
+class DirectoryAnswer(Answer):
+    """What became of a directory. ``files``: the answers for the files in it."""
+
+    __slots__ = ("files",)
+
+    files: list[Answer]
+
+
 class Listing:
     """What is below a directory. Names are relative to ``root``, a real path.
 
@@ -123,20 +131,23 @@ def _list_if_directory(asked: bytes) -> bytes | Listing | Answer:
         return Answer(asked, real_path_of(asked), usable=False, reason=str(error))
 
 
-def _answer_directory(listing: Listing, answers: list[Answer]) -> Answer:
+def _answer_directory(listing: Listing, files: list[Answer]) -> DirectoryAnswer:
     try:
-        path = mirror(listing, answers)
+        path = mirror(listing, files)
     except NotMirrored as error:
-        return Answer(listing.asked, listing.root, reason=str(error))
-    return Answer(
-        listing.asked,
-        path,
-        cached=True,
-        hit=all(answer.hit for answer in answers),
-        size_bytes=sum(answer.size_bytes for answer in answers),
-        from_peers_bytes=sum(answer.from_peers_bytes for answer in answers),
-        from_file_server_bytes=sum(answer.from_file_server_bytes for answer in answers),
-    )
+        answer = DirectoryAnswer(listing.asked, listing.root, reason=str(error))
+    else:
+        answer = DirectoryAnswer(
+            listing.asked,
+            path,
+            cached=True,
+            hit=all(file.hit for file in files),
+            size_bytes=sum(file.size_bytes for file in files),
+            from_peers_bytes=sum(file.from_peers_bytes for file in files),
+            from_file_server_bytes=sum(file.from_file_server_bytes for file in files),
+        )
+    answer.files = files
+    return answer
 
 
 # --- the source ----------------------------------------------------------------------------------

@@ -259,6 +259,25 @@ def test_what_was_copied_until_one_failed_is_taken_out_again(sources: Sources) -
     assert sources.copy_of(old).read_bytes() == old.read_bytes()
 
 
+def test_what_was_there_before_in_a_directory_stays_and_the_rest_of_it_is_taken_out(
+    sources: Sources,
+) -> None:
+    """Also of a directory that cannot be shown as it is, though its files are cached."""
+    old, new, older, newer, _ = sources.put("D/old", "D/new", "E/older", "E/newer", "E/deleted")
+    sources.get(old, older.parent)
+    copies = {old: sources.copy_of(old), older: sources.copy_of(older)}
+    newer.write_bytes(b"changed")
+    (older.parent / "deleted").unlink()
+
+    bundle = sources.bundle("x.bundle", "D", "E")
+    answer = sources.answer(bundle, all_or_nothing=True)
+
+    assert answer.path == str(bundle) and "no longer in it" in answer.complaints()[0]
+    assert all(copy.read_bytes() == source.read_bytes() for source, copy in copies.items())
+    assert not sources.copy_of(new).exists()
+    assert not sources.copy_of(newer).exists()
+
+
 def start_with_room(local: LocalDaemons, room_bytes: int) -> LocalNode:
     """A daemon whose cache may take so much, besides what it keeps for itself."""
     max_usage = UNCOUNTED_MAX_BYTES + room_bytes
