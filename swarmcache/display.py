@@ -6,7 +6,9 @@ Imports rich, so it is imported only when there is something to show.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -117,7 +119,11 @@ class TransferDisplay:
 
 
 class _SwarmProgress(RichProgress):
-    """A bar with bytes, rate and remaining time, and below it a line that says where from."""
+    """A bar with bytes, rate and remaining time, and below it a line that says where from.
+
+    Where the terminal has gone nobody looks, and nothing is shown from then on: what the bar is
+    about goes on.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -132,6 +138,22 @@ class _SwarmProgress(RichProgress):
             redirect_stdout=False,  # stdout carries paths, whatever it is
             redirect_stderr=False,
         )
+
+    def start(self) -> None:
+        with self._while_there_is_a_terminal():
+            super().start()
+
+    def stop(self) -> None:
+        with self._while_there_is_a_terminal():
+            super().stop()
+
+    @contextmanager
+    def _while_there_is_a_terminal(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.disable = True
+            sys.stderr = None  # else Python tries once more at its end, and exits with 120
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         tasks = list(tasks)

@@ -360,6 +360,77 @@ def test_progress_is_shown_on_a_terminal_unless_unwanted(
     assert (b"12.0/21.0 MiB" in shown) == (not options)
 
 
+# Without a buffer Python hands the terminal even the nothing that is left to write. So it fails at
+# once, and not only where the bar was just being drawn.
+ON_TERMINAL = {"TERM": "xterm", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.mark.slow
+def test_a_terminal_that_goes_away_does_not_cost_the_path(
+    run_dir: Path, source: Path, tmp_path: Path
+) -> None:
+    """As after ``swarmcache get FILE >paths & disown; exit``."""
+    ours, theirs = pty.openpty()
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        yield DaemonProgress(21 << 20, 8 << 20, 4 << 20, 0, peers=3)
+        os.read(ours, 1)  # the bar is there
+        os.close(ours)
+        yield from caching_in(tmp_path / "cache")(asked)
+
+    with ScriptedDaemon(run_dir, answer) as daemon:
+        done = subprocess.run(
+            [*COMMAND, "get", source],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env={"SWARMCACHE_SOCKET": str(daemon.path), **ON_TERMINAL},
+            check=False,
+        )
+    os.close(theirs)
+
+    assert (done.returncode, done.stdout) == (0, copies(tmp_path, source))
+
+
+SHOWING = {
+    "ProgressDisplay": "Progress(0, b'f', dict.fromkeys(Progress.__slots__, 1))",
+    "CopyDisplay": "CopyProgress(0, b'f', 2, 1)",
+    "TransferDisplay": "'prefetch', 1, 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("display", SHOWING)
+def test_every_bar_ends_quietly_with_its_terminal(display: str) -> None:
+    ours, theirs = pty.openpty()
+    script = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.client import Progress
+from swarmcache.cp import CopyProgress
+from swarmcache.display import {display}
+display = {display}()
+display.show({SHOWING[display]})
+sys.stdin.read()
+for _ in range(2):
+    display.show({SHOWING[display]})
+    display.clear()
+print("done")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=ON_TERMINAL,
+    ) as process:
+        os.close(theirs)
+        os.read(ours, 1)  # the bar is there
+        os.close(ours)
+        printed, _ = process.communicate()
+
+    assert (process.returncode, printed) == (0, b"done\n")
+
+
 # --- the other commands --------------------------------------------------------------------------
 
 STATUS = NodeStatus(
