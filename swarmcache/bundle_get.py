@@ -89,7 +89,7 @@ def get_with_bundles(
         if not isinstance(request, Bundle):
             yield request if isinstance(request, Answer) else found[0]
             continue
-        usable = [_if_still_there(answer) for answer in found]
+        usable = [_fit_for_a_line(_if_still_there(answer)) for answer in found]
         if all_or_nothing and not all(answer.cached for answer in usable):
             request.fault = "not all of its files can be cached"
             _take_out(client, _new_copies(found))
@@ -122,6 +122,14 @@ def _if_still_there(answer: Answer) -> Answer:
         return answer
     asked = os.fsencode(answer.asked)
     return Answer(asked, real_path_of(asked), reason="its copy has made room for others since")
+
+
+def _fit_for_a_line(answer: Answer) -> Answer:
+    """The same, unless its path has a newline: the line was that of a link to such a name."""
+    if "\n" not in answer.path:
+        return answer
+    asked = os.fsencode(answer.asked)
+    return Answer(asked, asked, usable=answer.usable, reason="it leads to a name with a newline")
 
 
 def _answer(bundle: Bundle, answers: list[Answer]) -> BundleAnswer:

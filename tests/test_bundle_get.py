@@ -162,6 +162,18 @@ def test_bundles_files_and_directories_in_one_call(sources: Sources) -> None:
     assert lines_of(paths[3]) == [sources.copy_of(b), sources.copy_of(c)]
 
 
+def test_a_link_to_a_name_that_no_line_can_have_keeps_its_line(sources: Sources) -> None:
+    a, _ = sources.put("a", "two\nlines")
+    link = sources.directory / "link"
+    link.symlink_to("two\nlines")
+    bundle = sources.bundle("x.bundle", link, a)
+
+    [path], said = sources.get(bundle)
+    assert lines_of(path) == [link, sources.copy_of(a)]
+    assert f"'{link}': it leads to a name with a newline" in said
+    assert sources.get(bundle, all_or_nothing=True)[0] == [bundle]
+
+
 def test_a_list_may_be_cached_as_a_file(sources: Sources) -> None:
     [a] = sources.put("a")
     bundle = sources.bundle("x.bundle", a)
