@@ -16,6 +16,7 @@ Standard library only, and little of it: see ``local_socket.py``.
 from __future__ import annotations
 
 import os
+import time
 
 from swarmcache.errors import DaemonRefused
 from swarmcache.exchanges import (
@@ -111,12 +112,21 @@ class Client:
         As ``get``, but several times as fast for many. ``timeout_s`` is for all of them together.
         """
         names = [os.fsencode(path) for path in paths]
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         answers = list(self.get_all(names, timeout_s, on_progress))
-        for index, answer in enumerate(answers):
-            if not answer.usable and os.path.isdir(answer):
-                from swarmcache.directories import get_everything
+        directories = [
+            index
+            for index, answer in enumerate(answers)
+            if not answer.usable and os.path.isdir(answer)
+        ]
+        if directories:
+            from swarmcache.directories import get_everything
 
-                (answers[index],) = get_everything(self, [names[index]], timeout_s, on_progress)
+            left_s = None if end_s is None else max(0.0, end_s - time.monotonic())
+            some = [names[index] for index in directories]
+            found = get_everything(self, some, left_s, on_progress)
+            for index, answer in zip(directories, found, strict=True):
+                answers[index] = answer
         return [answer.check() for answer in answers] if strict else answers
 
     def get_all(

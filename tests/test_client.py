@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -587,6 +588,29 @@ def test_the_timeout_is_passed_to_the_daemon(run_dir: Path, source: Path) -> Non
     assert with_timeout.wait_s == pytest.approx(7.5, abs=0.5)
     assert without.wait_s is None
     assert endless.wait_s is None
+
+
+def test_the_timeout_is_for_all_directories_together(run_dir: Path, tmp_path: Path) -> None:
+    """They are asked for at once: no answer comes before all have been asked for."""
+    directories = [tmp_path / name for name in "abcd"]
+    for directory in directories:
+        directory.mkdir()
+        (directory / "file").touch()
+    together = threading.Barrier(len(directories))
+
+    def answer(asked: Asked) -> list[DaemonAnswer | bytes]:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(3)
+        return [Original("not in time")]
+
+    with ScriptedDaemon(run_dir, answer) as daemon, Client(bytes(daemon.path)) as client:
+        answers = client.get_many(directories, timeout_s=60)
+        waits_s = [each.request.wait_s for each in daemon.asked if isinstance(each.request, Get)]
+
+    assert answers == list(map(str, directories))
+    assert not together.broken
+    assert len(waits_s) == len(directories)
+    assert all(wait_s is not None and wait_s <= 60 for wait_s in waits_s)
 
 
 def test_a_daemon_that_ignores_the_timeout_is_given_up(
