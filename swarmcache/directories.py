@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from _thread import get_native_id  # the import of ``threading`` takes longer
 from contextlib import suppress
 
 from swarmcache.errors import SourceUnreadable, SwarmcacheError
@@ -253,7 +254,7 @@ def _put_link(path: bytes, text: bytes) -> None:
             return
     except FileNotFoundError:
         pass
-    beside = os.path.join(os.path.dirname(path), LINK_PREFIX + b"%d" % os.getpid())
+    beside = os.path.join(os.path.dirname(path), LINK_PREFIX + b"%d" % get_native_id())
     with suppress(FileNotFoundError):
         os.unlink(beside)
     os.symlink(text, beside)

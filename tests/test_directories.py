@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,24 @@ def test_links_to_directories_inside_are_links_again_and_may_go_round_in_circles
 
     assert (copy / "below/circle/below/b").read_text() == "below/b"
     assert (copy / "below/circle").resolve() == copy
+
+
+def test_threads_that_get_one_directory_at_once_all_have_its_links(
+    daemon: ScriptedDaemon, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "link").symlink_to("a")
+    together = threading.Barrier(2)
+
+    def replace_together(source: bytes, target: bytes) -> None:
+        together.wait(10)
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr("swarmcache.directories.os.replace", replace_together)
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(get_one, [daemon] * 2, [tree] * 2))
+
+    assert [(answer.cached, answer.reason) for answer in answers] == [(True, "")] * 2
 
 
 def test_a_link_that_has_changed_is_changed_in_the_copy(daemon: ScriptedDaemon, tree: Path) -> None:
