@@ -25,7 +25,7 @@ from swarmcache.local_protocol import (
     Working,
 )
 from swarmcache.locate import FileLocations, Replica, local_path, locate, own_path, room_for
-from swarmcache.place_actions import show_locations
+from swarmcache.place_actions import show_locations, show_paths
 from tests.disk_helpers import as_stranger, needs_root
 from tests.scripted_daemon import HANG_UP, Asked, ScriptedDaemon
 
@@ -172,6 +172,22 @@ def test_a_connection_that_ends_in_the_middle_is_tried_once_more(
         assert list(map(type, (each.request for each in daemon.asked))) == [CopyPathOf] * 3
         with pytest.raises(DaemonUnavailable):
             room_for(client, [0])
+
+
+def test_a_file_that_the_daemon_refuses_does_not_cost_the_paths_of_the_others(
+    tmp_path: Path, file: bytes, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    answers: Iterator[list[Answer | bytes]] = iter([[Failed("not this one")], [CopyPath(b"/c")]])
+    tmp_path.chmod(0o700)
+    with (
+        ScriptedDaemon(tmp_path, lambda asked: next(answers)) as daemon,
+        Client(bytes(daemon.path)) as client,
+    ):
+        code = show_paths(client, [file, file], bundle=None, end=b"\n", config_file=None)
+
+    printed = capfdbinary.readouterr()
+    assert (code, printed.out) == (1, b"/c\n")
+    assert b"file': not this one" in printed.err
 
 
 @pytest.mark.parametrize("answer", [CopyPath(b"relative"), CopyPath(b""), End(), Room(1, 2)])
