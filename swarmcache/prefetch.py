@@ -62,18 +62,19 @@ def run_prefetch(
     """
     shown = progress and sys.stderr is not None and sys.stderr.isatty()
     display = TransferDisplay() if shown else None
-    with printing(), ExitStack() as stack:
-        array = stack.enter_context(JsonArray()) if as_json else None
-        run = _Run(client, nodes, copies, array, display)
-        try:
-            for batch in run.batches(paths, bundle):
-                run.bring(batch)
-        except KeyboardInterrupt:
-            return 130  # as a shell does: 128 + SIGINT
-        finally:
-            run.clear()
-        if array is None:
-            run.show()
+    try:
+        with printing(), ExitStack() as stack:
+            array = stack.enter_context(JsonArray()) if as_json else None
+            run = _Run(client, nodes, copies, array, display)
+            try:
+                for batch in run.batches(paths, bundle):
+                    run.bring(batch)
+            finally:
+                run.clear()
+            if array is None:
+                run.show()
+    except KeyboardInterrupt:
+        return 130  # as a shell does: 128 + SIGINT
     return run.exit_code()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import pytest
 from swarmcache.cache_client import ask
 from swarmcache.client import Client
 from swarmcache.commands import run
-from swarmcache.local_protocol import CachedFile, Ls
+from swarmcache.local_protocol import Answer, CachedFile, Ls, Placed
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
+from swarmcache.prefetch import run_prefetch
 from tests.box import wait_until
 from tests.disk_helpers import as_stranger, needs_root
 from tests.local_daemons import PATIENCE_S, LocalDaemons, LocalNode
+from tests.scripted_daemon import Asked, ScriptedDaemon
 
 pytestmark = pytest.mark.slow
 
@@ -233,6 +237,30 @@ def test_people_read_a_line_per_node(cluster: Cluster, capfd: pytest.CaptureFixt
     done = cluster.nodes["b"].run("prefetch", "--nodes", "1", file)
 
     assert done.stdout.decode().splitlines()[0].endswith(": 1 of 1 files, 293.0 KiB")
+
+
+def test_half_an_array_does_not_look_like_a_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    tmp_path.chmod(0o700)
+
+    def answer(asked: Asked) -> Iterator[Answer]:
+        yield Placed(0, "127.0.0.1:1", "b")
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with ScriptedDaemon(tmp_path, answer) as daemon, Client(bytes(daemon.path)) as client:
+        paths = [bytes(file)]
+        code = run_prefetch(
+            client, paths, nodes=[], copies=None, bundle=None, progress=False, as_json=True
+        )
+
+    assert code == 130
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
