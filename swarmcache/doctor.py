@@ -411,10 +411,7 @@ class _Directory:
 
     def _partials(self) -> Found:
         oldest_s = self._began_s - PARTIAL_AGE_MAX_S
-        names: dict[str, os.stat_result] = {}
-        with os.scandir(f"{self._own}/partial") as entries:
-            for entry in entries:
-                names[entry.name] = entry.stat(follow_symlinks=False)
+        names = dict(_there(f"{self._own}/partial"))
         kept: set[str] = set()
         for name, status in names.items():
             journal = names.get(name + ".chunks") if _PARTIAL.fullmatch(name) else None
@@ -476,13 +473,11 @@ class _Directory:
     def _list_objects(self, first_byte: int) -> set[str]:
         names: set[str] = set()
         try:
-            with os.scandir(f"{self._own}/objects/{first_byte:02x}") as entries:
-                for entry in entries:
-                    status = entry.stat(follow_symlinks=False)
-                    self._used_bytes += 512 * status.st_blocks
-                    if _PARTIAL.fullmatch(entry.name):
-                        names.add(entry.name)
-                        self._inodes.add(status.st_ino)
+            for name, status in _there(f"{self._own}/objects/{first_byte:02x}"):
+                self._used_bytes += 512 * status.st_blocks
+                if _PARTIAL.fullmatch(name):
+                    names.add(name)
+                    self._inodes.add(status.st_ino)
         except FileNotFoundError:
             pass  # no object begins like this
         return names
@@ -524,6 +519,20 @@ class _Directory:
                 _some(gone),
                 "remove them if they are not files of your own",
             )
+
+
+def _there(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    """What is in a directory; of what goes while we look, as beside a busy daemon, nothing.
+
+    Raises OSError, FileNotFoundError for the directory alone.
+    """
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield entry.name, status
 
 
 def _owner_of(socket_path: Path) -> int:

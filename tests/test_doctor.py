@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,30 @@ def test_what_is_left_over_is_found(settings: Path, filled: Path) -> None:
         pass
     cache.close()
     assert about(examine(None, settings), filled / ".swarmcache") == []
+
+
+@pytest.mark.parametrize("part", ["partial", "objects"])
+def test_what_goes_while_it_looks_is_nothing_wrong(
+    settings: Path, filled: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Every listing of these directories begins with a file that has gone since."""
+    scandir, gone = os.scandir, list[Path]()
+
+    def list_late(where: str | int) -> Any:
+        if isinstance(where, int) or f"/{part}" not in where or not os.path.isdir(where):
+            return scandir(where)
+        gone.append(Path(where, "gone"))
+        gone[-1].touch()
+        with scandir(where) as found:
+            entries = sorted(found, key=lambda entry: entry.name != "gone")
+        gone[-1].unlink()
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", list_late)
+    report = examine(None, settings)
+
+    assert about(report, filled) == []
+    assert gone
 
 
 def test_an_index_that_cannot_be_read_is_found(settings: Path, filled: Path) -> None:
