@@ -81,6 +81,7 @@ class Client:
     ) -> list[Answer]:
         """See ``swarmcache.Client.get_many``. ``on_progress`` is called in the event loop."""
         loop = asyncio.get_running_loop()
+        end_s = None if timeout_s is None else loop.time() + timeout_s
 
         def tell(progress: Progress) -> None:
             loop.call_soon_threadsafe(on_progress, progress)  # type: ignore[arg-type]
@@ -91,7 +92,8 @@ class Client:
         if directories:  # perhaps
 
             def get_again(some: list[bytes]) -> list[Answer]:
-                return self._blocking.get_many(some, timeout_s, tell if on_progress else None)
+                left_s = None if end_s is None else max(0.0, end_s - loop.time())
+                return self._blocking.get_many(some, left_s, tell if on_progress else None)
 
             found = await self._in_thread(get_again, [names[index] for index in directories])
             for index, answer in zip(directories, found, strict=True):

@@ -43,6 +43,7 @@ from swarmcache.in_use import UseCheck
 from swarmcache.listing import shown_path
 from swarmcache.locations import RESULTS_DIRECTORY
 from swarmcache.partial_store import PARTIAL_AGE_MAX_S
+from swarmcache.tree_walk import walk
 from swarmcache.user_tree import ACL_NAME, acl_for, check_ours, open_cache_root
 
 LISTED_MAX = 10  # names of one finding; the others are counted
@@ -487,11 +488,18 @@ class _Directory:
         owner_uid = os.fstat(root_fd).st_uid
         foreign: list[str] = []
         gone: list[str] = []
+        unseen: list[str] = []
         foreign_bytes = 0
-        for path, _, names, fd in os.fwalk(".", dir_fd=root_fd, follow_symlinks=False):
+
+        def note(error: OSError) -> None:
+            if error.errno != errno.ENOENT:  # gone meanwhile
+                unseen.append(os.path.join(self._root, str(error.filename)))
+
+        for path, directories, names, fd in walk(".", note, root_fd):
             below = path[2:]
             above, *within = below.split("/")
             if above == ".swarmcache" or within[:1] == [RESULTS_DIRECTORY]:
+                directories.clear()
                 continue
             for name in names:
                 try:
@@ -510,6 +518,8 @@ class _Directory:
                 else:
                     foreign.append(place)
                     foreign_bytes += 512 * status.st_blocks
+        if unseen:
+            yield Note("directories that could not be looked through", _some(unseen))
         if foreign:
             what = f"{len(foreign)} files that users put there ({size_text(foreign_bytes)})"
             yield Note(f"{what}; they are left alone, and are not counted", _some(foreign))

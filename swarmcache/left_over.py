@@ -14,6 +14,7 @@ from pathlib import Path
 from swarmcache.display import size_text
 from swarmcache.get import say
 from swarmcache.listing import printing, shown_path
+from swarmcache.tree_walk import walk
 from swarmcache.write_beside import LeftOver, remove_left_over
 
 
@@ -52,7 +53,7 @@ def _removed(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tu
 def _below(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, int]]:
     """All directories with their descriptors, each valid until the next one is asked for."""
     device = None
-    for path, names, _, fd in os.fwalk(directory, onerror=onerror, follow_symlinks=False):
+    for path, names, _, fd in walk(os.fspath(directory), onerror):
         found = os.fstat(fd).st_dev
         device = found if device is None else device
         if found != device:

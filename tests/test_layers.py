@@ -81,6 +81,7 @@ LAYERS = {
         "job_script",
         "lease_journal",
         "left_over",
+        "tree_walk",
         "link",
         "listing",
         "local_requests",

@@ -124,6 +124,29 @@ def test_doctor_does_not_take_a_stdout_that_is_full_for_a_directory_that_cannot_
     assert done.stderr == b"swarmcache: cannot write the result: No space left on device\n"
 
 
+def test_doctor_ends_in_a_tree_that_is_made_to_have_no_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{PREFIX}{machine_tag()}-{'6' * 16}"
+    top = os.open(tmp_path, os.O_RDONLY)
+    below = os.dup(top)
+    for _ in range(1_100):
+        os.mkdir("d", dir_fd=below)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=below)
+        os.close(below)
+        below = deeper
+    os.close(below)
+    (tmp_path / name).write_text("a part")
+
+    assert left_over.clean([tmp_path]) == 1
+
+    said = capsys.readouterr()
+    assert said.out == f"removed: {tmp_path}/{name} (6 B)\n"
+    assert "directories are nested more than 256 deep" in said.err
+    subprocess.run(["rm", "-r", "d"], cwd=tmp_path, check=True)
+    os.close(top)
+
+
 def test_doctor_looks_below_but_through_no_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
