@@ -45,12 +45,16 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of the mount table. ``uid``: of the user who has mounted it (FUSE), or 0."""
+    """One line of the mount table. ``uid``: of the user who has mounted it (FUSE), or 0.
+
+    ``mount_id``: the kernel's number, which no two mounts of this machine share.
+    """
 
     point: bytes
     fs_type: str
     source: str
     uid: int = 0
+    mount_id: int = 0
 
 
 class MountTable:
@@ -80,7 +84,8 @@ class MountTable:
         mounts = {}
         for line in self._file.read().splitlines():
             before, _, after = line.partition(b" - ")
-            point = _unescape(before.split(b" ")[4])
+            mount_id, *_, point = before.split(b" ")[:5]
+            point = _unescape(point)
             fs_type, source, options = after.split(b" ")[:3]
             uid = _FUSE_USER.search(options) if fs_type.startswith(b"fuse") else None
             mounts[point] = Mount(
@@ -88,6 +93,7 @@ class MountTable:
                 os.fsdecode(fs_type),
                 os.fsdecode(_unescape(source)),
                 int(uid[1]) if uid is not None else 0,
+                int(mount_id),
             )
         return mounts
 
@@ -118,8 +124,9 @@ class SourceExaminer:
 
     def examine(self, fd: int) -> SourceFile:
         """What the descriptor leads to. Raises SourceUnreadable, SourceFailed."""
-        path, status = _look_at(fd)
-        file_server, local = self._place(path, self._mounts.current())
+        mounts = self._mounts.current()
+        path, status = _look_at(fd, mounts)
+        file_server, local = self._place(path, mounts)
         return SourceFile(self._version(path, status, local=local), file_server)
 
     def place(self, fd: int) -> bytes | None:
@@ -147,7 +154,7 @@ class SourceExaminer:
         self, fd: int, mounts: dict[bytes, Mount], places: dict[bytes, bool]
     ) -> FileVersion | None:
         try:
-            path, status = _look_at(fd)
+            path, status = _look_at(fd, mounts)
             directory = path if path in mounts else path.rpartition(b"/")[0]
             local = places.get(directory)
             if local is None:
@@ -169,8 +176,9 @@ class SourceExaminer:
         path, status = _named(fd, "the directory")
         if not stat.S_ISDIR(status.st_mode):
             raise SourceUnreadable("not a directory")
-        _check_name(path, status)
-        return self._place(path, self._mounts.current())[0]
+        mounts = self._mounts.current()
+        _check_name(fd, path, status, mounts)
+        return self._place(path, mounts)[0]
 
     def file_server(self, version: FileVersion) -> str | None:
         """The file server of a source that was examined earlier; None when it is not mounted now.
@@ -195,7 +203,7 @@ class SourceExaminer:
         return (f"{self._host}:{mount.source}" if local else mount.source), local
 
 
-def _look_at(fd: int) -> tuple[bytes, os.stat_result]:
+def _look_at(fd: int, mounts: dict[bytes, Mount]) -> tuple[bytes, os.stat_result]:
     """The real path of a regular file that is open for reading, and what stat says of it.
 
     Raises SourceUnreadable, SourceFailed.
@@ -206,7 +214,7 @@ def _look_at(fd: int) -> tuple[bytes, os.stat_result]:
     path, status = _named(fd, "the source")
     if not stat.S_ISREG(status.st_mode):
         raise SourceUnreadable("not a regular file")
-    _check_name(path, status)
+    _check_name(fd, path, status, mounts)
     return path, status
 
 
@@ -228,8 +236,13 @@ def same_version(fd: int, version: FileVersion) -> bool:
     return (status.st_size, status.st_mtime_ns) == (version.size_bytes, version.mtime_ns)
 
 
-def _check_name(path: bytes, status: os.stat_result) -> None:
-    """The kernel's name must lead to the file in our own view, as far as we may look."""
+def _check_name(fd: int, path: bytes, status: os.stat_result, mounts: dict[bytes, Mount]) -> None:
+    """The kernel's name must lead to the file in our own view.
+
+    Where we may not look, as on a file server that does not trust root, it must have been opened on
+    the very mount that we see there. In a mount namespace of their own, which all users may make,
+    they could mount a directory of theirs over that of somebody else.
+    """
     if not path.startswith(b"/"):
         raise SourceUnreadable(_NAME_FAULT)
     try:
@@ -237,9 +250,8 @@ def _check_name(path: bytes, status: os.stat_result) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceUnreadable(_NAME_FAULT) from error
     except PermissionError:
-        # We may not look there (a file server that does not trust root): the directory must at
-        # least be on the same file system as the file.
-        if _nearest_device(os.path.dirname(path)) != status.st_dev:
+        ours = _mount_id(fd) == find_mount(mounts, path).mount_id
+        if not ours or path.endswith(b" (deleted)"):
             raise SourceUnreadable(_NAME_FAULT) from None
         return
     except OSError as error:
@@ -248,14 +260,14 @@ def _check_name(path: bytes, status: os.stat_result) -> None:
         raise SourceUnreadable(_NAME_FAULT)
 
 
-def _nearest_device(directory: bytes) -> int:
-    while True:
-        try:
-            return os.stat(directory).st_dev
-        except OSError:
-            if directory == b"/":
-                raise
-            directory = os.path.dirname(directory)
+def _mount_id(fd: int) -> int:
+    """On which mount this was opened. Raises SourceFailed."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    except OSError as error:
+        raise SourceFailed(f"cannot look at the source: {error}") from error
+    (number,) = (line.split()[1] for line in lines if line.startswith("mnt_id:"))
+    return int(number)
 
 
 def _unescape(field: bytes) -> bytes:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,18 +24,20 @@ from swarmcache.source_file import (
     find_mount,
     same_version,
 )
+from tests.disk_helpers import as_stranger
 
 NO_SETTINGS = load({}, {}, Path("/dev/null"))
 MOUNTED_FOR_ONE = """
 import os, socket, subprocess, sys
-theirs, victim, sock = sys.argv[1], sys.argv[2], sys.argv[3]
+theirs, victim, file, sock = sys.argv[1:]
 subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "--bind", theirs, victim], check=True)
-fd = os.open(victim, os.O_RDONLY)
+fd = os.open(file, os.O_RDONLY)
 assert os.read(fd, 6) == b"theirs"
 with socket.socket(socket.AF_UNIX) as client:
     client.connect(sock)
     socket.send_fds(client, [b"x"], [fd])
+    client.recv(1)  # the mount is there as long as we are
 """
 
 
@@ -311,7 +313,7 @@ def test_the_mount_table_knows_who_has_mounted_what(fs_type: str, options: str, 
 
     (mount,) = table._read().values()
 
-    assert mount == Mount(b"/home/ann/mnt", fs_type, "nfs01:/export", uid)
+    assert mount == Mount(b"/home/ann/mnt", fs_type, "nfs01:/export", uid, mount_id=36)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +355,27 @@ def test_a_new_mount_is_seen_and_its_odd_name_understood(tmp_path: Path) -> None
     )
 
 
+@contextmanager
+def opened_where_it_is_mounted_over(
+    theirs: Path, place: Path, file: Path, address: Path
+) -> Iterator[int]:
+    """A descriptor of ``file``, opened by a process that alone sees ``theirs`` at ``place``."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(bytes(address))
+        listener.listen()
+        program = [sys.executable, "-c", MOUNTED_FOR_ONE, str(theirs), str(place), str(file)]
+        with subprocess.Popen(["unshare", "--mount", *program, str(address)]) as process:
+            connection, _ = listener.accept()
+            with connection:
+                _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
+                try:
+                    assert os.pread(fd, 6, 0) == b"theirs"
+                    yield fd
+                finally:
+                    os.close(fd)
+    assert process.returncode == 0
+
+
 @pytest.mark.box
 @pytest.mark.slow
 def test_a_file_mounted_over_the_path_for_its_user_alone_is_refused(
@@ -360,29 +383,32 @@ def test_a_file_mounted_over_the_path_for_its_user_alone_is_refused(
 ) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_bytes(b"theirs")
-    address = str(tmp_path / "sock")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        subprocess.run(
-            [
-                "unshare",
-                "--mount",
-                sys.executable,
-                "-c",
-                MOUNTED_FOR_ONE,
-                str(theirs),
-                str(file),
-                address,
-            ],
-            check=True,
-        )
-        connection, _ = listener.accept()
-        with connection:
-            _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
+    with (
+        opened_where_it_is_mounted_over(theirs, file, file, tmp_path / "sock") as fd,
+        pytest.raises(SourceUnreadable, match="does not lead to it"),
+    ):
+        examiner.examine(fd)
+
+
+@pytest.mark.box
+@pytest.mark.slow
+def test_where_the_daemon_may_not_look_only_its_own_mounts_count(
+    examiner: SourceExaminer, tmp_path: Path
+) -> None:
+    """As below a directory of a file server that does not trust root."""
+    secret, theirs = tmp_path.resolve() / "secret", tmp_path / "theirs"
+    for directory, content in ((secret, b"secret"), (theirs, b"theirs")):
+        directory.mkdir(mode=0o700)
+        (directory / "file").write_bytes(content)
+        os.utime(directory / "file", (1, 1))
+    file = secret / "file"
+    true = os.open(file, os.O_RDONLY)
     try:
-        assert os.pread(fd, 6, 0) == b"theirs"
-        with pytest.raises(SourceUnreadable, match="does not lead to it"):
-            examiner.examine(fd)
+        with opened_where_it_is_mounted_over(theirs, secret, file, tmp_path / "sock") as false:
+            assert os.readlink(f"/proc/self/fd/{false}") == str(file)
+            with as_stranger():
+                assert examiner.examine(true).version.path == os.fsencode(file)
+                with pytest.raises(SourceUnreadable, match="does not lead to it"):
+                    examiner.examine(false)
     finally:
-        os.close(fd)
+        os.close(true)
