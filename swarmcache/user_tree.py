@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from swarmcache.disk_calls import Stamp, disk_errors, local_error
+from swarmcache.disk_calls import Stamp, disk_errors, local_error, open_within
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
@@ -202,9 +202,14 @@ class UserTree:
         found = []
         for user in users:
             try:
-                status = os.lstat(self.path(user, real_path))
+                below = self.path(user, real_path).removeprefix(self._root + b"/")
+                fd = open_within(below, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, self._root_fd)
             except (OSError, CacheDirUnusable):
                 continue  # whatever is there, our link is not
+            try:
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
             if status.st_dev == self._device and Stamp.of(status).inode == inode:
                 found.append(user)
         return found
@@ -241,9 +246,9 @@ class UserTree:
     def _user_of(self, name: str) -> User | None:
         """Whose directory that is, as its ACL says; None when it is not one of ours."""
         try:
-            fd = os.open(name, _DIRECTORY, dir_fd=self._root_fd)
+            fd = open_within(os.fsencode(name), _DIRECTORY, self._root_fd)
         except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT, errno.EXDEV):
                 return None
             raise
         try:
@@ -289,8 +294,10 @@ class UserTree:
             except FileExistsError:
                 pass  # the usual case; what it is shows below
         try:
-            fd = os.open(name, _DIRECTORY, dir_fd=above_fd)
+            fd = open_within(name, _DIRECTORY, above_fd)
         except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise CacheDirUnusable(f"something is mounted on {shown}: unmount it") from error
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise CacheDirUnusable(
                     f"{shown} is not a directory of swarmcache: move it away"

@@ -314,3 +314,40 @@ def test_a_way_to_the_cache_directory_that_somebody_else_could_turn_is_refused(
         os.chown(root.parent / "way", EVE, EVE)
     with pytest.raises(CacheDirUnusable, match=r"uid 6003.*name another directory in cache\.dir"):
         open_cache(root.parent / "way" / "cache")
+
+
+MOUNTED_BELOW = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from swarmcache.cache_dir import Removal
+from swarmcache.user_tree import User
+from tests.disk_helpers import ME, a_file, open_cache, publish
+
+root = Path(sys.argv[1])
+cache = open_cache(root)
+beside, below = a_file(1000, b"/nfs/beside"), a_file(1000, b"/nfs/theirs/file")
+place = Path(publish(cache, *beside)[ME.uid]).parent / "theirs"
+place.mkdir(mode=0o1700)
+fuse = os.open("/dev/fuse", os.O_RDWR)
+options = b"fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other" % fuse
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mount(b"theirs", os.fsencode(place), b"fuse", 6, options) == 0, ctypes.get_errno()
+signal.alarm(10)  # whoever asks this file system would wait for ever
+other = User(6001, "ann")
+assert list(publish(cache, *below, ME, other)) == [other.uid]
+assert cache.remove(below[0].version_id) is Removal.GONE
+"""
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_file_system_of_the_user_that_never_answers_holds_up_nobody(root: Path) -> None:
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", MOUNTED_BELOW, str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "something is mounted on" in done.stderr
