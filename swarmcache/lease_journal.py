@@ -4,14 +4,25 @@ know and cannot ask.
 A file of lines, appended to before a node is told of its lease. Nothing is synced: the file
 protects against the end of the process, not of the machine; a file from before the last boot, like
 one that cannot be read, counts as "some lease may be out".
+
+So does an empty one, and that is what is left where nothing can be written: on a full disk leases
+are granted as ever, but before the node is told of one that is missing in the file, the file is
+emptied, which needs no room. So a tracker that is started anew waits until all have run out. Where
+the disk does not even take that, the file still names the time when the tracker was last there, and
+who is started more than ``handover.AWAY_MAX_S`` later waits for that reason. Who is started sooner
+must be able to write the file, or is no tracker: only a disk that fails and works again within
+these two seconds, with a restart between, could make a tracker forget a lease.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from swarmcache.clock import now_s
@@ -29,7 +40,8 @@ class LeaseJournal:
 
     ``earlier``: lease id -> node of the leases that may still be out. ``first_lease_id``: larger
     than every id that was ever used. ``away_s``: since when there was no tracker; None if there
-    never was one, infinite if nobody knows. Raises OSError when the directory cannot be used.
+    never was one, infinite if nobody knows. Raises OSError when the directory cannot be used at
+    first; afterwards a failure to write is logged, and raises nothing.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -44,6 +56,7 @@ class LeaseJournal:
         self._out = dict(self.earlier)
         self._fd = -1
         self._size_bytes = 0
+        self._failed = False  # the file is emptied, and to be written as a whole
         self._compact()
 
     def grant(self, lease_id: int, node: str) -> None:
@@ -63,15 +76,40 @@ class LeaseJournal:
 
     def close(self) -> None:
         """Close the file, short."""
-        self._compact()
+        with self._emptied_on_failure():
+            self._compact()
         os.close(self._fd)
 
     def _append(self, line: str) -> None:
+        """Write down what is known already, so that a new file may take the place of the line."""
         data = os.fsencode(line)
-        os.write(self._fd, data)
-        self._size_bytes += len(data)
-        if self._size_bytes > COMPACT_BYTES:
-            self._compact()
+        with self._emptied_on_failure():
+            if self._failed or self._size_bytes + len(data) > COMPACT_BYTES:
+                self._compact()
+            else:
+                _write(self._fd, data)
+                self._size_bytes += len(data)
+
+    @contextmanager
+    def _emptied_on_failure(self) -> Iterator[None]:
+        """Where writing fails, leave nothing that the next tracker would rely on."""
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):  # tried again with the next line
+                os.ftruncate(self._fd, 0)
+            if not self._failed:
+                log.error(
+                    "cannot write %s: %s; leases are granted as ever, but a tracker that is started"
+                    " anew meanwhile waits until all have run out",
+                    self._path,
+                    error,
+                )
+            self._failed = True
+        else:
+            if self._failed:
+                log.warning("%s is written again", self._path)
+            self._failed = False
 
     def _compact(self) -> None:
         """Write the leases that are out to a new file, and put it in the place of the old one."""
@@ -84,12 +122,16 @@ class LeaseJournal:
         fd = os.open(
             beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
         )
-        os.write(fd, data)
-        os.replace(beside, self._path)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+        try:
+            _write(fd, data)
+            os.replace(beside, self._path)
+        except OSError:
+            os.close(fd)
+            raise
+        old_fd, self._fd = self._fd, fd  # a close that fails has closed as well
         self._size_bytes = len(data)
+        if old_fd >= 0:
+            os.close(old_fd)
 
     def _read(self) -> dict[int, str]:
         try:
@@ -119,3 +161,9 @@ class LeaseJournal:
             log.warning("%s is damaged or from before the last boot; waiting", self._path)
             out[UNKNOWN_LEASE_ID] = UNKNOWN_NODE
         return out
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of it. Raises OSError, also where only the beginning finds room."""
+    if os.write(fd, data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

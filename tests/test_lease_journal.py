@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from swarmcache.lease_journal import UNKNOWN_LEASE_ID, UNKNOWN_NODE, LeaseJourna
 
 GRANT_AND_WAIT = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from swarmcache.lease_journal import LeaseJournal
 journal = LeaseJournal(Path(sys.argv[1]))
@@ -32,6 +37,18 @@ def reopened(directory: Path) -> dict[int, str]:
     earlier = dict(journal.earlier)
     journal.close()
     return earlier
+
+
+@contextmanager
+def no_room(left_bytes: int) -> Iterator[None]:
+    """Files of this process take so many bytes and no more; what is written across that end is cut
+    there, as on a disk that is full."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left_bytes, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def test_a_new_journal_knows_of_no_lease(tmp_path: Path) -> None:
@@ -144,6 +161,61 @@ def test_a_half_written_line_ends_no_other_lease(tmp_path: Path) -> None:
 
     assert earlier[1] == "node1:7381"
     assert earlier[17] == "node2:7381"
+
+
+# At once; in the first line of a new file; at the end of that line; in the line of the lease.
+@pytest.mark.parametrize("left_bytes", [0, 10, 42, 90])
+def test_leases_that_find_no_room_are_granted_and_make_the_next_tracker_wait(
+    tmp_path: Path, left_bytes: int
+) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.present()
+    journal.grant(5, "node1:7381")
+    with no_room(left_bytes):
+        journal.grant(6, "node2:7381")
+        journal.end(5)
+        journal.present()
+
+    killed = LeaseJournal(tmp_path)
+
+    assert killed.earlier[UNKNOWN_LEASE_ID] == UNKNOWN_NODE
+    assert killed.away_s == math.inf
+    killed.close()
+    journal.close()
+
+
+def test_the_journal_is_complete_again_once_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(5, "node1:7381")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with no_room(0):
+        for lease_id in range(6, 10):
+            journal.grant(lease_id, "node2:7381")
+        journal.end(5)
+        journal.end(6)
+    assert [record.levelname for record in caplog.records] == ["ERROR"], "said once"
+    assert "cannot write" in caplog.text
+
+    journal.end(7)
+
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert reopened(tmp_path) == {8: "node2:7381", 9: "node2:7381"}
+    journal.close()
+    assert os.listdir(tmp_path) == ["leases"]
+
+
+def test_a_journal_that_is_closed_on_a_full_disk_makes_the_next_tracker_wait(
+    tmp_path: Path,
+) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(5, "node1:7381")
+    with no_room(0):
+        journal.close()
+
+    assert UNKNOWN_LEASE_ID in reopened(tmp_path)
 
 
 def test_the_file_stays_short_however_many_leases_were_granted(
