@@ -51,10 +51,11 @@ from swarmcache.index_rebuild import SLICE_FILES, IndexRebuild
 from swarmcache.manifest_files import SUFFIX, encode_manifest
 from swarmcache.messages import DiskStatus, ReplicaPlace
 from swarmcache.object_files import ObjectFiles, finish, object_name
+from swarmcache.own_directory import check_ours
 from swarmcache.partial import Partial
 from swarmcache.partial_store import PartialStore, SpaceLimits
 from swarmcache.retention import Retention
-from swarmcache.user_tree import User, UserTree, check_ours, open_cache_root
+from swarmcache.user_tree import User, UserTree, open_cache_root
 from swarmcache.uses import Uses
 
 __all__ = ["CacheDir", "Partial", "User"]
@@ -114,7 +115,7 @@ class CacheDir:
         used within this time is not evicted; ``max_age_s``: one that was not used for so long goes,
         but not before ``min_age_s``. ``make``: whether a directory that is not there is made, or
         taken for one whose disk is not mounted.
-        Raises CacheDirUnusable with what to do about it; DiskFailed, LocalError when the disk
+        Raises DirectoryUnusable with what to do about it; DiskFailed, LocalError when the disk
         fails.
         """
         self._boot_id = boot_id()
@@ -717,7 +718,7 @@ class CacheDir:
         with disk_errors(f"open {own}"):
             self._device = os.fstat(self._root_fd).st_dev
             own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
-            check_ours(own_fd, own, forbidden=0o077)
+            check_ours(own_fd, own, "cache.dir", forbidden=0o077)
             self._lock_fd = self._lock_directory(stack, own_fd, own)
             self._objects = ObjectFiles(self._open_directory(stack, "objects", own_fd))
             self._partial_fd = self._open_directory(stack, "partial", own_fd)

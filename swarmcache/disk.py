@@ -107,7 +107,7 @@ class Cache:
         A single one is made where it is not there. Of several, each must be there, below the place
         where its disk is mounted, so that one that is not mounted is not taken for empty.
         One whose disk is lost is left out, with one line in the log, as long as there is another.
-        Raises CacheDirUnusable for a mistake that somebody must mend, DiskFailed when no disk can
+        Raises DirectoryUnusable for a mistake that somebody must mend, DiskFailed when no disk can
         be used.
         """
         several = len(roots) > 1

@@ -42,9 +42,10 @@ from swarmcache.errors import (
 from swarmcache.in_use import UseCheck
 from swarmcache.listing import shown_path
 from swarmcache.locations import RESULTS_DIRECTORY
+from swarmcache.own_directory import check_ours
 from swarmcache.partial_store import PARTIAL_AGE_MAX_S
 from swarmcache.tree_walk import walk
-from swarmcache.user_tree import ACL_NAME, acl_for, check_ours, open_cache_root
+from swarmcache.user_tree import ACL_NAME, acl_for, open_cache_root
 
 LISTED_MAX = 10  # names of one finding; the others are counted
 TRACKER_S_MAX = 2.0
@@ -340,7 +341,7 @@ class _Directory:
         except NotADirectoryError as error:
             raise CacheDirUnusable(f"{self._own} is no directory: remove it") from error
         try:
-            check_ours(fd, self._own, forbidden=0o077, daemon_uid=daemon_uid)
+            check_ours(fd, self._own, "cache.dir", forbidden=0o077, uid=daemon_uid)
         except LocalError:
             os.close(fd)
             raise

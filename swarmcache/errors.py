@@ -79,8 +79,12 @@ class DiskFailed(LocalError):
     """The disk of a cache directory fails, cannot be written, or is no longer mounted."""
 
 
-class CacheDirUnusable(LocalError):
-    """The cache directory has the wrong owner, mode or type; the message says what to do."""
+class DirectoryUnusable(LocalError):
+    """A directory of ours has the wrong owner, mode or type; the message says what to do."""
+
+
+class CacheDirUnusable(DirectoryUnusable):
+    """Something is wrong with, or in the way in, the cache directory; says what to do."""
 
 
 class NotCached(LocalError):

@@ -26,10 +26,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from swarmcache.clock import now_s
+from swarmcache.disk_calls import disk_errors, unlink_if_there
+from swarmcache.errors import LocalError
+from swarmcache.own_directory import open_own_directory
 
 log = logging.getLogger(__name__)
 
 COMPACT_BYTES = 1 << 20
+_NAME = "leases"
+_NEW = "leases.new"  # becomes the file when it is complete
 # A lease of nobody, that nobody can announce again: makes the tracker wait until all have run out.
 UNKNOWN_LEASE_ID = 0
 UNKNOWN_NODE = "?"
@@ -40,24 +45,29 @@ class LeaseJournal:
 
     ``earlier``: lease id -> node of the leases that may still be out. ``first_lease_id``: larger
     than every id that was ever used. ``away_s``: since when there was no tracker; None if there
-    never was one, infinite if nobody knows. Raises OSError when the directory cannot be used at
-    first; afterwards a failure to write is logged, and raises nothing.
+    never was one, infinite if nobody knows. Raises LocalError when the directory cannot be used, or
+    somebody else could have prepared it; later a failure to write is logged, and raises nothing.
     """
 
     def __init__(self, state_dir: Path) -> None:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        self._path = state_dir / "leases"
+        self._path = state_dir / _NAME
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._present_s = -math.inf
         self.away_s: float | None = None
-        self.earlier = self._read()
-        # The wall clock in microseconds grows faster than leases are granted.
-        self.first_lease_id = max([time.time_ns() // 1000, *(item + 1 for item in self.earlier)])
-        self._out = dict(self.earlier)
         self._fd = -1
         self._size_bytes = 0
         self._failed = False  # the file is emptied, and to be written as a whole
-        self._compact()
+        self._directory_fd = open_own_directory(state_dir, "tracker.state_dir")
+        try:
+            with disk_errors(f"use {self._path}"):
+                self.earlier = self._read()
+                self._out = dict(self.earlier)
+                self._compact()
+        except LocalError:
+            os.close(self._directory_fd)
+            raise
+        # The wall clock in microseconds grows faster than leases are granted.
+        self.first_lease_id = max([time.time_ns() // 1000, *(item + 1 for item in self.earlier)])
 
     def grant(self, lease_id: int, node: str) -> None:
         """Note a lease before its node is told."""
@@ -79,6 +89,7 @@ class LeaseJournal:
         with self._emptied_on_failure():
             self._compact()
         os.close(self._fd)
+        os.close(self._directory_fd)
 
     def _append(self, line: str) -> None:
         """Write down what is known already, so that a new file may take the place of the line."""
@@ -118,13 +129,13 @@ class LeaseJournal:
             lines.append(f"present {self._present_s:.3f}\n")
         lines += [f"grant {lease_id} {node}\n" for lease_id, node in self._out.items()]
         data = os.fsencode("".join(lines))
-        beside = self._path.with_suffix(".new")
-        fd = os.open(
-            beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        unlink_if_there(_NEW, self._directory_fd)  # of one that was killed, or found no room
+        # Whatever else is in its place, a link even, is not written to.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(_NEW, flags, 0o600, dir_fd=self._directory_fd)
         try:
             _write(fd, data)
-            os.replace(beside, self._path)
+            os.replace(_NEW, _NAME, src_dir_fd=self._directory_fd, dst_dir_fd=self._directory_fd)
         except OSError:
             os.close(fd)
             raise
@@ -135,10 +146,14 @@ class LeaseJournal:
 
     def _read(self) -> dict[int, str]:
         try:
-            text = os.fsdecode(self._path.read_bytes())
+            fd = os.open(
+                _NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd
+            )
         except FileNotFoundError:
             self._present_s = now_s()
             return {}
+        with open(fd, "rb") as file:
+            text = os.fsdecode(file.read())
         lines = text.splitlines()
         out: dict[int, str] = {}
         # A line without an end is the beginning of one: "end 1" may have been "end 17".

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from swarmcache.disk_calls import Stamp, disk_errors, local_error, open_within
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
+from swarmcache.own_directory import check_ours, checked_path
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -391,7 +392,7 @@ def open_cache_root(
 
     With ``make`` it is made if need be; otherwise one that is not there is taken for one whose
     disk is not mounted. ``daemon_uid``: whose it must be, by default this process' user. Raises
-    CacheDirUnusable when somebody else could have prepared or could change it, DiskFailed when its
+    DirectoryUnusable when somebody else could have prepared or could change it, DiskFailed when its
     disk cannot be used; the message says what to do.
     """
     absolute = os.path.abspath(root)
@@ -402,12 +403,7 @@ def open_cache_root(
     try:
         if make:
             os.makedirs(above, exist_ok=True)
-        # Who owns / owns everything; in a user namespace that may be an unmapped uid.
-        trusted = {0, daemon_uid, os.stat("/").st_uid}
-        _check_ancestors(absolute, trusted)
-        above = os.path.realpath(above)
-        _check_ancestors(os.path.join(above, name), trusted)
-        path = os.path.join(above, name)
+        path = checked_path(absolute, "cache.dir", daemon_uid)
         if make:
             _make_root(path)
         fd = os.open(path, _DIRECTORY)
@@ -428,7 +424,7 @@ def open_cache_root(
         raise CacheDirUnusable(str(failure)) from error
     try:
         with disk_errors(f"look at {path}"):
-            check_ours(fd, path, forbidden=0o022, daemon_uid=daemon_uid)
+            check_ours(fd, path, "cache.dir", forbidden=0o022, uid=daemon_uid)
     except LocalError:
         os.close(fd)
         raise
@@ -452,43 +448,3 @@ def _make_root(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def check_ours(fd: int, path: str, *, forbidden: int, daemon_uid: int | None = None) -> None:
-    """Raise CacheDirUnusable unless the directory is the daemon's and has no ``forbidden`` mode.
-
-    Raises OSError when the disk fails.
-    """
-    status = os.fstat(fd)
-    daemon_uid = os.geteuid() if daemon_uid is None else daemon_uid
-    if status.st_uid != daemon_uid:
-        raise CacheDirUnusable(
-            f"{path} belongs to uid {status.st_uid}, not to the daemon (uid {daemon_uid}):"
-            " remove it, or name another directory in cache.dir"
-        )
-    if status.st_mode & forbidden:
-        raise CacheDirUnusable(
-            f"{path} has mode {stat.S_IMODE(status.st_mode):04o}, so others could have put"
-            f" something into it: look through it, then run chmod"
-            f" {stat.S_IMODE(status.st_mode) & ~forbidden:04o} on it"
-        )
-
-
-def _check_ancestors(path: str, trusted: Collection[int]) -> None:
-    """Refuse a path that somebody else could turn elsewhere."""
-    ancestor = path
-    while ancestor != "/":
-        ancestor = os.path.dirname(ancestor)
-        status = os.lstat(ancestor)
-        if status.st_uid not in trusted:
-            raise CacheDirUnusable(
-                f"{ancestor} belongs to uid {status.st_uid}, who could exchange {path}:"
-                " name another directory in cache.dir"
-            )
-        if stat.S_ISLNK(status.st_mode):
-            continue  # its own mode means nothing, and what it points to is checked as well
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise CacheDirUnusable(
-                f"anybody may write into {ancestor} and so exchange {path}: run chmod o-w on it,"
-                " or name another directory in cache.dir"
-            )

@@ -25,7 +25,7 @@ from swarmcache import cache_dir
 from swarmcache.cache_dir import CacheDir, Partial, User
 from swarmcache.cache_index import CacheIndex, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
-from swarmcache.errors import CacheDirUnusable, LocalError, NoSpace
+from swarmcache.errors import CacheDirUnusable, DirectoryUnusable, LocalError, NoSpace
 from swarmcache.manifest_files import decode_manifest, encode_header, encode_manifest
 from swarmcache.partial import JOURNAL_MAGIC, decode_journal, encode_record
 from swarmcache.partial_store import OVERHEAD_BYTES, UNCOUNTED_MAX_BYTES
@@ -1039,7 +1039,7 @@ def test_a_cache_directory_with_a_symlink_in_its_place_is_refused(root: Path) ->
 def test_a_cache_directory_that_others_may_write_is_refused(root: Path, mode: int) -> None:
     root.mkdir()
     root.chmod(mode)
-    with pytest.raises(CacheDirUnusable, match="chmod"):
+    with pytest.raises(DirectoryUnusable, match="chmod"):
         open_cache(root)
     root.chmod(0o700)
     open_cache(root).close()
@@ -1049,21 +1049,21 @@ def test_a_cache_directory_that_others_may_write_is_refused(root: Path, mode: in
 def test_a_cache_directory_that_somebody_else_prepared_is_refused(root: Path) -> None:
     root.mkdir()
     os.chown(root, 6001, 6001)
-    with pytest.raises(CacheDirUnusable, match="belongs to uid 6001, not to the daemon"):
+    with pytest.raises(DirectoryUnusable, match="belongs to uid 6001, not to uid 0"):
         open_cache(root)
     os.chown(root, 0, 0)
     (root / ".swarmcache").mkdir(mode=0o700)
     os.chown(root / ".swarmcache", 6001, 6001)
-    with pytest.raises(CacheDirUnusable, match="belongs to uid 6001, not to the daemon"):
+    with pytest.raises(DirectoryUnusable, match="belongs to uid 6001, not to uid 0"):
         open_cache(root)
     os.chown(root.parent, 6001, 6001)
-    with pytest.raises(CacheDirUnusable, match="who could exchange"):
+    with pytest.raises(DirectoryUnusable, match="who could exchange"):
         open_cache(root)
 
 
 def test_a_cache_directory_below_one_that_anybody_may_write_is_refused(root: Path) -> None:
     root.parent.chmod(0o777)
-    with pytest.raises(CacheDirUnusable, match="anybody may write"):
+    with pytest.raises(DirectoryUnusable, match="anybody may write"):
         open_cache(root)
     root.parent.chmod(0o1777)
     open_cache(root).close()

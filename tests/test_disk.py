@@ -18,7 +18,7 @@ from swarmcache.cache_index import CacheIndex
 from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache, Partial
 from swarmcache.disk_calls import reserve
-from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError, NoSpace
+from swarmcache.errors import CacheDirUnusable, DirectoryUnusable, DiskFailed, LocalError, NoSpace
 from swarmcache.partial_store import UNCOUNTED_MAX_BYTES
 from tests.disk_helpers import (
     CHUNK_BYTES,
@@ -404,7 +404,7 @@ def test_a_mistake_in_one_of_several_directories_is_not_passed_over(
         elsewhere.rmdir()
         elsewhere.symlink_to("/dev/shm")
     user = open_cache(elsewhere) if mistake == "in use" else None
-    with pytest.raises(CacheDirUnusable):
+    with pytest.raises(DirectoryUnusable):
         open_all(root, elsewhere)
     if user is not None:
         user.close()

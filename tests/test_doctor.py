@@ -140,7 +140,7 @@ def test_a_cache_directory_that_the_daemon_would_refuse_is_found(
 def test_a_cache_directory_of_another_user_is_found(settings: Path, filled: Path) -> None:
     os.chown(filled, 6001, 6001)
     [told] = about(examine(None, settings), filled)
-    assert "belongs to uid 6001, not to the daemon (uid 0)" in told
+    assert "belongs to uid 6001, not to uid 0" in told
 
 
 def test_one_of_several_disks_that_is_not_mounted_is_found(settings: Path, filled: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmcache.errors import CacheDirUnusable
+from swarmcache.errors import CacheDirUnusable, DirectoryUnusable
 from swarmcache.user_tree import User
 from tests.disk_helpers import ME, a_file, needs_root, open_cache, publish, run_as
 from tests.local_daemons import LocalDaemons, LocalNode
@@ -312,7 +312,7 @@ def test_a_way_to_the_cache_directory_that_somebody_else_could_turn_is_refused(
     else:
         (root.parent / "way").mkdir()
         os.chown(root.parent / "way", EVE, EVE)
-    with pytest.raises(CacheDirUnusable, match=r"uid 6003.*name another directory in cache\.dir"):
+    with pytest.raises(DirectoryUnusable, match=r"uid 6003.*name another directory in cache\.dir"):
         open_cache(root.parent / "way" / "cache")
 
 

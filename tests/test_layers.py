@@ -93,6 +93,7 @@ LAYERS = {
         "metrics",
         "object_files",
         "options",
+        "own_directory",
         "partial",
         "partial_store",
         "peer",

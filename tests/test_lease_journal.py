@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from swarmcache import lease_journal
+from swarmcache.errors import DirectoryUnusable, LocalError, NoSpace
 from swarmcache.lease_journal import UNKNOWN_LEASE_ID, UNKNOWN_NODE, LeaseJournal
+from tests.disk_helpers import needs_root
 
 GRANT_AND_WAIT = """
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from swarmcache.lease_journal import LeaseJournal
 journal = LeaseJournal(Path(sys.argv[1]))
@@ -243,5 +245,86 @@ def test_only_its_owner_may_read_or_write_the_journal(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
 
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(DirectoryUnusable, match=r"file as a directory.*tracker\.state_dir"):
         LeaseJournal(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["leases", "leases.new"])
+def test_what_a_planted_link_leads_to_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.write_text("years of work\n")
+    state_dir = tmp_path / "state"
+    state_dir.mkdir(0o700)
+    (state_dir / name).symlink_to(thesis)
+
+    with suppress(LocalError):
+        LeaseJournal(state_dir).close()
+
+    assert thesis.read_text() == "years of work\n"
+
+
+def test_a_link_in_the_place_of_the_journal_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "of somebody else").write_bytes(b"")
+    (tmp_path / "leases").symlink_to(tmp_path / "of somebody else")
+
+    with pytest.raises(LocalError, match="leases"):
+        LeaseJournal(tmp_path)
+
+
+def test_a_journal_that_cannot_be_written_at_first_is_an_error_and_stays_as_it_is(
+    tmp_path: Path,
+) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(5, "node1:7381")
+    journal.close()
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    with no_room(10), pytest.raises(NoSpace, match="leases"):
+        LeaseJournal(tmp_path)
+
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert reopened(tmp_path) == {5: "node1:7381"}
+
+
+def test_the_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    LeaseJournal(tmp_path / "state").close()
+
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_directory_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    state_dir.chmod(mode)
+
+    with pytest.raises(DirectoryUnusable, match=r"state has mode .*chmod"):
+        LeaseJournal(state_dir)
+
+    assert os.listdir(state_dir) == []
+
+
+@needs_root
+def test_a_directory_that_somebody_else_has_prepared_is_refused(root: Path) -> None:
+    root.parent.chmod(0o1777)  # as /var/tmp, where they may do that
+    state_dir = root / "tracker"
+    state_dir.mkdir(parents=True)
+    os.chown(state_dir, 6001, 6001)
+    with pytest.raises(
+        DirectoryUnusable, match=r"tracker belongs to uid 6001, .*in tracker\.state_dir"
+    ):
+        LeaseJournal(state_dir)
+    os.chown(root, 6001, 6001)
+    with pytest.raises(
+        DirectoryUnusable, match=r"uid 6001, who could exchange .*in tracker\.state_dir"
+    ):
+        LeaseJournal(state_dir)
+    assert os.listdir(state_dir) == []
+
+
+def test_a_directory_whose_place_anybody_could_take_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "everybody").mkdir()
+    (tmp_path / "everybody").chmod(0o777)
+
+    with pytest.raises(DirectoryUnusable, match=r"anybody may write into .*everybody"):
+        LeaseJournal(tmp_path / "everybody" / "state")
