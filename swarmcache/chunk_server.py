@@ -46,6 +46,7 @@ from swarmcache.errors import AuthenticationFailed, RemoteError, SwarmcacheError
 from swarmcache.quantities import HostPort
 from swarmcache.rate_limit import RateLimit
 from swarmcache.serving import bind
+from swarmcache.strangers import Strangers
 from swarmcache.upload_slots import Upload, UploadSlots
 
 HANDSHAKE_S = 5.0  # two round trips, on a bad day
@@ -220,8 +221,8 @@ class ChunkServer:
         self._rate = RateLimit(upload_rate_max_bytes_per_s)
         self._threads = ThreadPoolExecutor(uploads_max, thread_name_prefix="upload")
         self._listener: socket.socket | None = None
-        # A connection is in exactly one of these three; dicts, because they keep the order.
-        self._strangers: dict[_Inbound, None] = {}
+        # A connection is in exactly one of these three, which keep the order.
+        self._strangers = Strangers(STRANGERS_MAX, HANDSHAKE_S, self._close)
         self._idle: dict[_Inbound, None] = {}
         self._busy: dict[_Inbound, asyncio.Future[bool]] = {}
 
@@ -280,12 +281,9 @@ class ChunkServer:
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _welcome(self, sock: socket.socket) -> None:
-        if len(self._strangers) >= STRANGERS_MAX:
-            self._close(next(iter(self._strangers)))
         acceptor = Acceptor(self._keyring, "data", os.urandom(NONCE_BYTES), self._identity)
         connection = _Inbound(sock, self._keyring, acceptor)
-        self._strangers[connection] = None
-        connection.timer = self._loop.call_later(HANDSHAKE_S, self._close, connection)
+        self._strangers.add(connection)
         self._loop.add_reader(sock.fileno(), self._shake_hands, connection)
 
     def _shake_hands(self, connection: _Inbound) -> None:
@@ -304,7 +302,7 @@ class ChunkServer:
             return
         connection.keys = acceptor.session_keys()
         self._loop.remove_reader(connection.sock.fileno())
-        del self._strangers[connection]
+        self._strangers.discard(connection)
         self._watch(connection)
 
     def _watch(self, connection: _Inbound) -> None:
@@ -359,7 +357,7 @@ class ChunkServer:
         if connection.timer is not None:
             connection.timer.cancel()
         self._loop.remove_reader(connection.sock.fileno())
-        self._strangers.pop(connection, None)
+        self._strangers.discard(connection)
         self._idle.pop(connection, None)
         connection.sock.close()
 

@@ -28,6 +28,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
+from swarmcache.http_server import STRANGERS
 from swarmcache.messages import MESSAGE_MAX_BYTES, NodeAddress
 from swarmcache.quantities import HostPort
 
@@ -215,7 +216,7 @@ async def serve(
     identity: bytes,
     talk: Callable[[Link], Awaitable[None]],
 ) -> web.StreamResponse:
-    """Take a connection in a request handler, and ``talk`` over it until that ends.
+    """Take a connection in a request handler of ``http_server``, and ``talk`` over it to its end.
 
     What the other side does wrong costs it the connection and us one line in the log.
     """
@@ -224,7 +225,9 @@ async def serve(
     )
     try:
         await socket.prepare(request)
-        await talk(await _accept_in_time(socket, keyring, purpose, identity))
+        link = await _accept_in_time(socket, keyring, purpose, identity)
+        request.app[STRANGERS].discard(request.protocol)
+        await talk(link)
     except SwarmcacheError as error:
         log.warning("%s: %s", request.remote, error)
     except (ConnectionError, aiohttp.ClientError) as error:

@@ -20,8 +20,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from swarmcache.errors import LocalError
+from swarmcache.http_server import serving_http
 from swarmcache.quantities import HostPort
-from swarmcache.serving import serving_http, software_version
+from swarmcache.serving import software_version
 
 Described = Callable[[], Iterable[Metric]]
 
@@ -53,7 +54,9 @@ async def serving_metrics(server: str, listen: HostPort, describe: Described) ->
             body = encode(figures)
         except LocalError as error:
             return web.Response(status=503, text=f"{error}\n")
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        response = web.Response(body=body, headers={"Content-Type": content_type})
+        response.force_close()  # nobody proves anything here, so a connection must not last
+        return response
 
     application = web.Application()
     application.router.add_get("/metrics", answer)

@@ -44,6 +44,7 @@ from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
 from swarmcache.gossip_records import NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
+from swarmcache.http_server import serving_on
 from swarmcache.link import Link, client_session, connect_to_node, node_behind, serve
 from swarmcache.local_protocol import (
     AboutCache,
@@ -354,11 +355,8 @@ class Daemon:
             self._hear_of_tracker,
         )
         self._start_questions()
-        runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+        await stack.enter_async_context(serving_on(self._listener, self._application(), 1024))
         stack.push_async_callback(self._end_tasks)
-        await web.SockSite(runner, self._listener, backlog=1024).start()
         self._local_server = LocalServer(
             self._config.daemon.socket, self._take_request, self._examine_threads.pending
         )

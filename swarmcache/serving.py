@@ -8,11 +8,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-
-from aiohttp import web
 
 from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.config import Config, load_secrets
@@ -64,21 +61,6 @@ def bind(address: HostPort) -> socket.socket:
     )
     family, _, _, _, where = found[0]
     return socket.create_server(where[:2], family=family, backlog=4096)
-
-
-@asynccontextmanager
-async def serving_http(
-    application: web.Application, listen: HostPort, backlog: int = 128
-) -> AsyncIterator[HostPort]:
-    """Serve until the end of the block, at the address that it gives. Raises OSError."""
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
-    with bind(listen) as listener:
-        try:
-            await runner.setup()
-            await web.SockSite(runner, listener, backlog=backlog).start()
-            yield HostPort(listen.host, int(listener.getsockname()[1]))
-        finally:
-            await runner.cleanup()
 
 
 def bind_datagrams(listener: socket.socket) -> socket.socket:

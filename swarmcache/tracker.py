@@ -13,6 +13,7 @@ from aiohttp import web
 from swarmcache.auth import Keyring
 from swarmcache.clock import now_s
 from swarmcache.config import Config
+from swarmcache.http_server import serving_http
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import Link, serve
 from swarmcache.serving import (
@@ -20,7 +21,6 @@ from swarmcache.serving import (
     cluster_keys,
     reread_on_hangup,
     say_ready,
-    serving_http,
     told_to_end,
 )
 from swarmcache.tracker_server import TrackerServer

@@ -20,6 +20,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
+from swarmcache.http_server import serving_http
 from swarmcache.link import Link, client_session, connect, serve
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
@@ -99,17 +100,13 @@ async def serving(key: Keyring = KEY) -> AsyncIterator[Server]:
         return await server.serve(request, key)
 
     application.router.add_get("/v1/peer", handle)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    server.port = runner.addresses[0][1]
-    try:
-        yield server
-    finally:
-        for link in server.links:
-            link.close()
-        await runner.cleanup()
+    async with serving_http(application, HostPort("127.0.0.1", 0)) as address:
+        server.port = address.port
+        try:
+            yield server
+        finally:
+            for link in server.links:
+                link.close()
 
 
 @pytest.fixture

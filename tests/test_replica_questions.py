@@ -18,6 +18,7 @@ from swarmcache.cache_dir import CacheDir
 from swarmcache.disk import Cache
 from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable
 from swarmcache.holder_survey import HolderSurvey
+from swarmcache.http_server import serving_http
 from swarmcache.link import Link, connect, serve
 from swarmcache.local_server import user_name
 from swarmcache.locator import run_survey
@@ -82,13 +83,8 @@ async def node(
     """A node that answers questions in this way."""
     application = web.Application()
     application.router.add_get("/v1/holder", handle)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield NodeAddress(f"127.0.0.1:{runner.addresses[0][1]}", 2, "holder")
-    finally:
-        await runner.cleanup()
+    async with serving_http(application, HostPort("127.0.0.1", 0)) as address:
+        yield NodeAddress(str(address), 2, "holder")
 
 
 def answering(
