@@ -711,34 +711,44 @@ class Daemon:
         self._read_threads.submit(user, place, self._read_range, effect, source)
 
     def _read_range(self, effect: ReadRange, source: SharedFile) -> None:
-        """Read a leased range, in a thread of its own; releases ``source``."""
-        partial = self._disk.partial(effect.version_id)
-        assert partial is not None, "reading a range without room for it"
+        """Read a leased range, in a thread of its own; releases ``source``.
+
+        Whatever happens the machine is told of the end, or else it would renew the lease for ever.
+        """
         tell = self._shell.handle_from_thread
-
-        def on_chunks(digests: Mapping[int, bytes]) -> None:
-            partial.commit_chunks(digests)
-            tell(ChunksRead(effect.version_id, effect.lease_id, digests))
-
-        sink = RangeSink(
-            lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunks
-        )
         began_s = time.monotonic()
         try:
-            read_bytes = read_range(
-                source.fd, partial.version, partial.layout, effect.first, effect.count, sink
-            )
+            read_bytes = self._read_into_partial(effect, source.fd)
         except SwarmcacheError as error:
             if not isinstance(error, SOURCE_ERRORS):
                 tell(WriteFailed(effect.version_id, str(error)))
             changed = isinstance(error, errors.SourceChanged)
             tell(RangeReadFailed(effect.version_id, effect.lease_id, str(error), changed))
+        except Exception as error:
+            log.exception("cannot read a range")
+            reason = f"internal error: {error}"
+            tell(RangeReadFailed(effect.version_id, effect.lease_id, reason))
         else:
             elapsed_s = time.monotonic() - began_s
             self._read_bytes += read_bytes
             tell(RangeReadDone(effect.version_id, effect.lease_id, read_bytes, elapsed_s))
         finally:
             source.release()
+
+    def _read_into_partial(self, effect: ReadRange, fd: int) -> int:
+        """Returns the number of bytes read. Raises what ``read_range`` does."""
+        partial = self._disk.partial(effect.version_id)
+        if partial is None:
+            raise errors.LeaseExpired("the file was given up before its range was read")
+
+        def on_chunks(digests: Mapping[int, bytes]) -> None:
+            partial.commit_chunks(digests)
+            self._shell.handle_from_thread(ChunksRead(effect.version_id, effect.lease_id, digests))
+
+        sink = RangeSink(
+            lambda: self._state.may_read(effect.lease_id, now_s()), partial.write_piece, on_chunks
+        )
+        return read_range(fd, partial.version, partial.layout, effect.first, effect.count, sink)
 
     def _uploaded(self, _version_id: bytes, size_bytes: int, _peer: bytes) -> None:
         self._uploaded_bytes += size_bytes

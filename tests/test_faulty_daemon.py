@@ -1,4 +1,4 @@
-"""A whole daemon whose disk fails, or that runs out of descriptors: jobs get usable paths."""
+"""A whole daemon whose disk fails, or that runs out of descriptors, memory or threads."""
 
 from __future__ import annotations
 
@@ -49,6 +49,23 @@ from tests.watched_disk import watched
 with watched(FaultyDisk(number, Fault(code, lasting=bool(lasting)))):
     sys.exit(main())
 """
+# The first buffer for a range that is read from a file server is one too many.
+OUT_OF_MEMORY = [
+    sys.executable,
+    "-c",
+    f"""
+import errno, mmap, sys
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.cli import main
+
+def refuse(*args, _mmap=mmap.mmap, **options):
+    mmap.mmap = _mmap
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+mmap.mmap = refuse
+sys.exit(main())
+""",
+]
 
 
 def failing_daemon(fault: Fault, number: int) -> Sequence[str | Path]:
@@ -134,3 +151,20 @@ def test_a_daemon_without_descriptors_lives_on_and_every_job_gets_a_path(
         # What was lacking was descriptors alone: now that there are some again, all goes well.
         wait_until(lambda: node.run("get", "--strict", files[0]).returncode == 0, 60, "a copy")
         assert_no_bug(node)
+
+
+def test_a_range_that_cannot_be_read_for_want_of_memory_keeps_no_slot(root: Path) -> None:
+    root.mkdir()
+    file, other = sources(root, 2)
+    with LocalDaemons(root) as local:
+        local.start_tracker("file_servers.default.slots_max = 1")
+        full = local.start_daemon("a", command=OUT_OF_MEMORY)
+        sound = local.start_daemon("b")
+
+        copies = full.get(file) + sound.get(other)
+
+        assert [Path(os.fsdecode(copy)).read_bytes() for copy in copies] == [
+            file.read_bytes(),
+            other.read_bytes(),
+        ]
+        assert "cannot read a range" in full.said() and "Cannot allocate memory" in full.said()
