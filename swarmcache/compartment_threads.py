@@ -8,6 +8,7 @@ for ever.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -16,6 +17,9 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from swarmcache.compartments import Compartments
+from swarmcache.errors import NoThread
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -60,7 +64,10 @@ class CompartmentThreads:
     def submit(
         self, owner: Hashable, place: Hashable, function: Callable[..., Result], *args: object
     ) -> Future[Result]:
-        """Call ``function(*args)`` in a thread, when it is its turn; cancelled after ``close``."""
+        """Call ``function(*args)`` in a thread, when it is its turn; cancelled after ``close``.
+
+        Raises NoThread when there is none for it; then it is not called.
+        """
         call = _Call(owner, place, lambda: function(*args), Future())
         with self._changed:
             if self._closed:
@@ -72,7 +79,7 @@ class CompartmentThreads:
     async def run(
         self, owner: Hashable, place: Hashable, function: Callable[..., Result], *args: object
     ) -> Result:
-        """The result of ``function(*args)``, called in a thread."""
+        """The result of ``function(*args)``, called in a thread. Raises NoThread as well."""
         return await asyncio.wrap_future(self.submit(owner, place, function, *args))
 
     def pending(self, owner: Hashable) -> int:
@@ -97,8 +104,15 @@ class CompartmentThreads:
         if self._idle:
             self._idle -= 1
             self._next.put(call)
-        else:
-            threading.Thread(target=self._work, args=(call,), daemon=True, name=self._name).start()
+            return
+        thread = threading.Thread(target=self._work, args=(call,), daemon=True, name=self._name)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.error("a call in a thread (%s) is given up: %s", self._name, error)
+            following = self._compartments.ended(call.owner, call.place)
+            assert following is None, "it waited though there was room for two"
+            raise NoThread(f"the daemon has too few threads: {error}") from error
 
     def _work(self, call: _Call | None) -> None:
         while call is not None:

@@ -87,6 +87,10 @@ class CacheDirUnusable(DirectoryUnusable):
     """Something is wrong with, or in the way in, the cache directory; says what to do."""
 
 
+class NoThread(LocalError):
+    """The system lets this process have no more threads just now."""
+
+
 class NotCached(LocalError):
     """There is no verified copy on this node, and the caller wants nothing else; says why."""
 

@@ -24,7 +24,7 @@ from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
-from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.errors import LocalError, NoThread, SwarmcacheError
 from swarmcache.fetching import Fetching
 from swarmcache.holds import Holds
 from swarmcache.local_protocol import (
@@ -32,6 +32,7 @@ from swarmcache.local_protocol import (
     Answer,
     Cached,
     Failed,
+    Found,
     Get,
     LookUp,
     NodeStatus,
@@ -160,18 +161,29 @@ class LocalRequests:
                 connection.close_files(fds)
                 connection.send(Failed("one request at a time on a connection"))
             case Get():
-                self._examine(connection, fds, self._get_in_thread, connection, request, fds[0])
+                self._examine(connection, request, fds, self._get_in_thread, fds[0])
             case LookUp():
-                look_up = self._look_ups.look_up_in_thread
-                self._examine(connection, fds, look_up, connection, request, fds)
+                self._examine(connection, request, fds, self._look_ups.look_up_in_thread, fds)
 
     def _examine(
-        self, connection: LocalConnection, fds: list[int], function: Callable[..., None], *args: Any
+        self,
+        connection: LocalConnection,
+        request: Get | LookUp,
+        fds: list[int],
+        function: Callable[..., None],
+        files: int | list[int],
     ) -> None:
         """Have a thread answer; ``fds`` are closed should none come to it any more."""
         self._busy.add(connection)
-        place = self._examiner.place(fds[0]) if fds else None
-        done = self._threads.submit(connection.user.uid, place, function, *args)
+        uid, place = connection.user.uid, self._examiner.place(fds[0]) if fds else None
+        try:
+            done = self._threads.submit(uid, place, function, connection, request, files)
+        except NoThread as error:
+            connection.close_files(fds)
+            nothing = Found([None] * len(fds))
+            many = isinstance(request, LookUp)
+            self._answer(connection, nothing if many else Original(str(error)))
+            return
         done.add_done_callback(
             lambda done: connection.close_files(fds) if done.cancelled() else None
         )

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk_calls import SharedFile
-from swarmcache.errors import BadMessage, LocalError
+from swarmcache.errors import BadMessage, LocalError, NoThread
 from swarmcache.local_protocol import (
     LINE_MAX_BYTES,
     LOCATIONS_FILES_MAX,
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 CLIENTS_MAX = 4096
 CLIENTS_PER_USER_MAX = 1024
 DESCRIPTORS_MAX = max(LOOK_UP_MAX, LOCATIONS_FILES_MAX)  # of one request; no other has as many
+CLOSE_AGAIN_S = 1.0
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
 _CREDENTIALS = struct.Struct("3i")
 
@@ -90,9 +91,14 @@ class LocalConnection:
             self._server.loop.call_soon_threadsafe(self._flush)
 
     def close_files(self, fds: Iterable[int]) -> None:
-        """Close descriptors that have come from this client, in a thread of its user."""
+        """Close descriptors that have come from this client, in a thread of its user; later, if
+        there is no thread for it: nobody else may be made to wait for that."""
+        loop = self._server.loop
         for fd in fds:
-            self._server.closer.submit(self.user.uid, None, self.close_files_here, (fd,))
+            try:
+                self._server.closer.submit(self.user.uid, None, self.close_files_here, (fd,))
+            except NoThread:
+                loop.call_soon_threadsafe(loop.call_later, CLOSE_AGAIN_S, self.close_files, (fd,))
 
     def close_files_here(self, fds: Iterable[int]) -> None:
         """The same in this thread. It may take as long as the client's user likes: the process

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
-from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.errors import LocalError, NoThread, SwarmcacheError
 from swarmcache.local_protocol import Found, LookUp
 from swarmcache.local_server import LocalConnection
 from swarmcache.peer_events import FilesWanted, PeerEvent
@@ -120,7 +120,11 @@ class LookUps:
             asked.timer.cancel()
         place = self._examiner.place(asked.fds[0])
         uid = asked.connection.user.uid
-        done = self._threads.submit(uid, place, self._answer_in_thread, asked)
+        try:
+            done = self._threads.submit(uid, place, self._answer_in_thread, asked)
+        except NoThread:
+            self._answer_former(asked)
+            return
         done.add_done_callback(lambda done: self._let_go(asked) if done.cancelled() else None)
 
     def _want(self, asked: Asked) -> None:
@@ -151,9 +155,13 @@ class LookUps:
         asked = self._waiting.pop(number)
         if asked.timer is not None:
             asked.timer.cancel()
+        self._answer_former(asked)  # which nobody hears
+
+    def _answer_former(self, asked: Asked) -> None:
+        """End a request for which files were fetched with what was there before."""
         self._release(asked)
         asked.connection.close_files(asked.fds)
-        self._answer(asked.connection, Found(asked.paths))  # which nobody hears
+        self._answer(asked.connection, Found(asked.paths))
 
     def _release(self, asked: Asked) -> None:
         """What was fetched for it may be evicted again."""

@@ -40,7 +40,7 @@ from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
-from swarmcache.errors import ConfigError, LocalError, SwarmcacheError
+from swarmcache.errors import ConfigError, LocalError, NoThread, SwarmcacheError
 from swarmcache.gossip_records import NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
@@ -708,7 +708,11 @@ class Daemon:
         fetching = self._state.fetching(effect.version_id)
         assert fetching is not None, "reading what nobody wants"
         user, place = fetching.user, fetching.file_server
-        self._read_threads.submit(user, place, self._read_range, effect, source)
+        try:
+            self._read_threads.submit(user, place, self._read_range, effect, source)
+        except NoThread as error:
+            source.release()
+            self._shell.handle(RangeReadFailed(effect.version_id, effect.lease_id, str(error)))
 
     def _read_range(self, effect: ReadRange, source: SharedFile) -> None:
         """Read a leased range, in a thread of its own; releases ``source``.

@@ -26,7 +26,7 @@ from blake3 import blake3
 
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.compartment_threads import CompartmentThreads
-from swarmcache.errors import LeaseExpired, SourceChanged, SourceFailed
+from swarmcache.errors import LeaseExpired, NoThread, SourceChanged, SourceFailed
 
 # What is asked of the file server before it is needed, see ``Ahead``: what comes in so much time.
 AHEAD_MIN_S = 0.05
@@ -85,12 +85,17 @@ def read_range(
     runs = Runs(first, count, max(1, run_min_bytes // layout.chunk_size_bytes))
     reading = _RangeReading(fd, version, layout, sink, runs)
     # Not a pool's thread, for which the process would wait in the end, however long it hangs.
-    other = CompartmentThreads("read along", 1, 1, idle_max=0).submit(None, None, reading.read_runs)
+    threads = CompartmentThreads("read along", 1, 1, idle_max=0)
+    try:
+        others = [threads.submit(None, None, reading.read_runs)]
+    except NoThread:
+        others = []  # this one reads it all
     try:
         reading.read_runs()
     finally:
-        wait([other])
-    other.result()
+        wait(others)
+    for other in others:
+        other.result()
     return size_bytes
 
 

@@ -16,8 +16,9 @@ import asyncio
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from swarmcache.chunks import FileVersion, choose_chunk_size
@@ -26,7 +27,7 @@ from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
-from swarmcache.errors import LocalError, SourceUnreadable, SwarmcacheError
+from swarmcache.errors import LocalError, NoThread, SourceUnreadable, SwarmcacheError
 from swarmcache.local_protocol import (
     AboutWriting,
     End,
@@ -207,10 +208,9 @@ class WriteRequests:
         file, copy = connection.share(file_fd), connection.share(copy_fd)
         alive = self._spawn(_keep_alive(connection))
         try:
-            version = await self._examine_threads.run(
-                connection.user.uid,
-                self._examiner.place(file.fd),
-                _keeping_open(self._examine, file, copy),
+            uid, place = connection.user.uid, self._examiner.place(file.fd)
+            version = await _keeping_open(
+                partial(self._examine_threads.run, uid, place), self._examine, file, copy
             )
             reason = ""
             if version.size_bytes:  # an empty file needs no replica
@@ -266,8 +266,8 @@ class WriteRequests:
 
         reason = "internal error"
         try:
-            making = _keeping_open(add, offer.file, offer.copy)
-            await self._copying(offer.connection.user.uid, making)
+            copying = partial(self._copying, offer.connection.user.uid)
+            await _keeping_open(copying, add, offer.file, offer.copy)
             reason = ""
         except LocalError as error:
             reason = str(error)
@@ -281,8 +281,12 @@ class WriteRequests:
         return await self._copy_threads.run(uid, None, function, *args)
 
 
-def _keeping_open(function: Callable[..., Result], *files: SharedFile) -> Callable[[], Result]:
-    """``function(*files)``, to be called once: they stay open until it has ended."""
+async def _keeping_open(
+    run: Callable[[Callable[[], Result]], Awaitable[Result]],
+    function: Callable[..., Result],
+    *files: SharedFile,
+) -> Result:
+    """``function(*files)``, which ``run`` runs in a thread: they stay open until it has ended."""
     for file in files:
         file.retain()
 
@@ -293,7 +297,12 @@ def _keeping_open(function: Callable[..., Result], *files: SharedFile) -> Callab
             for file in files:
                 file.release()
 
-    return call
+    try:
+        return await run(call)
+    except NoThread:
+        for file in files:
+            file.release()
+        raise
 
 
 async def _keep_alive(connection: LocalConnection) -> None:

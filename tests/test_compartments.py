@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.compartments import Compartments
+from swarmcache.errors import NoThread
 
 OWNER_MAX, PLACE_MAX = 3, 2
 DEADLINE_S = 10.0
@@ -131,6 +132,24 @@ def test_an_error_is_for_who_asked(threads: CompartmentThreads) -> None:
     with pytest.raises(ValueError, match="wrong"):
         threads.submit(1, None, fail).result(DEADLINE_S)
     assert threads.submit(1, None, lambda: 1).result(DEADLINE_S) == 1
+
+
+async def test_a_call_for_which_there_is_no_thread_is_not_counted_as_running(
+    threads: CompartmentThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", refuse)
+        for _ in range(PLACE_MAX):
+            with pytest.raises(NoThread, match="can't start new thread"):
+                threads.submit(1, "x", lambda: "never")
+        with pytest.raises(NoThread):
+            await threads.run(1, "y", lambda: "never")
+
+    assert not threads.pending(1)
+    assert threads.submit(1, "x", lambda: "afterwards").result(DEADLINE_S) == "afterwards"
 
 
 async def test_a_result_can_be_awaited(threads: CompartmentThreads) -> None:

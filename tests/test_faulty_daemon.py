@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 
+from swarmcache.peer import THREADS_PER_PLACE
 from tests.box import wait_until
 from tests.faulty_disk import Fault
 from tests.local_daemons import (
@@ -63,6 +64,26 @@ def refuse(*args, _mmap=mmap.mmap, **options):
     raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 mmap.mmap = refuse
+sys.exit(main())
+""",
+]
+# No thread can be started while the file exists that is named first.
+OUT_OF_THREADS = [
+    sys.executable,
+    "-c",
+    f"""
+import os, sys, threading
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.cli import main
+
+scarce = sys.argv.pop(1)
+
+def start(thread, _start=threading.Thread.start):
+    if os.path.exists(scarce):
+        raise RuntimeError("can't start new thread")
+    _start(thread)
+
+threading.Thread.start = start
 sys.exit(main())
 """,
 ]
@@ -168,3 +189,48 @@ def test_a_range_that_cannot_be_read_for_want_of_memory_keeps_no_slot(root: Path
             other.read_bytes(),
         ]
         assert "cannot read a range" in full.said() and "Cannot allocate memory" in full.said()
+
+
+def test_who_asks_while_there_is_no_thread_is_answered_and_gets_copies_afterwards(
+    root: Path,
+) -> None:
+    root.mkdir()
+    scarce = root / "scarce"
+    files = sources(root, 2)
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        node = local.start_daemon(command=[*OUT_OF_THREADS, scarce])
+
+        scarce.touch()
+        for _ in range(THREADS_PER_PLACE // len(files) + 1):
+            done = node.run("get", "-0", *files)
+            assert_usable(node, done, *files)
+            assert b"can't start new thread" in done.stderr
+        scarce.unlink()
+
+        def opened() -> set[str]:
+            descriptors = Path(f"/proc/{node.process.pid}/fd").iterdir()
+            return {os.readlink(fd) for fd in descriptors if fd.is_symlink()}
+
+        wait_until(lambda: opened().isdisjoint(map(str, files)), PATIENCE_S, "closed descriptors")
+        node.get(*files)
+
+
+def test_a_range_for_which_there_is_no_thread_is_read_afterwards(root: Path) -> None:
+    root.mkdir()
+    scarce = root / "scarce"
+    file, other = sources(root, 2)
+    empty = root / "empty"
+    empty.touch()
+    with LocalDaemons(root) as local:
+        local.start_tracker("file_servers.default.slots_max = 1")
+        node = local.start_daemon("a", command=[*OUT_OF_THREADS, scarce])
+        sound = local.start_daemon("b")
+        node.run("get", empty)  # leaves a thread that looks at files, but none that reads
+
+        scarce.touch()
+        assert_usable(node, node.run("get", "-0", file), file)
+        sound.get(other)
+        scarce.unlink()
+
+        node.get(file)

@@ -122,6 +122,19 @@ def test_a_long_range_is_read_by_two_threads(reading: Reading) -> None:
     assert reading.digests == {chunk: digest_of(chunk) for chunk in range(6)}
 
 
+def test_a_long_range_is_read_by_one_thread_where_there_is_no_other(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    assert reading.read(0, 6, split_bytes=SIZE_BYTES) == SIZE_BYTES
+    assert reading.threads == {threading.current_thread()}
+    assert reading.target == DATA
+
+
 def test_when_one_thread_fails_the_other_does_not_go_on(reading: Reading) -> None:
     together = Together()
 

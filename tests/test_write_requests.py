@@ -27,7 +27,7 @@ from swarmcache.config import load
 from swarmcache.cp import CopyProgress, copy_files
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
-from swarmcache.local_protocol import Answer, End, OfferReplica, Working, encode_request
+from swarmcache.local_protocol import Answer, End, Failed, OfferReplica, Working, encode_request
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.local_socket import Connection, parse_answer
 from swarmcache.peer_events import AnswerSlot, PeerEvent, RequestGone, WriteWanted
@@ -377,6 +377,40 @@ async def test_copies_that_hang_keep_nobody_else_waiting(
     for client in users_that_hang:
         for _ in range(2):
             assert isinstance(await asyncio.wait_for(client.answers.get(), PATIENCE_S), End)
+    examiner.close()
+
+
+async def test_an_offer_for_which_there_is_no_thread_is_refused_and_its_files_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    examiner, none = SourceExaminer(load({}, {}, Path("/dev/null"))), cast(Any, None)
+    requests = WriteRequests(
+        none,
+        examiner,
+        CompartmentThreads("examine", 1, 1),
+        none,
+        none,
+        itertools.count(1),
+        chunk_size_bytes=None,
+        spawn=asyncio.create_task,
+        handle=none,
+    )
+    client = Offering(1001)
+    fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
+
+    requests.take(cast(LocalConnection, client), OfferReplica(b"d" * 32), fds)
+
+    answer = await asyncio.wait_for(client.answers.get(), PATIENCE_S)
+    assert isinstance(answer, Failed) and "can't start new thread" in answer.reason
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
     examiner.close()
 
 
