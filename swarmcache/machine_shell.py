@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable
@@ -10,9 +11,14 @@ from typing import Generic, Protocol, TypeVar
 
 from swarmcache.clock import now_s
 
+log = logging.getLogger(__name__)
+
 # To wake the loop costs more than to handle most events, so those of threads are taken in together,
 # at most this often. Several chunks are in flight at any time, so none of them is missed meanwhile.
 THREADS_INTERVAL_S = 0.001
+# After a failure of the machine itself, so that one that fails again and again leaves time for all
+# else.
+FAILED_PAUSE_S = 1.0
 
 Event = TypeVar("Event")
 Effect = TypeVar("Effect")
@@ -34,6 +40,11 @@ class MachineShell(Generic[Event, Effect]):
 
     ``carry_out`` must not block; it may call ``handle`` again (the event is queued), so events are
     applied one at a time and effects carried out in their order.
+
+    An effect that cannot be carried out is in the log; the machine knows no more of it than of one
+    whose answer is lost, and all others are carried out. When the machine itself fails, that is for
+    whoever gave it the event: a connection ends that way. The events behind are handled, and the
+    timer is kept.
     """
 
     def __init__(
@@ -86,13 +97,23 @@ class MachineShell(Generic[Event, Effect]):
         if self._handling:
             return
         self._handling = True
+        pause_s = FAILED_PAUSE_S
         try:
             while self._events:
                 for effect in self._machine.handle(self._events.popleft(), now_s()):
-                    self._carry_out(effect)
+                    self._try(effect)
+            pause_s = 0.0
         finally:
             self._handling = False
-        self._rearm()
+            if self._events:
+                self._loop.call_soon(self._handle_all)
+            self._rearm(pause_s)
+
+    def _try(self, effect: Effect) -> None:
+        try:
+            self._carry_out(effect)
+        except Exception:
+            log.exception("%s was not carried out", type(effect).__name__)
 
     def stop(self) -> None:
         """No more timer events, whatever comes."""
@@ -104,14 +125,14 @@ class MachineShell(Generic[Event, Effect]):
             self._timer.cancel()
             self._timer = None
 
-    def _rearm(self) -> None:
+    def _rearm(self, pause_s: float) -> None:
         at_s = self._machine.wake_at_s()
         if at_s == self._timer_at_s and self._timer is not None:
             return
         self._disarm()
         self._timer_at_s = at_s
         if at_s is not None and not self._stopped:
-            self._timer = self._loop.call_later(max(at_s - now_s(), 0.0), self._wake)
+            self._timer = self._loop.call_later(max(at_s - now_s(), pause_s), self._wake)
 
     def _wake(self) -> None:
         self._timer = None

@@ -218,12 +218,8 @@ class TrackerClient:
             return
         self._reached = link
         self._shell.handle(TrackerReached())
-        reason = "the tracker closed the connection"
-        try:
-            await link.receive(lambda data: self._take(link, data))
-        except SwarmcacheError as error:
-            reason = f"lost the tracker: {error}"
-        self._end_session(link, reason)
+        reason = await _receive(link, lambda data: self._take(link, data))
+        self._end_session(link, f"lost the tracker: {reason}")
         self._shell.handle(TrackerGone())
         await link.wait_closed()
 
@@ -265,11 +261,7 @@ class TrackerClient:
                 self._offered[node] = link
             self._shell.handle(NodeTold(node, answer))
 
-        reason = "it closed the connection"
-        try:
-            await link.receive(take)
-        except SwarmcacheError as error:
-            reason = str(error)
+        reason = await _receive(link, take)
         late.cancel()
         await self._ask_ended(node, link, reason, answered)
 
@@ -288,3 +280,19 @@ class TrackerClient:
         if isinstance(message, Registered) and "default" in message.slots_max:
             self._slots = message.slots_max
         self._handle(TrackerSaid(message))
+
+
+async def _receive(link: Link, take: Callable[[bytes], None]) -> str:
+    """Receive until the connection ends, and say why it did.
+
+    A bug of ours ends it as well: one that ended only this would leave the daemon with a session in
+    which it hears nothing, and nobody would begin another.
+    """
+    try:
+        await link.receive(take)
+    except SwarmcacheError as error:
+        return str(error)
+    except Exception as error:
+        log.exception("ending a session with the tracker, or with who may stand in for it")
+        return f"internal error: {error}"
+    return "it closed the connection"

@@ -12,7 +12,7 @@ from swarmcache.clock import now_s
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import Link
 from swarmcache.machine_shell import MachineShell
-from swarmcache.messages import Status, decode_to_tracker, encode
+from swarmcache.messages import Lease, Message, Status, WriteLease, decode_to_tracker, encode
 from swarmcache.tracker_events import (
     CloseSession,
     JournalEnd,
@@ -46,6 +46,7 @@ class TrackerServer:
         )
         self._links: dict[int, Link] = {}
         self._sessions = 0
+        self._unnoted: set[int] = set()  # leases that are not in the journal
         self._closed = False
         self._shell.handle(TimePassed())
 
@@ -94,7 +95,7 @@ class TrackerServer:
                 if isinstance(effect.message, Status):
                     effect.message.cluster["key_tags"] = self._keyring.tags()
                 if link is not None:
-                    link.send(encode(effect.message))
+                    self._tell(link, effect.message)
             case CloseSession():
                 link = self._links.get(effect.session)
                 if link is not None:
@@ -104,14 +105,24 @@ class TrackerServer:
                 log.info("%s", statistics_line(effect.report))
             case JournalGrant() | JournalEnd() | JournalPresent():
                 if self._journal is not None:
-                    _write_down(self._journal, effect)
+                    self._write_down(self._journal, effect)
 
+    def _tell(self, link: Link, message: Message) -> None:
+        if isinstance(message, Lease | WriteLease) and message.lease_id in self._unnoted:
+            self._unnoted.remove(message.lease_id)
+            link.close()  # so the lease runs out, and no other tracker need know of it
+        else:
+            link.send(encode(message))
 
-def _write_down(journal: LeaseJournal, effect: JournalGrant | JournalEnd | JournalPresent) -> None:
-    match effect:
-        case JournalGrant():
-            journal.grant(effect.lease_id, effect.node)
-        case JournalEnd():
-            journal.end(effect.lease_id)
-        case JournalPresent():
-            journal.present()
+    def _write_down(
+        self, journal: LeaseJournal, effect: JournalGrant | JournalEnd | JournalPresent
+    ) -> None:
+        match effect:
+            case JournalGrant():
+                self._unnoted.add(effect.lease_id)
+                journal.grant(effect.lease_id, effect.node)
+                self._unnoted.remove(effect.lease_id)
+            case JournalEnd():
+                journal.end(effect.lease_id)
+            case JournalPresent():
+                journal.present()

@@ -6,10 +6,15 @@ import asyncio
 import itertools
 import threading
 
+import pytest
+
+from swarmcache import machine_shell
+from swarmcache.clock import now_s
 from swarmcache.machine_shell import MachineShell
 
 THREADS = 4
 EVENTS = 500
+DEADLINE_S = 20.0
 
 
 class Recorder:
@@ -70,3 +75,67 @@ async def test_events_of_threads_that_follow_closely_wake_the_loop_together() ->
 
     pauses_s = [after - before for before, after in itertools.pairwise(turns)]
     assert all(pause_s > 0.0005 for pause_s in pauses_s)
+
+
+class Script:
+    """A machine whose events say in words what it wants, and which wants its timer after each."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.timer_at_s: float | None = None
+        self.timer_came = asyncio.Event()
+
+    def handle(self, event: str, now_s: float) -> list[str]:
+        self.events.append(event)
+        if event == "timer":
+            self.timer_at_s = None
+            self.timer_came.set()
+            return []
+        self.timer_at_s = self.timer_at_s or now_s
+        assert event != "fail", "as it was told"
+        return event.split() if " " in event else []
+
+    def wake_at_s(self) -> float | None:
+        return self.timer_at_s
+
+
+async def test_an_effect_that_fails_costs_no_other_and_not_the_timer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    carried_out: list[str] = []
+
+    def carry_out(effect: str) -> None:
+        if effect == "impossible":
+            raise OSError("cannot do it")
+        carried_out.append(effect)
+
+    machine = Script()
+    shell = MachineShell(machine, carry_out, "timer")
+
+    shell.handle("one impossible two")
+
+    assert carried_out == ["one", "two"]
+    await asyncio.wait_for(machine.timer_came.wait(), DEADLINE_S)
+    (said,) = caplog.records
+    assert said.exc_info is not None and "cannot do it" in str(said.exc_info[1])
+
+
+async def test_an_event_at_which_the_machine_fails_costs_no_other_and_not_the_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine_shell, "FAILED_PAUSE_S", 0.1)
+    machine = Script()
+
+    def carry_out(effect: str) -> None:
+        shell.handle(effect)
+
+    shell = MachineShell(machine, carry_out, "timer")
+
+    began_s = now_s()
+    with pytest.raises(AssertionError, match="as it was told"):
+        shell.handle("fail behind")
+    assert machine.events == ["fail behind", "fail"]
+    await asyncio.wait_for(machine.timer_came.wait(), DEADLINE_S)
+
+    assert machine.events == ["fail behind", "fail", "behind", "timer"]
+    assert now_s() - began_s >= 0.1
