@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 DISK_STATUS_S = 5.0
 # Between two parts of a pass through what nobody uses, for whoever needs the disk.
 BREATH_S = 0.5
+# So long a copy is not made durable for the sake of those who are being answered. It takes them
+# milliseconds, but for a user all of whose threads hang: nobody else may be made to wait for that.
+ANSWERS_S = 2.0
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -215,7 +218,7 @@ class DiskWorker:
     async def _answer_and_make_durable(self, version_ids: Sequence[bytes]) -> None:
         answers = [answer for version_id in version_ids for answer in self._end_work(version_id)]
         if answers:  # jobs do not share the disk with our fsync
-            await asyncio.wait(answers)
+            await asyncio.wait(answers, timeout=ANSWERS_S)
         await self._make_durable(version_ids)
 
     async def _make_durable(self, version_ids: Sequence[bytes]) -> None:

@@ -13,11 +13,19 @@ from typing import Any
 
 import pytest
 
+from swarmcache import disk_worker
+from swarmcache.background import BackgroundTasks
 from swarmcache.disk import Cache
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import NodeAddress
-from swarmcache.peer_events import PeerEffect, PeerEvent, TimePassed
+from swarmcache.peer_events import (
+    LoadManifest,
+    ManifestLoaded,
+    PeerEffect,
+    PeerEvent,
+    TimePassed,
+)
 from swarmcache.peer_state import PeerState
 from tests.disk_helpers import open_cache
 
@@ -69,7 +77,12 @@ async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
 class Listener:
     """A machine that only listens."""
 
+    def __init__(self) -> None:
+        self.manifest_loaded = asyncio.Event()
+
     def handle(self, event: PeerEvent, now_s: float) -> list[PeerEffect]:
+        if isinstance(event, ManifestLoaded):
+            self.manifest_loaded.set()
         return []
 
     def wake_at_s(self) -> float | None:
@@ -120,5 +133,38 @@ async def test_what_comes_during_a_sync_is_made_durable_by_the_next_one(root: Pa
     assert cache.synced[0] == [first]
     assert sorted(chain(*cache.synced[1:])) == others and len(cache.synced) <= 3
     shell.stop()
+    threads.shutdown()
+    cache.close()
+
+
+async def test_a_client_whose_answer_hangs_keeps_no_file_from_the_disk(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All threads of a user may hang, and with them the answer to who asked with the others."""
+    monkeypatch.setattr(disk_worker, "ANSWERS_S", 0.05)
+    cache, machine = SlowSync(root), Listener()
+    cache.go_on.set()
+    threads, tasks = ThreadPoolExecutor(2), BackgroundTasks("test")
+    hanging = tasks.spawn(asyncio.sleep(2 * DEADLINE_S))
+
+    async def made() -> None:
+        """A replica that is there already."""
+
+    shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
+        machine, lambda effect: None, TimePassed()
+    )
+    worker = DiskWorker(
+        cache, threads, tasks.spawn, shell, lambda _: [hanging], lambda _: None, None, None
+    )
+    version_id = b"v" * 32
+
+    worker.add_replica(version_id, made())
+    worker.carry_out(LoadManifest(version_id))
+    await asyncio.wait_for(machine.manifest_loaded.wait(), DEADLINE_S)
+
+    assert cache.synced == [[version_id]]
+    assert not hanging.done()
+    shell.stop()
+    await tasks.end()
     threads.shutdown()
     cache.close()
