@@ -40,6 +40,7 @@ from swarmcache.local_protocol import (
     Progress,
     Release,
     StatusOf,
+    encode_answer,
 )
 from swarmcache.local_server import LocalConnection
 from swarmcache.look_ups import LookUps
@@ -133,11 +134,12 @@ class LocalRequests:
         self._members = members
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, LocalRequest] = {}
-        self._status_requests: dict[int, LocalConnection | asyncio.Future[AnswerStatus]] = {}
+        self._cluster_status: asyncio.Future[AnswerStatus] | None = None  # the tracker is asked
+        self._status_wanted: list[LocalConnection] = []
         self._work: dict[bytes, Work] = {}
         self._holds = Holds(cache)
         self._counting = threading.Lock()
-        self._busy: set[LocalConnection] = set()  # those whose files are looked at or fetched
+        self._busy: set[LocalConnection] = set()  # those that have not got their answer yet
         self._look_ups = LookUps(
             cache,
             examiner,
@@ -151,15 +153,13 @@ class LocalRequests:
     def take(self, connection: LocalConnection, request: AboutFiles, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
         match request:
-            case StatusOf():
-                number = next(self._numbers)
-                self._status_requests[number] = connection
-                self._handle(StatusWanted(number))
             case Release():
                 self._holds.release(connection, request.hold)
             case _ if connection in self._busy:  # so that nobody has more descriptors of ours
                 connection.close_files(fds)
                 connection.send(Failed("one request at a time on a connection"))
+            case StatusOf():
+                self._want_status(connection)
             case Get():
                 self._examine(connection, request, fds, self._get_in_thread, fds[0])
             case LookUp():
@@ -508,28 +508,38 @@ class LocalRequests:
     # --- status ---------------------------------------------------------------------------------
 
     async def cluster_status(self) -> tuple[dict[str, Any] | None, str]:
-        """What the tracker says of the cluster; None where it cannot be asked, and why."""
-        number = next(self._numbers)
-        future: asyncio.Future[AnswerStatus] = self._loop.create_future()
-        self._status_requests[number] = future
-        self._handle(StatusWanted(number))
-        try:
-            answer = await future
-        finally:
-            if self._status_requests.pop(number, None) is not None:
-                self._handle(RequestGone(number))
+        """What the tracker says of the cluster; None where it cannot be asked, and why. All who
+        want to know while it is being asked get the same answer."""
+        if self._cluster_status is None:
+            asked = self._cluster_status = self._loop.create_future()
+            self._handle(StatusWanted(next(self._numbers)))
+        else:
+            asked = self._cluster_status
+        answer = await asyncio.shield(asked)  # who goes takes it from nobody else
         return answer.cluster, answer.reason
 
     def _answer_status(self, effect: AnswerStatus) -> None:
-        connection = self._status_requests.pop(effect.request)
-        if isinstance(connection, asyncio.Future):
-            if not connection.done():
-                connection.set_result(effect)
-            return
+        asked, self._cluster_status = self._cluster_status, None
+        assert asked is not None, "an answer to nothing"
+        asked.set_result(effect)
+
+    def _want_status(self, connection: LocalConnection) -> None:
+        self._busy.add(connection)
+        self._status_wanted.append(connection)
+        if len(self._status_wanted) == 1:
+            self._spawn(self._tell_status())
+
+    async def _tell_status(self) -> None:
+        """Answer all who want the status by then: it is put together, and encoded, once."""
+        answer: NodeStatus | Failed = Failed("internal error")
+        cluster, reason = await self.cluster_status()
         try:
-            node = self._node_status()
-            members = self._members()
+            answer = NodeStatus(self._node_status(), cluster, reason, self._members())
         except LocalError as error:
-            connection.send(Failed(str(error)))
-            return
-        connection.send(NodeStatus(node, effect.cluster, effect.reason, members))
+            answer = Failed(str(error))
+        finally:
+            line = encode_answer(answer)
+            connections, self._status_wanted = self._status_wanted, []
+            for connection in connections:
+                self._busy.discard(connection)
+                connection.send_encoded(line)

@@ -5,7 +5,8 @@ with its request or closed here, whatever the client does.
 
 Limits: ``CLIENTS_MAX`` connections, ``CLIENTS_PER_USER_MAX`` of one user, ``LINE_MAX_BYTES`` per
 request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request, and as many of
-one user that wait to be closed.
+one user that wait to be closed. A client that sends requests without pause has one of them handled
+in each turn of the event loop, and none while it does not read the answers.
 
 All of it runs in the event loop, but for ``send_from_thread``.
 """
@@ -47,6 +48,9 @@ CLIENTS_PER_USER_MAX = 1024
 DESCRIPTORS_MAX = max(LOOK_UP_MAX, LOCATIONS_FILES_MAX)  # of one request; no other has as many
 CLOSE_AGAIN_S = 1.0
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
+# Who leaves more than this unread is not listened to until it has read: as much as a request may
+# be long, and more than most answers are.
+UNREAD_BYTES_MAX = LINE_MAX_BYTES
 _CREDENTIALS = struct.Struct("3i")
 
 Handler = Callable[["LocalConnection", AnyRequest, list[int]], None]
@@ -60,21 +64,29 @@ class LocalConnection:
         self.on_closed: dict[object, Callable[[], object]] = {}
         self._server = server
         self._sock = sock
-        self._received = b""
+        self._received = b""  # of a line that is not whole yet
+        self._lines: deque[bytes] = deque()
         self._descriptors: deque[int] = deque()
-        self._unsent = b""
+        self._unsent = bytearray()  # of which the front is dropped without copying the rest
         self._sending = threading.Lock()  # for what is unsent, and for the socket's number
         self._drained: asyncio.Event | None = None
         self.is_open = True
         self.client_left = False  # it has closed its end; or else we have closed ours
+        self._listening = True
+        self._has_turn = False  # a request of it is about to be handled
         server.loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, *answers: Answer) -> None:
         """Send answers, in one piece. Nothing happens when the client has gone."""
+        if self.is_open:
+            self.send_encoded(b"".join(map(encode_answer, answers)))
+
+    def send_encoded(self, answers: bytes) -> None:
+        """The same with what has been encoded already, for several clients."""
         if not self.is_open:
             return
         with self._sending:
-            self._unsent += b"".join(map(encode_answer, answers))
+            self._unsent += answers
         self._flush()
 
     def send_from_thread(self, answer: Answer) -> None:
@@ -140,7 +152,7 @@ class LocalConnection:
             return
         try:
             with self._sending:
-                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+                del self._unsent[: self._sock.send(self._unsent)]
         except BlockingIOError:
             pass
         except OSError as error:
@@ -150,11 +162,13 @@ class LocalConnection:
             return
         if len(self._unsent) > BACKLOG_BYTES:
             self.close()
-        elif self._unsent:
+            return
+        if self._unsent:
             self._server.loop.add_writer(self._sock.fileno(), self._flush)
         else:
             self._server.loop.remove_writer(self._sock.fileno())
             self._wake()
+        self._go_on()
 
     def _wake(self) -> None:
         if self._drained is not None:
@@ -176,15 +190,42 @@ class LocalConnection:
             self.client_left = True
             self.close()
             return
-        self._received += data
+        *lines, self._received = (self._received + data).split(b"\n")
+        self._lines.extend(lines)
         if len(self._descriptors) > DESCRIPTORS_MAX:
             self._refuse(f"more than {DESCRIPTORS_MAX} descriptors without a request")
             return
-        while self.is_open and b"\n" in self._received:
-            line, _, self._received = self._received.partition(b"\n")
-            self._take(line)
         if len(self._received) > LINE_MAX_BYTES:
             self._refuse(f"a request is at most {LINE_MAX_BYTES} bytes long")
+            return
+        self._take_next()
+
+    def _take_next(self) -> None:
+        """Handle one request; what came with it waits until others have had their turn."""
+        self._has_turn = False
+        if self.is_open and self._lines and not self._reads_too_little:
+            self._take(self._lines.popleft())
+        self._go_on()
+
+    @property
+    def _reads_too_little(self) -> bool:
+        return len(self._unsent) > UNREAD_BYTES_MAX
+
+    def _go_on(self) -> None:
+        """See to it that what the client has sent is handled, or else that it is listened to."""
+        if not self.is_open:
+            return
+        if self._lines and not self._reads_too_little and not self._has_turn:
+            self._has_turn = True
+            self._server.loop.call_soon(self._take_next)
+        listening = not self._lines and not self._reads_too_little
+        if listening == self._listening:
+            return
+        self._listening = listening
+        if listening:
+            self._server.loop.add_reader(self._sock.fileno(), self._readable)
+        else:
+            self._server.loop.remove_reader(self._sock.fileno())
 
     def _take(self, line: bytes) -> None:
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +16,9 @@ from swarmcache.cache_dir import CacheDir
 from swarmcache.disk import Cache
 from swarmcache.holds import Holds
 from swarmcache.local_protocol import AnyRequest, Cached
+from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
+from swarmcache.peer_events import AnswerStatus, PeerEvent, StatusWanted
 
 DEADLINE_S = 20.0
 FIRST, SECOND, THIRD = (bytes([number]) * 32 for number in (1, 2, 3))
@@ -125,3 +130,97 @@ async def test_a_number_stands_for_one_hold_at_a_time(
     holds.release(connection, 1)
     assert holds.add(connection, 1, SECOND) and not cache.held(FIRST)
     await closed(connection, writer)
+
+
+# --- status --------------------------------------------------------------------------------------
+
+
+class Asking:
+    """Real connections to ``LocalRequests``, whose machine is the test."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.wanted: asyncio.Queue[PeerEvent] = asyncio.Queue()
+        self.made = 0
+        none = cast(Any, None)  # whatever is about files
+        self.requests = LocalRequests(
+            none,
+            none,
+            none,
+            none,
+            itertools.count(1),
+            chunk_size_bytes=None,
+            spawn=asyncio.create_task,
+            handle=self.wanted.put_nowait,
+            node_status=self._node_status,
+            members=lambda: None,
+        )
+        self.server = LocalServer(path, cast(Any, self.requests.take))
+
+    def _node_status(self) -> dict[str, Any]:
+        self.made += 1
+        return {"made": self.made}
+
+    async def next_question(self) -> int:
+        """The number of what the tracker is asked."""
+        async with asyncio.timeout(DEADLINE_S):
+            event = await self.wanted.get()
+        assert isinstance(event, StatusWanted)
+        return event.request
+
+    async def ask(self, count: int = 1) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(str(self._path))
+        writer.write(b'{"op":"status"}\n' * count)
+        return reader, writer
+
+
+@pytest.fixture
+async def asking(tmp_path: Path) -> AsyncIterator[Asking]:
+    asking = Asking(tmp_path / "run" / "daemon.sock")
+    yield asking
+    asking.server.close()
+
+
+async def line(reader: asyncio.StreamReader) -> dict[str, Any]:
+    async with asyncio.timeout(DEADLINE_S):
+        answer: dict[str, Any] = json.loads(await reader.readline())
+    return answer
+
+
+async def test_of_a_status_one_connection_gets_one_at_a_time(asking: Asking) -> None:
+    reader, writer = await asking.ask(3)
+    number = await asking.next_question()
+    for _ in range(2):
+        assert (await line(reader))["reason"] == "one request at a time on a connection"
+    asking.requests.carry_out(AnswerStatus(number, {"nodes": []}, ""))
+    assert (await line(reader))["cluster"] == {"nodes": []}
+
+    writer.write(b'{"op":"status"}\n')
+    asking.requests.carry_out(AnswerStatus(await asking.next_question(), None, "no tracker"))
+    assert (await line(reader))["reason"] == "no tracker"
+    assert asking.wanted.empty()
+    writer.close()
+
+
+async def test_all_who_wait_for_the_status_get_what_the_tracker_was_asked_once(
+    asking: Asking,
+) -> None:
+    first = await asking.ask()
+    number = await asking.next_question()
+    others = [await asking.ask(2) for _ in range(3)]
+    for reader, _ in others:  # that is refused, so the one before it is waiting
+        assert (await line(reader))["answer"] == "failed"
+    gone = others.pop()
+    gone[1].close()
+    of_a_prefetch = asyncio.create_task(asking.requests.cluster_status())
+    given_up = asyncio.create_task(asking.requests.cluster_status())
+    await asyncio.sleep(0)
+    given_up.cancel()
+
+    asking.requests.carry_out(AnswerStatus(number, {"nodes": []}, ""))
+
+    for reader, writer in [first, *others]:
+        assert (await line(reader))["node"] == {"made": 1}
+        writer.close()
+    assert await of_a_prefetch == ({"nodes": []}, "")
+    assert asking.wanted.empty()

@@ -285,6 +285,53 @@ async def test_a_client_that_reads_nothing_is_cut_off(
     connection.send(Cached(b"/cache/f", hit=True))
 
 
+async def test_who_sends_requests_without_pause_does_not_hold_up_others(
+    daemon: Daemon, client: Client
+) -> None:
+    other = Client(daemon.path)
+    client.send(STATUS * 2000)
+    other.send(STATUS)
+
+    assert (await other.line())["answer"] == "cached"
+    assert len(daemon.asked) < 100
+    for _ in range(2000):
+        assert (await client.line())["answer"] == "cached"
+    other.close()
+
+
+async def test_who_reads_nothing_is_not_listened_to_before_it_has_read(
+    daemon: Daemon, client: Client
+) -> None:
+    daemon.answer = lambda connection: connection.send(Cached(b"p" * 200_000, hit=True))
+    client.send(STATUS * 40)
+    other = Client(daemon.path)
+    for _ in range(10):
+        other.send(STATUS)
+        assert (await other.line())["answer"] == "cached"
+
+    assert len(daemon.asked) < 10 + 5
+    for _ in range(40):
+        assert (await client.line())["answer"] == "cached"
+    client.send(STATUS)
+    assert (await client.line())["answer"] == "cached"
+    other.close()
+
+
+async def test_a_client_that_goes_without_reading_is_forgotten(
+    daemon: Daemon, client: Client
+) -> None:
+    def answer(connection: LocalConnection) -> None:
+        connection.send(Cached(b"p" * 2_000_000, hit=True))
+        client.close()
+
+    daemon.answer = answer
+    client.send(STATUS * 2)
+
+    async with asyncio.timeout(DEADLINE_S):
+        await daemon.closed.wait()
+    assert len(daemon.asked) == 1
+
+
 async def test_a_long_answer_arrives_whole(daemon: Daemon, client: Client) -> None:
     path = b"p" * 700_000
     daemon.answer = lambda connection: connection.send(Cached(path, hit=True))
