@@ -35,9 +35,10 @@ from swarmcache.local_protocol import (
     Verify,
     Working,
 )
-from swarmcache.local_server import LocalConnection, user_name
+from swarmcache.local_server import LocalConnection
 from swarmcache.peer_events import PeerEvent, ReplicaDropped, ReplicasRecovered
 from swarmcache.peer_state import PeerState
+from swarmcache.user_names import user_name
 
 # Each may hold a page of answers in memory, which is 2 MB with the longest possible names.
 REQUESTS_MAX = 32

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import pwd
 import socket
 import struct
 import threading
@@ -39,6 +38,7 @@ from swarmcache.local_protocol import (
     decode_request,
     encode_answer,
 )
+from swarmcache.user_names import UserNames
 from swarmcache.user_tree import User
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ Handler = Callable[["LocalConnection", AnyRequest, list[int]], None]
 
 
 class LocalConnection:
-    """One client. ``closed`` is called once when it has gone."""
+    """One client. What is ``on_closed`` is called once when it has gone."""
 
-    def __init__(self, server: LocalServer, sock: socket.socket, user: User) -> None:
-        self.user = user
+    def __init__(self, server: LocalServer, sock: socket.socket, uid: int) -> None:
+        self.user = User(uid, str(uid))  # with the user's name from the first request on
         self.on_closed: dict[object, Callable[[], object]] = {}
         self._server = server
         self._sock = sock
@@ -72,9 +72,13 @@ class LocalConnection:
         self._drained: asyncio.Event | None = None
         self.is_open = True
         self.client_left = False  # it has closed its end; or else we have closed ours
-        self._listening = True
+        self._listening = False
         self._has_turn = False  # a request of it is about to be handled
-        server.loop.add_reader(sock.fileno(), self._readable)
+
+    def begin(self, user_name: str) -> None:
+        """Listen to the client from now on."""
+        self.user = User(self.user.uid, user_name)
+        self._go_on()
 
     def send(self, *answers: Answer) -> None:
         """Send answers, in one piece. Nothing happens when the client has gone."""
@@ -256,6 +260,7 @@ class LocalServer:
         self.handler = handler
         # One thread of each user, for as long as there is something to close.
         self.closer = CompartmentThreads("close", 1, 1, idle_max=0)
+        self._names = UserNames()
         self._pending = pending
         self.loop = asyncio.get_running_loop()
         self._path = path
@@ -268,6 +273,7 @@ class LocalServer:
         self.loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._path.unlink(missing_ok=True)
+        self._names.close()
         for connection in list(self._connections):
             connection.close()
 
@@ -289,12 +295,14 @@ class LocalServer:
         sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
-        connection = LocalConnection(self, sock, User(uid, user_name(uid)))
+        connection = LocalConnection(self, sock, uid)
         self._connections[connection] = None
         refusal = self._refusal(uid)
         if refusal:
             connection.send(Failed(refusal))
             connection.close()
+        else:
+            self._names.tell(uid, connection.begin)
 
     def _accept_again(self) -> None:
         if self._listener.fileno() >= 0:
@@ -327,14 +335,6 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     return data, descriptors.tolist()
-
-
-def user_name(uid: int) -> str:
-    """What a user is called on this machine, or the number where they have no name."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -24,7 +24,6 @@ from swarmcache.auth import Keyring
 from swarmcache.disk import Cache
 from swarmcache.errors import BadMessage, LocalError
 from swarmcache.link import Link, connect_to_node, serve
-from swarmcache.local_server import user_name
 from swarmcache.messages import (
     FindReplicas,
     NodeAddress,
@@ -33,6 +32,7 @@ from swarmcache.messages import (
     decode_about_replicas,
     encode,
 )
+from swarmcache.user_names import user_name
 
 log = logging.getLogger(__name__)
 

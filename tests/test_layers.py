@@ -129,6 +129,7 @@ LAYERS = {
         "tracker_client",
         "tracker_server",
         "tree_walk",
+        "user_names",
         "user_tree",
         "uses",
         "write_beside",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import socket
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, suppress
@@ -338,6 +340,30 @@ async def test_a_long_answer_arrives_whole(daemon: Daemon, client: Client) -> No
     client.send(STATUS)
 
     assert (await client.line())["answer"] == "cached"
+
+
+async def test_a_directory_service_that_is_slow_holds_up_who_it_is_asked_for(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    named = pwd.getpwuid(os.getuid())
+
+    def slow(uid: int) -> pwd.struct_passwd:
+        begun.set()
+        assert may_end.wait(DEADLINE_S), "the event loop waits for it"
+        return named
+
+    monkeypatch.setattr(pwd, "getpwuid", slow)
+    early, goes = Client(daemon.path), Client(daemon.path)
+    early.send(STATUS)
+    goes.close()
+    assert await asyncio.to_thread(begun.wait, DEADLINE_S)
+    assert daemon.asked == []
+    may_end.set()
+
+    assert (await early.line())["answer"] == "cached"
+    assert [connection.user.name for connection in daemon.connections] == [named.pw_name]
+    early.close()
 
 
 async def test_too_many_clients_of_one_user_are_refused(

@@ -20,7 +20,6 @@ from swarmcache.errors import AuthenticationFailed, BadMessage, PeerUnavailable
 from swarmcache.holder_survey import HolderSurvey
 from swarmcache.http_server import serving_http
 from swarmcache.link import Link, connect, serve
-from swarmcache.local_server import user_name
 from swarmcache.locator import run_survey
 from swarmcache.messages import (
     FIND_MAX,
@@ -35,6 +34,7 @@ from swarmcache.messages import (
 )
 from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import ReplicaQuestions
+from swarmcache.user_names import user_name
 from tests.disk_helpers import ME, a_file, publish
 
 KEY = Keyring([ClusterKey.from_secret(b"the secret of this cluster")])
