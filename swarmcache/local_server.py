@@ -4,9 +4,10 @@ Who a client is says the kernel (SO_PEERCRED). Every descriptor that arrives is 
 with its request or closed here, whatever the client does.
 
 Limits: ``CLIENTS_MAX`` connections, ``CLIENTS_PER_USER_MAX`` of one user, ``LINE_MAX_BYTES`` per
-request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request, and as many of
-one user that wait to be closed. A client that sends requests without pause has one of them handled
-in each turn of the event loop, and none while it does not read the answers.
+request, ``DESCRIPTORS_MAX`` descriptors per connection that wait for their request, ``REQUEST_S``
+long, and as many of one user that wait to be closed; of all that may be open, ``USER_SHARE`` from
+one user. A client that sends requests without pause has one of them handled in each turn of the
+event loop, and none while it does not read the answers.
 
 All of it runs in the event loop, but for ``send_from_thread``.
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import struct
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +50,12 @@ CLIENTS_PER_USER_MAX = 1024
 DESCRIPTORS_MAX = max(LOOK_UP_MAX, LOCATIONS_FILES_MAX)  # of one request; no other has as many
 CLOSE_AGAIN_S = 1.0
 BACKLOG_BYTES = 256 << 20  # the state of a cluster of 10,000 nodes is some MiB
+# Of the descriptors that a daemon of root's may have, each user may have given it this part. So to
+# leave nothing to others it takes several who mean harm. An honest process gives it 400 at once
+# (LOOK_UPS_MAX in exchanges.py), and a service of systemd may have half a million.
+USER_SHARE = 1 / 4
+# So long a client tries to hand a request over (SEND_S_MAX in local_socket.py).
+REQUEST_S = 10.0
 # Who leaves more than this unread is not listened to until it has read: as much as a request may
 # be long, and more than most answers are.
 UNREAD_BYTES_MAX = LINE_MAX_BYTES
@@ -67,6 +75,7 @@ class LocalConnection:
         self._received = b""  # of a line that is not whole yet
         self._lines: deque[bytes] = deque()
         self._descriptors: deque[int] = deque()
+        self._late: asyncio.TimerHandle | None = None  # runs while some wait for their request
         self._unsent = bytearray()  # of which the front is dropped without copying the rest
         self._sending = threading.Lock()  # for what is unsent, and for the socket's number
         self._drained: asyncio.Event | None = None
@@ -124,6 +133,7 @@ class LocalConnection:
                 os.close(fd)
             except OSError as error:  # what was written could not be: that is the client's to know
                 log.info("closing a file of uid %d: %s", self.user.uid, error)
+            self._server.count_descriptors(self.user.uid, -1)
 
     def share(self, fd: int) -> SharedFile:
         """A descriptor from this client for several users, which is closed in the same way."""
@@ -146,6 +156,8 @@ class LocalConnection:
             self._sock.close()
         self.close_files(self._descriptors)
         self._descriptors = deque()
+        if self._late is not None:
+            self._late.cancel()
         self._server.forget(self)
         self._wake()
         for callback in list(self.on_closed.values()):
@@ -190,6 +202,7 @@ class LocalConnection:
             self.close()
             return
         self._descriptors.extend(descriptors)
+        too_many = not self._server.count_descriptors(self.user.uid, len(descriptors))
         if not data:
             self.client_left = True
             self.close()
@@ -198,6 +211,9 @@ class LocalConnection:
         self._lines.extend(lines)
         if len(self._descriptors) > DESCRIPTORS_MAX:
             self._refuse(f"more than {DESCRIPTORS_MAX} descriptors without a request")
+            return
+        if descriptors and too_many:
+            self._refuse("the daemon has too many open files of yours")
             return
         if len(self._received) > LINE_MAX_BYTES:
             self._refuse(f"a request is at most {LINE_MAX_BYTES} bytes long")
@@ -219,6 +235,7 @@ class LocalConnection:
         """See to it that what the client has sent is handled, or else that it is listened to."""
         if not self.is_open:
             return
+        self._watch_descriptors()
         if self._lines and not self._reads_too_little and not self._has_turn:
             self._has_turn = True
             self._server.loop.call_soon(self._take_next)
@@ -230,6 +247,15 @@ class LocalConnection:
             self._server.loop.add_reader(self._sock.fileno(), self._readable)
         else:
             self._server.loop.remove_reader(self._sock.fileno())
+
+    def _watch_descriptors(self) -> None:
+        """Those that have come are not kept for long without their request."""
+        if self._descriptors and self._late is None:
+            reason = f"no whole request within {REQUEST_S:g} s after its descriptors"
+            self._late = self._server.loop.call_later(REQUEST_S, self._refuse, reason)
+        elif not self._descriptors and self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _take(self, line: bytes) -> None:
         try:
@@ -262,6 +288,9 @@ class LocalServer:
         self.closer = CompartmentThreads("close", 1, 1, idle_max=0)
         self._names = UserNames()
         self._pending = pending
+        self._descriptors: Counter[int] = Counter()  # that are open, by the uid they came from
+        self._descriptors_per_user_max = descriptors_per_user_max()
+        self._counting = threading.Lock()
         self.loop = asyncio.get_running_loop()
         self._path = path
         self._connections: dict[LocalConnection, None] = {}
@@ -280,6 +309,16 @@ class LocalServer:
     def forget(self, connection: LocalConnection) -> None:
         """A connection has closed."""
         self._connections.pop(connection, None)
+
+    def count_descriptors(self, uid: int, change: int) -> bool:
+        """So many more of a user's are open, or fewer; whether that user may have as many. May be
+        called in any thread."""
+        with self._counting:
+            count = self._descriptors[uid] + change
+            self._descriptors[uid] = count
+            if not count:
+                del self._descriptors[uid]
+        return count <= self._descriptors_per_user_max
 
     def _accept(self) -> None:
         try:
@@ -335,6 +374,13 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     return data, descriptors.tolist()
+
+
+def descriptors_per_user_max() -> int:
+    """How many descriptors of one user may be open here. Where this is no daemon of root's, there
+    is nobody to share them with."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return int(most * USER_SHARE) if os.getuid() == 0 else most
 
 
 def _listen(path: Path) -> socket.socket:

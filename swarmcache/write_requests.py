@@ -119,6 +119,9 @@ class WriteRequests:
         self._writers: dict[int, Writer] = {}
         self._by_connection: dict[LocalConnection, int] = {}
         self._offers: dict[int, Offer] = {}
+        self._busy: set[LocalConnection] = (
+            set()
+        )  # those that write, or offer what they have written
 
     def take(self, connection: LocalConnection, request: AboutWriting, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""
@@ -127,9 +130,14 @@ class WriteRequests:
                 number = self._by_connection.get(connection)
                 if number is not None:
                     self._handle(WriterAnswered(number))
+            case _ if connection in self._busy:  # so that nobody has more descriptors of ours
+                connection.close_files(fds)
+                connection.send(Failed("one request at a time on a connection"))
             case WriteSlot():
+                self._busy.add(connection)
                 self._spawn(self._want_slot(connection, *fds))
             case OfferReplica():
+                self._busy.add(connection)
                 self._spawn(self._add_replica(connection, request.digest, *fds))
 
     def carry_out(self, effect: AnswerSlot | AnswerNoSlot | AddReplica | RefuseReplica) -> None:
@@ -143,6 +151,11 @@ class WriteRequests:
             case RefuseReplica():
                 self._offers[effect.request].done.set_result(effect.reason)
 
+    def _end(self, connection: LocalConnection, answer: NoSlot | End | Failed) -> None:
+        """The last answer. With it the client may ask the next question."""
+        self._busy.discard(connection)
+        connection.send(answer)
+
     # --- slots ----------------------------------------------------------------------------------
 
     def _answer(self, effect: AnswerSlot | AnswerNoSlot) -> None:
@@ -151,7 +164,7 @@ class WriteRequests:
             return  # the client has gone, and the machine is about to hear of it
         if isinstance(effect, AnswerNoSlot):
             self._forget(effect.request)
-            writer.connection.send(NoSlot(effect.reason))
+            self._end(writer.connection, NoSlot(effect.reason))
             return
         if effect.until_s is not None:
             writer.until_s = effect.until_s
@@ -166,17 +179,15 @@ class WriteRequests:
                 directory_fd,
             )
         except SwarmcacheError as error:
-            connection.send(NoSlot(str(error)))
+            self._end(connection, NoSlot(str(error)))
             return
         except Exception as error:
-            connection.send(NoSlot(f"internal error: {error}"))
+            self._end(connection, NoSlot(f"internal error: {error}"))
             raise
         finally:
             connection.close_files([directory_fd])
-        if connection in self._by_connection:
-            connection.send(Failed("one slot at a time on a connection"))
-            return
         if not connection.is_open:
+            self._busy.discard(connection)
             return
         number = next(self._numbers)
         self._writers[number] = Writer(connection, file_server)
@@ -188,6 +199,7 @@ class WriteRequests:
         """A client that has left writes no more. One that was cut off (this daemon is being
         stopped) goes on as long as it was told that it may, and nobody answers for it."""
         writer = self._forget(number)
+        self._busy.discard(writer.connection)
         wait_s = 0.0 if writer.connection.client_left else writer.until_s + PIECE_S - now_s()
         if wait_s > 0:
             self._loop.call_later(wait_s, self._handle, RequestGone(number))
@@ -216,11 +228,11 @@ class WriteRequests:
             if version.size_bytes:  # an empty file needs no replica
                 offer = Offer(connection, version, file, copy, digest, asyncio.Future())
                 reason = await self._offer(offer)
-            connection.send(Failed(reason) if reason else End())
+            self._end(connection, Failed(reason) if reason else End())
         except SwarmcacheError as error:
-            connection.send(Failed(str(error)))
+            self._end(connection, Failed(str(error)))
         except Exception as error:
-            connection.send(Failed(f"internal error: {error}"))
+            self._end(connection, Failed(f"internal error: {error}"))
             raise
         finally:
             alive.cancel()

@@ -59,7 +59,7 @@ class Daemon:
         for fd in fds:
             inode = os.fstat(fd).st_ino
             assert not os.get_inheritable(fd)
-            os.close(fd)
+            connection.close_files_here([fd])
         self.asked.append((request, inode))
         self.connections.append(connection)
         connection.on_closed[self] = self.closed.set
@@ -209,6 +209,55 @@ async def test_descriptors_without_requests_end_the_connection(
     assert (await client.line())["answer"] == "failed"
     assert await client.line() == {}
     assert daemon.asked == []
+    wait_for_descriptors(before - 1)
+
+
+@pytest.mark.usefixtures("files")
+async def test_a_user_leaves_no_more_descriptors_than_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_descriptors()
+    monkeypatch.setattr(local_server, "descriptors_per_user_max", lambda: 3)
+    daemon = Daemon(tmp_path / "run" / "daemon.sock")
+    first, second = Client(daemon.path), Client(daemon.path)
+    for _ in range(4):
+        sent(first, GET, opened(tmp_path, 0))
+        assert (await first.line())["answer"] == "cached"
+    sent(first, STATUS + GET[:1], opened(tmp_path, 0, 1))
+    assert (await first.line())["answer"] == "cached"
+
+    sent(second, STATUS + GET[:1], opened(tmp_path, 2, 3))
+    assert (await second.line())["reason"] == "the daemon has too many open files of yours"
+    assert await second.line() == {}
+    async with asyncio.timeout(DEADLINE_S):
+        answer = ""
+        while answer != "cached":  # as soon as a thread has closed what came with that
+            other = Client(daemon.path)
+            sent(other, GET, opened(tmp_path, 4))
+            answer = str((await other.line())["answer"])
+            other.close()
+    first.send(GET[1:])
+    assert (await first.line())["answer"] == "cached"
+    for client in (first, second):
+        client.close()
+    daemon.server.close()
+    wait_for_descriptors(before)
+
+
+@pytest.mark.usefixtures("files")
+async def test_descriptors_do_not_wait_long_for_their_request(
+    daemon: Daemon, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_server, "REQUEST_S", 0.0)
+    sent(client, GET + STATUS, opened(tmp_path, 0))
+    for _ in range(2):
+        assert (await client.line())["answer"] == "cached"
+    before = open_descriptors()
+    sent(client, GET + GET[:-1], opened(tmp_path, 0, 1))
+    assert (await client.line())["answer"] == "cached"
+
+    assert "no whole request within 0 s" in str((await client.line())["reason"])
+    assert await client.line() == {}
     wait_for_descriptors(before - 1)
 
 

@@ -30,7 +30,7 @@ from swarmcache.disk_calls import SharedFile
 from swarmcache.local_protocol import Answer, End, Failed, OfferReplica, Working, encode_request
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.local_socket import Connection, parse_answer
-from swarmcache.peer_events import AnswerSlot, PeerEvent, RequestGone, WriteWanted
+from swarmcache.peer_events import AnswerNoSlot, AnswerSlot, PeerEvent, RequestGone, WriteWanted
 from swarmcache.peer_writes import PIECE_S
 from swarmcache.source_file import SourceExaminer
 from swarmcache.write_requests import WriteRequests
@@ -196,12 +196,11 @@ def test_a_tracker_that_ends_for_good_holds_nobody_up(mortal: Node, tmp_path: Pa
     assert (mortal.server / "source").read_bytes() == source.read_bytes()
 
 
-@pytest.mark.parametrize("client_leaves", [True, False])
-async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
-    tmp_path: Path, client_leaves: bool
-) -> None:
-    """So its slot is nobody else's before its promise has run out."""
-    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+@contextmanager
+def writing(
+    path: Path, events: asyncio.Queue[PeerEvent]
+) -> Iterator[tuple[WriteRequests, LocalServer]]:
+    """What answers clients that write, and its socket; the machine is the test."""
     examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
     none: Any = None  # whatever makes replicas
     requests = WriteRequests(
@@ -215,12 +214,53 @@ async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
         spawn=asyncio.create_task,
         handle=events.put_nowait,
     )
-    server = LocalServer(
-        tmp_path / "run/daemon.sock",
-        requests.take,  # type: ignore[arg-type]
-    )
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(os.fspath(tmp_path / "run/daemon.sock"))
+    yield requests, LocalServer(path, cast(Any, requests.take))
+    examiner.close()
+
+
+async def test_one_write_or_offer_at_a_time_on_a_connection(tmp_path: Path) -> None:
+    """Each of them keeps descriptors open here."""
+    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+    slot, offer = b'{"op":"write_slot"}\n', encode_request(OfferReplica(bytes(32)))
+    (tmp_path / "empty").touch()
+    directory, empty = os.open(tmp_path, os.O_PATH), os.open(tmp_path / "empty", os.O_RDWR)
+    path = tmp_path / "run/daemon.sock"
+    with writing(path, events) as (requests, server), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+        reader, writer = await asyncio.open_unix_connection(sock=client.dup())
+
+        async def answer() -> Any:
+            return parse_answer(await asyncio.wait_for(reader.readline(), PATIENCE_S))
+
+        socket.send_fds(client, [slot + slot], [directory, directory])
+        assert (await answer())["reason"] == "one request at a time on a connection"
+        wanted = await asyncio.wait_for(events.get(), PATIENCE_S)
+        assert isinstance(wanted, WriteWanted)
+        requests.carry_out(AnswerNoSlot(wanted.request, "there is none"))
+        assert (await answer())["answer"] == "no_slot"
+
+        socket.send_fds(client, [offer + offer + slot], [*[empty] * 4, directory])
+        answers = [(await answer())["answer"] for _ in range(3)]
+        assert answers == ["failed", "failed", "end"]
+
+        socket.send_fds(client, [slot], [directory])
+        assert isinstance(await asyncio.wait_for(events.get(), PATIENCE_S), WriteWanted)
+        assert events.empty()
+        writer.close()
+        server.close()
+    os.close(directory)
+    os.close(empty)
+
+
+@pytest.mark.parametrize("client_leaves", [True, False])
+async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
+    tmp_path: Path, client_leaves: bool
+) -> None:
+    """So its slot is nobody else's before its promise has run out."""
+    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+    path = tmp_path / "run/daemon.sock"
+    with writing(path, events) as (requests, server), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
         fd = os.open(tmp_path, os.O_PATH)
         socket.send_fds(client, [b'{"op":"write_slot"}\n'], [fd])
         os.close(fd)
@@ -239,7 +279,6 @@ async def test_who_is_cut_off_by_the_daemon_may_still_be_writing(
         assert client_leaves or now_s() >= until_s + PIECE_S
     if client_leaves:
         server.close()
-    examiner.close()
 
 
 # --- replicas ------------------------------------------------------------------------------------
@@ -361,22 +400,20 @@ async def test_copies_that_hang_keep_nobody_else_waiting(
         fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
         requests.take(cast(LocalConnection, client), OfferReplica(digest), fds)
 
-    users_that_hang = [Offering(uid) for uid in range(1001, 1017)]
-    for client in users_that_hang:
+    hanging = [Offering(uid) for uid in range(1001, 1017) for _ in range(2)]
+    for client in hanging:
         offer(client, hung)
-        offer(client, hung)
-    for _ in users_that_hang:
+    for _ in range(16):
         assert await asyncio.to_thread(hangs.acquire, timeout=PATIENCE_S)
     other = Offering(1017)
     offer(other, blake3(b"12345").digest())
     assert isinstance(await asyncio.wait_for(other.answers.get(), PATIENCE_S), End)
     assert not hangs.acquire(blocking=False), "of each user one at a time"
-    assert all(client.answers.empty() for client in users_that_hang)
+    assert all(client.answers.empty() for client in hanging)
 
     may_end.set()
-    for client in users_that_hang:
-        for _ in range(2):
-            assert isinstance(await asyncio.wait_for(client.answers.get(), PATIENCE_S), End)
+    for client in hanging:
+        assert isinstance(await asyncio.wait_for(client.answers.get(), PATIENCE_S), End)
     examiner.close()
 
 
