@@ -340,8 +340,12 @@ class LocalServer:
         if refusal:
             connection.send(Failed(refusal))
             connection.close()
-        else:
+            return
+        try:
             self._names.tell(uid, connection.begin)
+        except NoThread as error:
+            connection.send(Failed(str(error)))
+            connection.close()
 
     def _accept_again(self) -> None:
         if self._listener.fileno() >= 0:

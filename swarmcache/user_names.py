@@ -27,7 +27,10 @@ class UserNames:
         self._loop = asyncio.get_running_loop()
 
     def tell(self, uid: int, listener: Callable[[str], None]) -> None:
-        """Call ``listener`` with a user's name: at once if it is known, or else later."""
+        """Call ``listener`` with a user's name: at once if it is known, or else later.
+
+        Raises NoThread.
+        """
         name = self._names.get(uid)
         if name is None:
             name = self._look_up(uid)

@@ -119,9 +119,7 @@ class WriteRequests:
         self._writers: dict[int, Writer] = {}
         self._by_connection: dict[LocalConnection, int] = {}
         self._offers: dict[int, Offer] = {}
-        self._busy: set[LocalConnection] = (
-            set()
-        )  # those that write, or offer what they have written
+        self._busy: set[LocalConnection] = set()  # those that write, or offer what they wrote
 
     def take(self, connection: LocalConnection, request: AboutWriting, fds: list[int]) -> None:
         """Begin to answer a request; owns ``fds``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import pytest
 from aiohttp import web
 
 from swarmcache.auth import ClusterKey, Keyring
+from swarmcache.http_server import serving_http
 from swarmcache.lease_journal import LeaseJournal
 from swarmcache.link import client_session, connect, serve
 from swarmcache.messages import Lease, NodeAddress
@@ -65,13 +66,12 @@ async def test_no_node_is_told_of_a_lease_that_is_not_in_the_journal(works: bool
 
     application = web.Application()
     application.router.add_get("/v1/tracker", serve_node)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
     told: list[bytes] = []
     identity = msgspec.msgpack.encode(NodeAddress("127.0.0.1:1", 2))
-    async with client_session() as session:
-        address = HostPort("127.0.0.1", cast(Any, runner.addresses[0])[1])
+    async with (
+        serving_http(application, HostPort("127.0.0.1", 0)) as address,
+        client_session() as session,
+    ):
         link = await connect(session, address, KEY, "tracker", identity)
 
         def take(data: bytes) -> None:
@@ -81,7 +81,6 @@ async def test_no_node_is_told_of_a_lease_that_is_not_in_the_journal(works: bool
         async with asyncio.timeout(DEADLINE_S):
             await link.receive(take)  # until either side has closed it
         await link.wait_closed()
-    await server.wait_closed()
-    await runner.cleanup()
+        await server.wait_closed()
 
     assert len(told) == works
