@@ -11,9 +11,11 @@ from aiohttp import web
 from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.background import BackgroundTasks
 from swarmcache.config import load
+from swarmcache.http_server import serving_http
 from swarmcache.link import Link, client_session, serve
 from swarmcache.messages import NodeAddress, Renewed, encode
 from swarmcache.peer_events import TrackerConnected, TrackerLost, TrackerSaid
+from swarmcache.quantities import HostPort
 from swarmcache.tracker_client import TrackerClient
 
 KEY = Keyring([ClusterKey.from_secret(b"the secret of this cluster")])
@@ -36,10 +38,6 @@ async def test_a_session_that_ends_with_a_bug_is_followed_by_another(
 ) -> None:
     application = web.Application()
     application.router.add_get("/v1/tracker", serve_node)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    config = load({"cluster.tracker": f"127.0.0.1:{runner.addresses[0][1]}"}, {}, Path("/dev/null"))
     heard: list[str] = []
     heard_again = asyncio.Event()
 
@@ -50,7 +48,11 @@ async def test_a_session_that_ends_with_a_bug_is_followed_by_another(
             heard_again.set()
 
     tasks = BackgroundTasks("test")
-    async with client_session() as session:
+    async with (
+        serving_http(application, HostPort("127.0.0.1", 0)) as address,
+        client_session() as session,
+    ):
+        config = load({"cluster.tracker": str(address)}, {}, Path("/dev/null"))
         client = TrackerClient(
             config, session, KEY, NodeAddress("127.0.0.1:1", 2), lambda: [], tasks.spawn, handle
         )
@@ -60,7 +62,6 @@ async def test_a_session_that_ends_with_a_bug_is_followed_by_another(
         finally:
             await client.stop()
             await tasks.end()
-            await runner.cleanup()
 
     session_with_it = ["TrackerConnected", "TrackerSaid"]
     assert heard[:5] == [*session_with_it, "TrackerLost", *session_with_it]
