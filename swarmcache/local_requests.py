@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -87,7 +88,7 @@ class Work:
     """What the shell holds of one file version that the machine is fetching.
 
     ``users``: who asked, by uid, or is to get a link. ``files``: a descriptor of the source of each
-    who asked, let go of when the work ends.
+    who asked, let go of when the work ends. ``failures``: how often it could not be read, by uid.
     ``answers``: tasks that hand out the finished copy.
     """
 
@@ -95,6 +96,7 @@ class Work:
     from_file_server_bytes: int = 0
     users: dict[int, User] = field(default_factory=dict)
     files: dict[int, SharedFile] = field(default_factory=dict)
+    failures: Counter[int] = field(default_factory=Counter)
     answers: list[Task] = field(default_factory=list)
 
 
@@ -209,11 +211,21 @@ class LocalRequests:
     # --- what is wanted -------------------------------------------------------------------------
 
     def borrow_file(self, version_id: bytes) -> SharedFile:
-        """A descriptor of the source of a file that is being fetched; the caller releases it."""
-        file = next(iter(self._work[version_id].files.values()))
+        """A descriptor of the source of a file that is being fetched; the caller releases it. Of
+        several the one that has failed least: a user's may be of no use to us (O_DIRECT)."""
+        work = self._work[version_id]
+        file = work.files[min(work.files, key=work.failures.__getitem__)]
         retained = file.retain()
         assert retained, "closed before the work has ended"
         return file
+
+    def source_failed(self, version: FileVersion, file: SharedFile, reason: str) -> None:
+        """A descriptor that was borrowed could not be read."""
+        work = self._work.get(version.version_id, Work())  # whose end may have come already
+        for uid, each in work.files.items():
+            if each is file:
+                work.failures[uid] += 1
+                log.warning("reading %r for uid %d: %s", os.fsdecode(version.path), uid, reason)
 
     def users_of_batch(self, request: int) -> list[User]:
         """For whom small files are fetched together."""

@@ -726,6 +726,9 @@ class Daemon:
         except SwarmcacheError as error:
             if not isinstance(error, SOURCE_ERRORS):
                 tell(WriteFailed(effect.version_id, str(error)))
+            if isinstance(error, errors.SourceFailed):
+                failed = self._local.source_failed
+                self._loop.call_soon_threadsafe(failed, partial.version, source, str(error))
             changed = isinstance(error, errors.SourceChanged)
             tell(RangeReadFailed(effect.version_id, effect.lease_id, str(error), changed))
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -13,6 +14,15 @@ from pathlib import Path
 import pytest
 
 from swarmcache.errors import CacheDirUnusable, DirectoryUnusable
+
+from swarmcache.errors import CacheDirUnusable
+from swarmcache.local_socket import (
+    ANSWER_BYTES_MAX,
+    Connection,
+    get_line,
+    parse_answer,
+    path_of,
+)
 from swarmcache.user_tree import User
 from tests.disk_helpers import ME, a_file, needs_root, open_cache, publish, run_as
 from tests.local_daemons import LocalDaemons, LocalNode
@@ -166,6 +176,45 @@ def test_what_users_put_beside_the_copies_survives_and_is_never_followed(
     assert os.listdir(victim) == ["precious"]
     assert node.get(file, uid=ANN) == [path]
     assert run_as(ANN, "rm", "-r", place / "own", place / "link", place / "notes").returncode == 0
+
+
+def ask(node: LocalNode, uid: int, file: Path, flags: int = 0) -> Connection:
+    """A user's ``get``, when the daemon has begun to fetch the file for it."""
+    fd = os.open(file, os.O_RDONLY | flags)
+    os.seteuid(uid)
+    try:
+        connection = Connection(os.fsencode(node.socket))
+    finally:
+        os.seteuid(0)
+    connection.send(get_line(os.fsencode(file), None), fd)
+    os.close(fd)
+    assert parse_answer(connection.receive_line(ANSWER_BYTES_MAX))["answer"] == "progress"
+    return connection
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_descriptor_that_cannot_be_read_does_not_keep_the_file_from_others(root: Path) -> None:
+    """A read of a size that is no multiple of a sector fails with O_DIRECT."""
+    root.mkdir()
+    root.chmod(0o755)
+    file = root / "file"
+    file.write_bytes(os.urandom(3_000_001))
+    with LocalDaemons(root) as local:
+        tracker = local.start_tracker()
+        node = local.start_daemon()
+        tracker.process.send_signal(signal.SIGSTOP)  # nobody reads before both have asked
+        users = {EVE: ask(node, EVE, file, os.O_DIRECT), ANN: ask(node, ANN, file)}
+        tracker.process.send_signal(signal.SIGCONT)
+
+        for uid, connection in users.items():
+            answer = {"answer": "progress"}
+            while answer["answer"] == "progress":
+                answer = parse_answer(connection.receive_line(ANSWER_BYTES_MAX))
+            connection.close()
+            assert answer["answer"] == "cached", answer
+            assert os.fsencode(f"/{uid}/") in path_of(answer["path"])
+        assert f"for uid {EVE}: cannot read the source" in node.said()
 
 
 # --- where files are, and lists of them ----------------------------------------------------------
