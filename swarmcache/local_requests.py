@@ -219,13 +219,16 @@ class LocalRequests:
         assert retained, "closed before the work has ended"
         return file
 
-    def source_failed(self, version: FileVersion, file: SharedFile, reason: str) -> None:
+    def source_failed(self, version_id: bytes, file: SharedFile, reason: str) -> None:
         """A descriptor that was borrowed could not be read."""
-        work = self._work.get(version.version_id, Work())  # whose end may have come already
+        work, fetching = self._work.get(version_id), self._state.fetching(version_id)
+        if work is None or fetching is None:
+            return  # nobody wants it any more
         for uid, each in work.files.items():
             if each is file:
                 work.failures[uid] += 1
-                log.warning("reading %r for uid %d: %s", os.fsdecode(version.path), uid, reason)
+                path = os.fsdecode(fetching.version.path)
+                log.warning("reading %r for uid %d: %s", path, uid, reason)
 
     def users_of_batch(self, request: int) -> list[User]:
         """For whom small files are fetched together."""

@@ -728,7 +728,7 @@ class Daemon:
                 tell(WriteFailed(effect.version_id, str(error)))
             if isinstance(error, errors.SourceFailed):
                 failed = self._local.source_failed
-                self._loop.call_soon_threadsafe(failed, partial.version, source, str(error))
+                self._loop.call_soon_threadsafe(failed, effect.version_id, source, str(error))
             changed = isinstance(error, errors.SourceChanged)
             tell(RangeReadFailed(effect.version_id, effect.lease_id, str(error), changed))
         except Exception as error:

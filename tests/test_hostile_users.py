@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 from swarmcache.errors import CacheDirUnusable, DirectoryUnusable
-
-from swarmcache.errors import CacheDirUnusable
 from swarmcache.local_socket import (
     ANSWER_BYTES_MAX,
     Connection,
