@@ -445,7 +445,7 @@ class Exchanges:
                 if short and (opened or self._in_flight or self._look_ups):
                     self._put_off.append(item)  # until others are closed
                     break
-                self._answers[index] = _unusable(asked, error, usable=short)
+                self._answers[index] = _not_opened(asked, error, usable=short)
                 settled = True
         return opened, settled
 
@@ -619,7 +619,7 @@ class Exchanges:
         try:
             source = open_source(exchange.asked, real=exchange.asked in self._trees)
         except SourceUnreadable as error:
-            self._settle(exchange, _unusable(exchange.asked, error))
+            self._settle(exchange, _not_opened(exchange.asked, error))
             return
         changed = source.version != exchange.source.version
         exchange.source.close()
@@ -662,7 +662,7 @@ class Exchanges:
         return connection
 
 
-def _unusable(asked: bytes, error: SourceUnreadable, *, usable: bool = False) -> Answer:
+def _not_opened(asked: bytes, error: SourceUnreadable, *, usable: bool = False) -> Answer:
     return Answer(asked, real_path_of(asked), usable=usable, reason=str(error))
 
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -196,14 +196,9 @@ def test_a_tracker_that_ends_for_good_holds_nobody_up(mortal: Node, tmp_path: Pa
     assert (mortal.server / "source").read_bytes() == source.read_bytes()
 
 
-@contextmanager
-def writing(
-    path: Path, events: asyncio.Queue[PeerEvent]
-) -> Iterator[tuple[WriteRequests, LocalServer]]:
-    """What answers clients that write, and its socket; the machine is the test."""
-    examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
+def made(examiner: SourceExaminer, handle: Callable[[PeerEvent], None]) -> WriteRequests:
     none: Any = None  # whatever makes replicas
-    requests = WriteRequests(
+    return WriteRequests(
         none,
         examiner,
         CompartmentThreads("examine", 1, 1),
@@ -212,8 +207,17 @@ def writing(
         itertools.count(1),
         chunk_size_bytes=None,
         spawn=asyncio.create_task,
-        handle=events.put_nowait,
+        handle=handle,
     )
+
+
+@contextmanager
+def writing(
+    path: Path, events: asyncio.Queue[PeerEvent]
+) -> Iterator[tuple[WriteRequests, LocalServer]]:
+    """What answers clients that write, and its socket; the machine is the test."""
+    examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
+    requests = made(examiner, events.put_nowait)
     yield requests, LocalServer(path, cast(Any, requests.take))
     examiner.close()
 
@@ -426,18 +430,8 @@ async def test_an_offer_for_which_there_is_no_thread_is_refused_and_its_files_ar
     monkeypatch.setattr(threading.Thread, "start", refuse)
     path = tmp_path / "file"
     path.write_bytes(b"12345")
-    examiner, none = SourceExaminer(load({}, {}, Path("/dev/null"))), cast(Any, None)
-    requests = WriteRequests(
-        none,
-        examiner,
-        CompartmentThreads("examine", 1, 1),
-        none,
-        none,
-        itertools.count(1),
-        chunk_size_bytes=None,
-        spawn=asyncio.create_task,
-        handle=none,
-    )
+    examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
+    requests = made(examiner, cast(Any, None))
     client = Offering(1001)
     fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
 
