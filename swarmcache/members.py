@@ -24,7 +24,8 @@ def member_fields(members: Iterable[Member], now_s: float) -> list[dict[str, Any
     """All members whose address is known, for ``status``; by address.
 
     ``age_s``: since the member has said so. Of one that has said nothing of itself yet sizes and
-    counts are None.
+    counts are None, and of a disk that was not measured yet, as soon after the start of its node,
+    so is what is there.
     """
     found = []
     for member in members:
@@ -47,11 +48,12 @@ def member_fields(members: Iterable[Member], now_s: float) -> list[dict[str, Any
 
 
 def _status_fields(status: NodeStatus | None) -> dict[str, Any]:
+    disk = status if status is not None and status.measured else None
     return {
-        "disk": None if status is None else status.disk.name.lower(),
-        "free_bytes": status and status.free_bytes,
-        "used_bytes": status and status.used_bytes,
-        "pinned_bytes": status and status.pinned_bytes,
+        "disk": disk and disk.disk.name.lower(),
+        "free_bytes": disk and disk.free_bytes,
+        "used_bytes": disk and disk.used_bytes,
+        "pinned_bytes": disk and disk.pinned_bytes,
         "uploads": status and status.uploads,
         "downloads": status and status.downloads,
         "standing_in": status is not None and status.standing_in,

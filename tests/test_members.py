@@ -57,6 +57,9 @@ def test_of_a_disk_that_was_not_measured_yet_nothing_is_known(standing_in: bool)
     """It has room, for all that is known: no disk without any is one in order."""
     fresh = replace(MEMBER, status=NodeStatus(uploads=1, standing_in=standing_in))
 
+    (told,) = member_fields([fresh], 50.0)
+    assert (told["disk"], told["free_bytes"], told["used_bytes"]) == (None, None, None)
+    assert (told["uploads"], told["standing_in"]) == (1, standing_in)
     (known,) = known_nodes([fresh])
 
     assert known == KnownNode("b:7381", "b")
