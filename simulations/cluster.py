@@ -169,8 +169,9 @@ class Cluster:
             self.hits += 1
             self._hand_out(node, request, version)
             return
-        size_bytes = chunk_size_bytes or choose_chunk_size(version.size_bytes)
-        event = FileWanted(request, version, FILE_SERVER, user, size_bytes, can_read)
+        chosen_bytes = chunk_size_bytes or self.settings.chunk_size_bytes
+        cut_bytes = chosen_bytes or choose_chunk_size(version.size_bytes)
+        event = FileWanted(request, version, FILE_SERVER, user, cut_bytes, can_read)
         self.hand(node, event)
 
     def want_files(self, node: Node, versions: Sequence[FileVersion], request: int) -> None:

@@ -95,7 +95,8 @@ class World:
 
     def __init__(self, settings: ClusterSettings, size_bytes: int) -> None:
         self.settings = settings
-        self.layout = ChunkLayout(size_bytes, choose_chunk_size(size_bytes))
+        chunk_size_bytes = settings.chunk_size_bytes or choose_chunk_size(size_bytes)
+        self.layout = ChunkLayout(size_bytes, chunk_size_bytes)
         self.full = full_mask(self.layout.chunk_count)
         self.engine = Engine(EVENTS_MAX)
         self.network = Network(self.engine)

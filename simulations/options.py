@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from simulations.settings import ClusterSettings
+from swarmcache.config import parse_chunk_size
 from swarmcache.quantities import parse_count, parse_duration, parse_rate, parse_size
 
 
@@ -32,10 +33,16 @@ def reader_cost(text: str) -> float:
     return cost
 
 
+def chunk_size(text: str) -> int | None:
+    """Bytes; None for what daemons choose."""
+    return None if text == "auto" else int(quantity(parse_chunk_size)(text))
+
+
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """What the cluster is like, and the file."""
     option = parser.add_argument
     option("--size", type=quantity(parse_size), default="256MiB", help="size of the file")
+    option("--chunk-size", type=chunk_size, default="auto", help="as transfer.chunk_size")
     option("--seed", type=int, default=1, help="the source of all chance")
     option("--rate", type=quantity(parse_rate), default="125MB/s", help="of every link, each way")
     option("--file-server-rate", type=quantity(parse_rate), help="of its uplink, if not --rate")
@@ -73,6 +80,7 @@ def cluster_settings(
         file_server_rate=asked.file_server_rate or asked.rate,
         slots_max=asked.slots,
         latency_s=asked.latency,
+        chunk_size_bytes=asked.chunk_size,
         reader_cost=asked.reader_cost,
         policy=policy,
         check_every=check_every,

@@ -20,9 +20,10 @@ class ClusterSettings:
 
     ``check_every``: the machine at hand is asked to ``check()`` itself every so many events; 1
     also has every message decoded again. ``originals``: a request may be answered with the original
-    path. ``piece_bytes``: what a reader asks of the file server at once; None for whole chunks.
-    ``disk_bytes``: the most that the cache of a node may take. ``clock_spread_s``: clocks of nodes
-    differ by up to twice this; ``clock_drift``: and run faster or slower by up to this part.
+    path. ``chunk_size_bytes``: None for what daemons choose. ``piece_bytes``: what a reader asks
+    of the file server at once; None for whole chunks. ``disk_bytes``: the most that the cache of a
+    node may take. ``clock_spread_s``: clocks of nodes differ by up to twice this;
+    ``clock_drift``: and run faster or slower by up to this part.
     ``rack_nodes``: so many share the links of a rack, of ``rack_rate``; 0 for no racks.
     ``rack_labels``: daemons know in which rack they are.
     ``policy``: which of ``POLICIES`` says what is evicted.
@@ -39,6 +40,7 @@ class ClusterSettings:
     publish_s: float = 0.001
     check_every: int = 10_000
     originals: bool = False
+    chunk_size_bytes: int | None = None
     piece_bytes: int | None = None
     reader_cost: float = 0.0
     disk_bytes: float = math.inf

@@ -40,6 +40,26 @@ def test_the_json_of_every_scenario_has_the_promised_figures(
     assert promised | {"trace_digest"} <= json.loads(line).keys()
 
 
+def test_smaller_chunks_are_more_messages_and_less_is_lost_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = {}
+    for size in ("auto", "256KiB", "1MiB"):
+        assert main(["flash_crowd", *SMALL, "--chunk-size", size, "--json"]) == 0
+        results[size] = json.loads(capsys.readouterr().out)
+
+    assert results["auto"] == results["256KiB"]  # the smallest there are
+    assert results["256KiB"]["messages"] > results["1MiB"]["messages"]
+    assert results["256KiB"]["efficiency"] > results["1MiB"]["efficiency"]
+
+
+def test_a_chunk_size_that_no_daemon_takes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["flash_crowd", "--chunk-size", "3MiB"])
+
+    assert 'expected "auto" or a power of two from 256KiB to 16MiB' in capsys.readouterr().err
+
+
 def test_a_plot_is_drawn_and_the_figures_are_printed_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
