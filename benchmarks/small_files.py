@@ -1,8 +1,10 @@
-"""A directory of many small files: cold from a peer, and when it is there already.
+"""A directory of many small files: cold from a peer, when it is there already, and for a crowd.
 
 ``swarmcache get DIRECTORY``, as a whole process. Beside the former, in turns, a loop that does on
 the same disk the least that a cache has to do there for each file: make, write, rename and link it.
 Beside the latter ``cp -r`` of the directory, which has neither a network nor digests nor an index.
+What nobody has yet several nodes want at once, which here have to share the processor; beside it
+one of them alone.
 
 Nothing is removed before the end: for each file that it makes ext4 passes over all inodes that were
 freed within the last minutes, which is what would be measured then.
@@ -14,21 +16,25 @@ import itertools
 import os
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.api import SIZE_BYTES, make_files
-from benchmarks.local_cluster import LocalCluster, run_timed
+from benchmarks.local_cluster import LocalCluster, Node, run_timed
 from benchmarks.report import Figure, Options, Spread, in_turns
 
 FILES = 10_000
 QUICK_FILES = 20
 RUNS = 3
+CROWD = 4
+CROWD_PART = 5  # of the files; each run has others
 COLD_PER_S_MIN = 2000.0
 WARM_S_MAX = 1.0
 
 
 def measure(options: Options) -> list[Figure]:
-    """One figure for cold, one for warm."""
+    """One figure for cold, one for warm, one for a crowd."""
     count = options.files or (QUICK_FILES if options.quick else FILES)
     runs = options.choose_runs(RUNS)
     with tempfile.TemporaryDirectory(prefix="swarmcache-bench-") as name:
@@ -77,7 +83,28 @@ def measure(options: Options) -> list[Figure]:
             f"<= {WARM_S_MAX:.0f} s",
             found.median <= WARM_S_MAX,
         ),
+        _for_a_crowd(-(-count // CROWD_PART), runs),
     ]
+
+
+def _for_a_crowd(count: int, runs: int) -> Figure:
+    """Until the last of them has all files, of which nobody had any."""
+    with tempfile.TemporaryDirectory(prefix="swarmcache-bench-") as name:
+        numbers = itertools.count()
+        with LocalCluster(Path(name), nodes=CROWD) as cluster:
+
+            def last_s(nodes: Sequence[Node]) -> float:
+                sources = Path(name, f"sources{next(numbers)}")
+                make_files(sources, count)
+                with ThreadPoolExecutor(len(nodes)) as threads:
+                    asked = [threads.submit(node.get, sources) for node in nodes]
+                return max(each.result()[1] for each in asked)
+
+            crowd, alone = in_turns(
+                lambda: last_s(cluster.nodes), lambda: last_s(cluster.nodes[:1]), runs
+            )
+    what = f"{count} files of 10 KiB that nobody has: {CROWD} nodes at once"
+    return Figure(what, Spread.of(crowd), "s", "one node", Spread.of(alone))
 
 
 def _put_per_s(place: Path, count: int) -> float:

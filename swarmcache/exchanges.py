@@ -5,7 +5,10 @@ done, and ``fileno`` becomes readable when there is more to do. ``client.py`` wa
 thread, ``aio.py`` in an event loop.
 
 Files are looked up some at a time, with one message for them all, and the daemon fetches meanwhile
-what it can get together; what is not cached then is asked for one by one.
+what it can get together; what is not cached then is asked for one by one. Small files come many
+times as fast from a peer as from the file server. So where some are nowhere yet, each caller turns
+to the rest in an order of its own: of nodes that begin together each reads a part of them, and gets
+the others from those that have read them meanwhile.
 
 Standard library only, and little of it: see ``local_socket.py``.
 
@@ -20,6 +23,7 @@ import os
 import select
 import stat
 import time
+from itertools import chain
 
 from swarmcache.errors import (
     BadMessage,
@@ -44,13 +48,17 @@ from swarmcache.local_socket import (
 
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
 REQUESTS_MAX = 16  # in flight at once: enough to hide the round trips of small files
 ATTEMPTS_MAX = 3  # the first one, and two more for a source that changes meanwhile
 GRACE_S = 2.0  # how much later than ``timeout_s`` the daemon's own answer may come
 LOOK_UP_FILES = 192  # as many as the daemon takes in one request
+# Before the first answer, and where most are nowhere yet: what is looked up is what this node then
+# reads, while others may come to have it. Those that begin together all read the first ones.
+FEW_FILES = 32
+SMALL_BYTES_MAX = 256 << 10  # what comes together with others; see ``look_ups.py``
 # In flight at once: we open files for the next one while the daemon is busy with another. With more
 # its threads would only wait for one another.
 LOOK_UPS_MAX = 2
@@ -330,7 +338,9 @@ class Exchanges:
     ) -> None:
         self._connections = connections
         self._trees = trees or {}
-        self._waiting = enumerate(paths)
+        self._waiting: Iterator[tuple[int, bytes]] = enumerate(paths)
+        self._scattered = False
+        self._look_up_files = FEW_FILES
         self._put_off: list[tuple[int, bytes]] = []
         self._on_progress = on_progress
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -432,7 +442,7 @@ class Exchanges:
         """Open the next sources; and whether there was one that cannot be opened."""
         opened: list[Exchange] = []
         settled = False
-        while len(opened) < LOOK_UP_FILES and (item := self._next_path()) is not None:
+        while len(opened) < self._look_up_files and (item := self._next_path()) is not None:
             index, asked = item
             if opened and self._trees.get(asked) != self._trees.get(opened[0].asked):
                 self._put_off.append(item)  # a request is about files of one tree
@@ -511,6 +521,12 @@ class Exchanges:
             self._missed += look_up.files
             return
         self._connections.give_back(self._forget(look_up))
+        missing = [each for each, copy in zip(look_up.files, copies, strict=True) if copy is None]
+        small = [each for each in missing if each.source.size_bytes <= SMALL_BYTES_MAX]
+        scarce = 2 * len(small) >= len(copies)
+        self._look_up_files = FEW_FILES if scarce else LOOK_UP_FILES
+        if scarce and not self._scattered:
+            self._scatter()
         for place, (exchange, copy) in enumerate(zip(look_up.files, copies, strict=True)):
             if copy is None or fault_of_copy(copy, exchange.source):
                 self._missed.append(exchange)
@@ -522,6 +538,14 @@ class Exchanges:
                 self._settle_fetched(exchange, copy)
             else:
                 self._missed.append(exchange)
+
+    def _scatter(self) -> None:
+        """Turn to the rest in an order that nobody else has."""
+        self._scattered = True
+        rest = list(self._waiting)
+        parts = [rest[start : start + FEW_FILES] for start in range(0, len(rest), FEW_FILES)]
+        # The import of ``random`` takes longer than all of this.
+        self._waiting = chain.from_iterable(sorted(parts, key=lambda _: os.urandom(8)))
 
     def _settle_fetched(self, exchange: Exchange, copy: bytes) -> None:
         size_bytes = exchange.source.size_bytes

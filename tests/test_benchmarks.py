@@ -33,7 +33,7 @@ def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("single", 2),
         ("hit", 1),
         ("api", 2),
-        ("small_files", 2),
+        ("small_files", 3),
         ("memory", 3),
         ("many_files", 18),
         pytest.param("swarm", 7, marks=pytest.mark.box),

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from swarmcache import client as client_module
-from swarmcache import exchanges, local_socket
+from swarmcache import exchanges, local_socket, look_ups
 from swarmcache.client import REQUESTS_MAX, Answer, Client, Progress
 from swarmcache.errors import DaemonRefused, DaemonUnavailable
 from swarmcache.exchanges import Exchanges
@@ -524,6 +524,55 @@ def test_a_silent_daemon_is_given_up_and_not_asked_for_the_next_file(
     for answer in answers:
         assert_original(answer, source, "said nothing")
     assert len(daemon.asked) == REQUESTS_MAX
+
+
+def names_asked(daemon: ScriptedDaemon) -> list[str]:
+    return [Path(os.fsdecode(asked.path)).name for asked in daemon.asked]
+
+
+@pytest.fixture
+def numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Paths of small files, of as many as are several look-ups. One request is in flight at a time,
+    and whoever takes an order of its own goes backwards."""
+    monkeypatch.setattr(exchanges, "REQUESTS_MAX", 1)
+    monkeypatch.setattr(exchanges, "LOOK_UPS_MAX", 1)
+    keys = (number.to_bytes(8, "big") for number in range(1000, 0, -1))
+    monkeypatch.setattr(os, "urandom", lambda _: next(keys))
+    paths = [tmp_path / f"{number:03}" for number in range(5 * exchanges.FEW_FILES)]
+    for path in paths:
+        path.write_bytes(b"small")
+    return [bytes(path) for path in paths]
+
+
+def test_where_small_files_are_nowhere_each_caller_has_an_order_of_its_own_for_the_rest(
+    run_dir: Path, tmp_path: Path, numbered: list[bytes]
+) -> None:
+    """Of nodes that begin together each reads others, and gets from them what they have read."""
+    with ScriptedDaemon(run_dir, caching_in(tmp_path / "cache")) as daemon:
+        with Client(bytes(daemon.path)) as client:
+            answers = list(client.get_all(numbered))
+        asked = names_asked(daemon)
+
+    assert [answer.asked for answer in answers] == list(map(os.fsdecode, numbered))
+    assert all(answer.cached for answer in answers)
+    few = exchanges.FEW_FILES
+    names = [Path(os.fsdecode(path)).name for path in numbered]
+    parts = [names[start : start + few] for start in range(0, len(names), few)]
+    assert asked == [*parts[0], *parts[4], *parts[3], *parts[2], *parts[1]]
+
+
+def test_larger_files_are_asked_for_in_the_order_of_all_others(
+    run_dir: Path, tmp_path: Path, numbered: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads them at the same time shares a swarm."""
+    assert exchanges.SMALL_BYTES_MAX == look_ups.SMALL_BYTES_MAX
+    monkeypatch.setattr(exchanges, "SMALL_BYTES_MAX", len(b"small") - 1)
+    with ScriptedDaemon(run_dir, caching_in(tmp_path / "cache")) as daemon:
+        with Client(bytes(daemon.path)) as client:
+            assert all(answer.cached for answer in client.get_all(numbered))
+        asked = names_asked(daemon)
+
+    assert asked == sorted(asked)
 
 
 class Stopped:
