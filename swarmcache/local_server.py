@@ -284,8 +284,8 @@ class LocalServer:
         """``pending(uid)``: how many files of a user are looked at or wait for that, those of
         clients who have gone meanwhile as well."""
         self.handler = handler
-        # One thread of each user, for as long as there is something to close.
-        self.closer = CompartmentThreads("close", 1, 1, idle_max=0)
+        # One thread of each user. To start one for every small file took an eighth of its time.
+        self.closer = CompartmentThreads("close", 1, 1, idle_max=4)
         self._names = UserNames()
         self._pending = pending
         self._descriptors: Counter[int] = Counter()  # that are open, by the uid they came from
