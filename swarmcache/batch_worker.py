@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from swarmcache import errors
 from swarmcache.chunk_fetcher import ChunkFetcher, FileCorrupt
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion, SmallFile
 from swarmcache.disk import Cache, FileBatch, User
-from swarmcache.errors import LocalError
+from swarmcache.errors import LocalError, NoThread
 from swarmcache.peer_events import (
     FetchFiles,
     FilesArrived,
@@ -27,6 +26,7 @@ from swarmcache.peer_events import (
     PeerEvent,
 )
 from swarmcache.quantities import HostPort
+from swarmcache.thread_pool import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class BatchWorker:
         self._arrived = arrived
         self._chunk_size_bytes = chunk_size_bytes or CHUNK_SIZE_MIN_BYTES
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="batch")
+        self._threads = ThreadPool(THREADS, thread_name_prefix="batch")
 
     def close(self) -> None:
         """Forget what has not begun and wait for the threads; close the fetcher before."""
@@ -64,7 +64,10 @@ class BatchWorker:
 
     def carry_out(self, effect: FetchFiles) -> None:
         """Carry out ``FetchFiles``."""
-        self._threads.submit(self._run, effect, self._users(effect.request))
+        try:
+            self._threads.submit(self._run, effect, self._users(effect.request))
+        except NoThread as error:
+            self._handle(FilesNotKept(effect.fetch, effect.address.node, str(error)))
 
     def _run(self, effect: FetchFiles, users: Sequence[User]) -> None:
         what = (effect.fetch, effect.address.node)

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from blake3 import blake3
@@ -58,6 +58,7 @@ from swarmcache.errors import (
     RemoteError,
 )
 from swarmcache.rate_limit import RateLimit
+from swarmcache.thread_pool import ThreadPool
 
 IDLE_MAX = 128
 IDLE_PER_PEER_MAX = 16  # as many requests as are in flight: of small files, often to one peer
@@ -393,7 +394,7 @@ class ChunkFetcher:
         self._buffers = BufferPool(buffers_bytes_max)
         self._rate = RateLimit(download_rate_max_bytes_per_s)
         self._connections = _Connections()
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+        self._threads = ThreadPool(threads, thread_name_prefix="fetch")
 
     @property
     def buffers_bytes(self) -> int:
@@ -417,7 +418,7 @@ class ChunkFetcher:
 
         The future fails with PeerUnavailable (unreachable, wrong secret, stalled, late, closed, or
         not our protocol), PeerBusy, ChunkAbsent, ChunkCorrupt (bytes or length are not those that
-        were announced), or with whatever ``write`` raises.
+        were announced), or with whatever ``write`` raises. Raises NoThread: nothing is fetched.
         """
         return self._threads.submit(
             self._fetch, peer, request, length, digest, write, deadline_s, stall_s

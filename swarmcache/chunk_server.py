@@ -17,7 +17,6 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -42,11 +41,12 @@ from swarmcache.chunk_protocol import (
     shut_down,
 )
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, SmallFile
-from swarmcache.errors import AuthenticationFailed, RemoteError, SwarmcacheError
+from swarmcache.errors import AuthenticationFailed, NoThread, RemoteError, SwarmcacheError
 from swarmcache.quantities import HostPort
 from swarmcache.rate_limit import RateLimit
 from swarmcache.serving import bind
 from swarmcache.strangers import Strangers
+from swarmcache.thread_pool import ThreadPool
 from swarmcache.upload_slots import Upload, UploadSlots
 
 HANDSHAKE_S = 5.0  # two round trips, on a bad day
@@ -219,7 +219,7 @@ class ChunkServer:
         self._slots = UploadSlots(uploads_max)
         self._expected = _Expected()
         self._rate = RateLimit(upload_rate_max_bytes_per_s)
-        self._threads = ThreadPoolExecutor(uploads_max, thread_name_prefix="upload")
+        self._threads = ThreadPool(uploads_max, thread_name_prefix="upload")
         self._listener: socket.socket | None = None
         # A connection is in exactly one of these three, which keep the order.
         self._strangers = Strangers(STRANGERS_MAX, HANDSHAKE_S, self._close)
@@ -321,18 +321,11 @@ class ChunkServer:
             if request is None:
                 return
             upload = _upload(request)
-            if not self._admit(upload):
+            if not (self._admit(upload) and self._begin(connection, upload, request)):
                 connection.send_header(BUSY, 0, socket.MSG_DONTWAIT)
-                return
         except (OSError, RemoteError) as error:
             _log.debug("a peer's connection ended: %s", error)
             self._close(connection)
-            return
-        self._loop.remove_reader(connection.sock.fileno())
-        del self._idle[connection]
-        future = self._loop.run_in_executor(self._threads, self._serve, connection, upload, request)
-        self._busy[connection] = future
-        future.add_done_callback(lambda future: self._served(connection, upload, future))
 
     def _admit(self, upload: Upload) -> bool:
         """Whether there is a place for it, or one may be waited for."""
@@ -341,6 +334,25 @@ class ChunkServer:
             if left is not None:
                 self._slots.leave(left)
         return self._slots.admit(upload)
+
+    def _begin(
+        self, connection: _Inbound, upload: Upload, request: ChunkRequest | FilesRequest
+    ) -> bool:
+        """Give the connection to a thread. False when there is none, and it is as it was."""
+        self._loop.remove_reader(connection.sock.fileno())
+        try:
+            future = self._loop.run_in_executor(
+                self._threads, self._serve, connection, upload, request
+            )
+        except NoThread as error:
+            _log.warning("a peer is not served: %s", error)
+            self._slots.leave(upload)
+            self._loop.add_reader(connection.sock.fileno(), self._take_request, connection)
+            return False
+        del self._idle[connection]
+        self._busy[connection] = future
+        future.add_done_callback(lambda future: self._served(connection, upload, future))
+        return True
 
     def _served(self, connection: _Inbound, upload: Upload, future: asyncio.Future[bool]) -> None:
         del self._busy[connection]

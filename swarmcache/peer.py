@@ -17,7 +17,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from itertools import islice
 from typing import Any
@@ -137,6 +137,7 @@ from swarmcache.source_file import SourceExaminer
 from swarmcache.source_reader import RangeSink, read_range
 from swarmcache.stand_in import Candidate
 from swarmcache.status_meter import StatusMeter
+from swarmcache.thread_pool import ThreadPool
 from swarmcache.tracker_client import TrackerClient
 from swarmcache.write_requests import WriteRequests
 
@@ -207,8 +208,8 @@ class Daemon:
         stack.callback(self._examiner.close)
         self._cache = open_cache(self._config)
         stack.callback(self._cache.close)
-        self._disk_threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
-        self._look_threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
+        self._disk_threads = ThreadPool(DISK_THREADS, thread_name_prefix="disk")
+        self._look_threads = ThreadPool(LOOK_THREADS, thread_name_prefix="look")
         for threads in (self._disk_threads, self._look_threads):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
         per_user = (THREADS_PER_USER, THREADS_PER_PLACE)
@@ -656,15 +657,20 @@ class Daemon:
         partial = self._disk.partial(effect.version_id)
         assert partial is not None, "fetching a chunk without room for it"
         host = HostPort.parse(effect.address.node).host
-        future = self._fetcher.fetch(
-            (host, effect.address.data_port),
-            ChunkRequest(effect.version_id, effect.chunk, effect.held_chunks),
-            effect.length_bytes,
-            effect.digest,
-            lambda data: self._write_chunk(partial, effect, data),
-            effect.deadline_s,
-            effect.stall_s,
-        )
+        try:
+            future = self._fetcher.fetch(
+                (host, effect.address.data_port),
+                ChunkRequest(effect.version_id, effect.chunk, effect.held_chunks),
+                effect.length_bytes,
+                effect.digest,
+                lambda data: self._write_chunk(partial, effect, data),
+                effect.deadline_s,
+                effect.stall_s,
+            )
+        except NoThread as error:
+            what = (effect.version_id, effect.chunk, effect.address.node)
+            self._shell.handle(PeerUnreachable(*what, str(error)))
+            return
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._fetch_ended, effect, done)
         )

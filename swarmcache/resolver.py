@@ -7,10 +7,10 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from swarmcache.quantities import HostPort
+from swarmcache.thread_pool import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Resolver:
         self._loop = asyncio.get_running_loop()
         self._known: OrderedDict[str, tuple[float, Address | None]] = OrderedDict()  # until when
         self._looked_up: dict[str, list[Callable[[Address], None]]] = {}
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="resolve")
+        self._threads = ThreadPool(THREADS, thread_name_prefix="resolve")
 
     def close(self) -> None:
         """No more look-ups. Does not wait for those that are under way."""

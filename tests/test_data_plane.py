@@ -227,6 +227,42 @@ async def test_a_cached_copy_that_became_shorter_ends_the_connection(path: Path)
             await asyncio.wrap_future(fetch(fetcher, peer, 1))
 
 
+async def test_chunks_for_which_there_is_no_thread_wait_for_another_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    chunks = range(LAYOUT.chunk_count)
+    async with serving(lambda _: Source(path, LAYOUT)) as peer:
+        with fetching() as fetcher:
+            await asyncio.wrap_future(fetch(fetcher, peer))  # now each side has one thread
+            with monkeypatch.context() as scarce:
+                scarce.setattr(threading.Thread, "start", refuse)
+                futures = [fetch(fetcher, peer, chunk) for chunk in chunks]
+                sizes = await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    assert sum(sizes) == SIZE_BYTES
+
+
+async def test_a_server_without_a_thread_loses_neither_upload_slots_nor_connections(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread, start: Any = threading.Thread.start) -> None:
+        if thread.name.startswith("upload"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async with serving(lambda _: Source(path, LAYOUT), uploads_max=1) as peer:
+        with fetching() as fetcher:
+            with monkeypatch.context() as scarce:
+                scarce.setattr(threading.Thread, "start", refuse)
+                for _ in range(3):
+                    with pytest.raises(PeerBusy):
+                        await asyncio.wrap_future(fetch(fetcher, peer))
+            assert await asyncio.wrap_future(fetch(fetcher, peer)) == CHUNK_BYTES
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limited", ["upload", "download"])
 async def test_a_rate_limit_holds_for_all_transfers_together(path: Path, limited: str) -> None:

@@ -234,3 +234,30 @@ def test_a_range_for_which_there_is_no_thread_is_read_afterwards(root: Path) -> 
         scarce.unlink()
 
         node.get(file)
+
+
+def test_chunks_and_files_for_which_there_is_no_thread_come_from_peers_afterwards(
+    root: Path,
+) -> None:
+    root.mkdir()
+    scarce = root / "scarce"
+    big, other = sources(root, 2)
+    small = root / "small"
+    small.write_bytes(b"of one chunk")
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        node = local.start_daemon("a", command=[*OUT_OF_THREADS, scarce])
+        sound = local.start_daemon("b")
+        sound.get(big, small, other)
+        empty = root / "empty"
+        empty.touch()
+        node.run("get", empty)  # leaves a thread that looks at files, but none that fetches
+
+        scarce.touch()
+        assert_usable(node, node.run("get", "-0", big), big)
+        assert_usable(node, node.run("get", "-0", small, other), small, other)
+        scarce.unlink()
+
+        node.get(big, small, other)
+        assert not node.status()["node"]["read_bytes"]
+        assert_no_bug(node)

@@ -125,6 +125,7 @@ LAYERS = {
         "strangers",
         "submit",
         "submit_command",
+        "thread_pool",
         "tracker",
         "tracker_client",
         "tracker_server",
