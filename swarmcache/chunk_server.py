@@ -350,6 +350,8 @@ class ChunkServer:
             self._loop.add_reader(connection.sock.fileno(), self._take_request, connection)
             return False
         del self._idle[connection]
+        if connection.timer is not None:
+            connection.timer.cancel()  # it is the thread's now, for as long as its peer asks
         self._busy[connection] = future
         future.add_done_callback(lambda future: self._served(connection, upload, future))
         return True

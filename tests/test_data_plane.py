@@ -445,6 +445,22 @@ async def test_idle_connections_are_closed_in_the_end(
             assert await asyncio.to_thread(is_closed, sock)
 
 
+async def test_a_connection_that_is_served_for_long_is_not_taken_for_an_idle_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_server, "IDLE_SERVER_S", 0.05)
+    loop = asyncio.get_running_loop()
+    go_on = threading.Event()
+
+    def held_back() -> None:
+        loop.call_soon_threadsafe(loop.call_later, 0.1, go_on.set)
+        go_on.wait(60)
+
+    async with serving(lambda _: Source(path, LAYOUT, held_back)) as peer:
+        with fetching() as fetcher:
+            assert await asyncio.wrap_future(fetch(fetcher, peer)) == CHUNK_BYTES
+
+
 # --- a server that has its hands full ------------------------------------------------------------
 
 
