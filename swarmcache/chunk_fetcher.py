@@ -484,7 +484,7 @@ class ChunkFetcher:
         """Whatever ends a connection is PeerUnavailable; an answer of the peer is what it is."""
         try:
             yield
-        except (OSError, RemoteError) as error:
+        except (OSError, RemoteError, UnicodeError) as error:  # the last for no name of a host
             if isinstance(error, PeerBusy | ChunkAbsent | ChunkCorrupt):
                 raise
             if not isinstance(error, _CopyUnreadable):

@@ -179,7 +179,7 @@ async def connect(
         raise PeerUnavailable(f"{address} does not answer") from error
     except TimeoutError as error:
         raise PeerHangs(f"{address} does not answer") from error
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:  # the last for no name of a host
         raise PeerUnavailable(f"{address}: {error}") from error
 
 

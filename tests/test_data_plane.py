@@ -765,6 +765,11 @@ def test_a_peer_that_is_not_there_is_unavailable() -> None:
         assert isinstance(fetch(fetcher, peer).exception(5), PeerUnavailable)
 
 
+def test_a_peer_whose_name_cannot_be_one_is_unavailable() -> None:
+    with fetching() as fetcher, pytest.raises(PeerUnavailable, match=r"a\.\.b:1: "):
+        fetch(fetcher, ("a..b", 1)).result(10)
+
+
 def test_forgetting_a_peer_closes_its_idle_connections() -> None:
     with fetching() as fetcher, lying_server(honest, honest) as peer:
         fetch(fetcher, peer).result(10)

@@ -21,7 +21,7 @@ from swarmcache.errors import (
     SwarmcacheError,
 )
 from swarmcache.http_server import serving_http
-from swarmcache.link import Link, client_session, connect, serve
+from swarmcache.link import Link, client_session, connect, connect_to_node, serve
 from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.quantities import HostPort
 
@@ -351,6 +351,11 @@ async def test_a_port_where_nobody_listens_is_unavailable(session: aiohttp.Clien
 
     with pytest.raises(PeerUnavailable):
         await dial(session, address)
+
+
+async def test_a_name_that_cannot_be_one_is_unavailable(session: aiohttp.ClientSession) -> None:
+    with pytest.raises(PeerUnavailable, match=r"a\.\.b:1: "):
+        await connect_to_node(session, "a..b:1", KEY, "peer", b"")
 
 
 async def test_a_server_of_another_kind_is_unavailable(session: aiohttp.ClientSession) -> None:
