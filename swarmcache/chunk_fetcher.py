@@ -92,7 +92,10 @@ class BufferPool:
 
     @contextmanager
     def lend(self, size_bytes: int) -> Iterator[memoryview]:
-        """A buffer of exactly ``size_bytes``; waits until others return theirs if it must."""
+        """A buffer of exactly ``size_bytes``; waits until others return theirs if it must.
+
+        Raises OSError where the system has no memory for it.
+        """
         buffer = self._take(size_bytes)
         try:
             yield memoryview(buffer)[:size_bytes]
@@ -113,8 +116,10 @@ class BufferPool:
                 while self._free and self._mapped_bytes + capacity > self._bytes_max:
                     self._mapped_bytes -= len(self._free.pop(0))
                 if self._mapped_bytes + capacity <= self._bytes_max:
-                    self._mapped_bytes += capacity
-                    return mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                    buffer = mmap.mmap(-1, capacity, flags=flags)
+                    self._mapped_bytes += capacity  # not where the system refuses it
+                    return buffer
                 self._changed.wait()
 
 

@@ -681,6 +681,7 @@ class Daemon:
             partial.write_chunk(effect.chunk, data, effect.digest)
 
     def _fetch_ended(self, effect: FetchChunk, future: Future[int]) -> None:
+        """Whatever happened the machine is told, or else the chunk would be in flight for ever."""
         if future.cancelled():
             return
         node = effect.address.node
@@ -703,7 +704,8 @@ class Daemon:
                 self._shell.handle(WriteFailed(effect.version_id, str(error)))
                 self._shell.handle(PeerUnreachable(*what, str(error)))
             case _:
-                raise error
+                log.error("cannot fetch a chunk", exc_info=error)
+                self._shell.handle(PeerUnreachable(*what, f"internal error: {error}"))
 
     def _files_arrived(self, node: str, event: FilesArrived) -> None:
         self._received_bytes[node] += event.size_bytes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import mmap
 import os
 import random
 import socket
@@ -826,6 +828,21 @@ def test_buffers_stay_within_their_budget() -> None:
 
     assert len(peaks) == 200
     assert max(peaks) <= CHUNK_SIZE_MAX_BYTES
+
+
+def test_buffers_that_the_system_refuses_take_nothing_of_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    pool = BufferPool(CHUNK_SIZE_MAX_BYTES)
+    with monkeypatch.context() as scarce:
+        scarce.setattr(mmap, "mmap", refuse)
+        with pytest.raises(OSError, match="Cannot allocate memory"), pool.lend(1):
+            pass
+
+    assert pool.mapped_bytes == 0
 
 
 def test_a_buffer_is_used_again() -> None:

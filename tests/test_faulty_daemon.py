@@ -67,6 +67,26 @@ mmap.mmap = refuse
 sys.exit(main())
 """,
 ]
+# No buffer for a chunk from a peer can be had while the file exists that is named first.
+OUT_OF_BUFFERS = [
+    sys.executable,
+    "-c",
+    f"""
+import errno, mmap, os, sys, threading
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.cli import main
+
+scarce = sys.argv.pop(1)
+
+def refuse(*args, _mmap=mmap.mmap, **options):
+    if threading.current_thread().name.startswith("fetch") and os.path.exists(scarce):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    return _mmap(*args, **options)
+
+mmap.mmap = refuse
+sys.exit(main())
+""",
+]
 # No thread can be started while the file exists that is named first.
 OUT_OF_THREADS = [
     sys.executable,
@@ -189,6 +209,25 @@ def test_a_range_that_cannot_be_read_for_want_of_memory_keeps_no_slot(root: Path
             other.read_bytes(),
         ]
         assert "cannot read a range" in full.said() and "Cannot allocate memory" in full.said()
+
+
+def test_chunks_that_cannot_be_fetched_for_want_of_memory_are_fetched_afterwards(
+    root: Path,
+) -> None:
+    root.mkdir()
+    scarce = root / "scarce"
+    [file] = sources(root, 1)
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        node = local.start_daemon("a", command=[*OUT_OF_BUFFERS, scarce])
+        local.start_daemon("b").get(file)
+
+        scarce.touch()
+        assert_usable(node, node.run("get", "-0", file), file)
+        scarce.unlink()
+
+        node.get(file)
+        assert "cannot fetch a chunk" in node.said() and "Cannot allocate memory" in node.said()
 
 
 def test_who_asks_while_there_is_no_thread_is_answered_and_gets_copies_afterwards(
