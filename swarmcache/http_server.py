@@ -23,13 +23,17 @@ STRANGER_S = 10.0
 # many as wait in its backlog. To shake hands with more than that takes longer than anybody waits.
 STRANGERS_MAX = 4096
 
+# What one of them may send: a request with its headers and a handshake have some KiB. Of the frames
+# that follow each may have megabytes, which thousands of strangers are not to have at once.
+STRANGER_BYTES_MAX = 64 << 10
+
 STRANGERS = web.AppKey("strangers", Strangers[web.RequestHandler])
 
 
 class _Connection(web.RequestHandler):
-    """Counts as a stranger until it ends, or somebody takes it from ``STRANGERS``."""
+    """Counts as a stranger until it ends, or ``is_known`` takes it from ``STRANGERS``."""
 
-    __slots__ = ("_strangers",)
+    __slots__ = ("_came_bytes", "_strangers")
 
     def __init__(self, server: web.Server, strangers: Strangers[web.RequestHandler]) -> None:
         super().__init__(
@@ -38,10 +42,18 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type]  # as for AppRunner: nothing is logged
         )
         self._strangers = strangers
+        self._came_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._strangers.add(self)
         super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self in self._strangers:
+            self._came_bytes += len(data)
+            if self._came_bytes > STRANGER_BYTES_MAX and self.transport is not None:
+                self.transport.pause_reading()  # until it is no stranger any more, or cut off
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._strangers.discard(self)
@@ -53,13 +65,19 @@ def _abort(connection: web.RequestHandler) -> None:
         connection.transport.abort()
 
 
+def is_known(request: web.Request) -> None:
+    """Whoever has made this request has proven who they are."""
+    request.app[STRANGERS].discard(request.protocol)
+    request.protocol.resume_reading()  # much may have come right behind the proof
+
+
 @asynccontextmanager
 async def serving_on(
     listener: socket.socket, application: web.Application, backlog: int
 ) -> AsyncIterator[None]:
     """Serve until the end of the block. Raises OSError.
 
-    ``application[STRANGERS]`` are the connections that have not proven who they are: ``link.serve``
+    ``application[STRANGERS]`` are the connections that have not proven who they are: ``is_known``
     takes those from it that have.
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -28,7 +28,7 @@ from swarmcache.errors import (
     PeerUnavailable,
     SwarmcacheError,
 )
-from swarmcache.http_server import STRANGERS
+from swarmcache.http_server import is_known
 from swarmcache.messages import MESSAGE_MAX_BYTES, NodeAddress
 from swarmcache.quantities import HostPort
 
@@ -226,7 +226,7 @@ async def serve(
     try:
         await socket.prepare(request)
         link = await _accept_in_time(socket, keyring, purpose, identity)
-        request.app[STRANGERS].discard(request.protocol)
+        is_known(request)
         await talk(link)
     except SwarmcacheError as error:
         log.warning("%s: %s", request.remote, error)

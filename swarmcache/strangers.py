@@ -34,6 +34,9 @@ class Strangers(Generic[Connection]):
     def __iter__(self) -> Iterator[Connection]:
         return iter(self._timers)
 
+    def __contains__(self, connection: Connection) -> bool:
+        return connection in self._timers
+
     def add(self, connection: Connection) -> None:
         """Somebody has connected."""
         if len(self._timers) >= self._count_max:

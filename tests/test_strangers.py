@@ -14,6 +14,7 @@ from swarmcache import http_server
 from swarmcache.auth import ClusterKey, Keyring
 from swarmcache.http_server import serving_http
 from swarmcache.link import Link, client_session, connect, serve
+from swarmcache.messages import MESSAGE_MAX_BYTES
 from swarmcache.metrics import serving_metrics
 from swarmcache.quantities import HostPort
 
@@ -83,7 +84,9 @@ def is_cut(sock: socket.socket) -> bool:
 async def echo(link: Link, message: bytes) -> None:
     """Returns when the message has come back."""
     back = asyncio.Event()
-    receiving = asyncio.create_task(link.receive(lambda data: back.set()))
+    receiving = asyncio.create_task(
+        link.receive(lambda data: back.set() if data == message else None)
+    )
     link.send(message)
     async with asyncio.timeout(DEADLINE_S):
         await back.wait()
@@ -115,6 +118,27 @@ async def test_who_proves_nothing_makes_room_for_others_and_takes_none_of_those_
                 assert await asyncio.to_thread(is_cut, later[0])
                 await echo(link, b"still there")
                 await link.wait_closed()
+
+
+async def test_of_who_proves_nothing_little_is_taken_in() -> None:
+    """Or else some thousands of them, at a frame each, would have all memory."""
+    size_bytes = 2 << 20  # less than the largest frame of those who are known
+    begun = b"\x82\xff" + size_bytes.to_bytes(8, "big") + bytes(4)
+    async with echoing() as address:
+        with strangers(address, 1, BEGINNINGS["no handshake"] + begun) as [stranger]:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            stranger.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                await asyncio.to_thread(stranger.sendall, bytes(size_bytes - 1))
+
+
+async def test_what_comes_right_behind_the_proof_is_taken_in() -> None:
+    async with echoing() as address, client_session() as session:
+        link = await connect(session, address, KEY, "peer", b"node")
+        for _ in range(8):
+            link.send(bytes(MESSAGE_MAX_BYTES // 2))
+        await echo(link, b"the last one")
+        await link.wait_closed()
 
 
 async def test_who_has_proven_it_stays_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
