@@ -157,11 +157,11 @@ class _RangeReading:
         self._check_unchanged()
 
     def read_runs(self) -> None:
-        """Read chunks until all are taken; ends soon after another thread has failed."""
+        """Read chunks until all are taken; returns soon after another thread has failed."""
         buffer = memoryview(mmap.mmap(-1, PIECE_MAX_BYTES, flags=_PRIVATE))
         ahead = Ahead()
         try:
-            while run := self._runs.take():
+            while not self._failed.is_set() and (run := self._runs.take()):
                 self._read_run(run, buffer, ahead)
         except BaseException:
             self._failed.set()
@@ -178,7 +178,10 @@ class _RangeReading:
             offset = self._layout.offset_bytes(chunk)
             chunk_end = offset + self._layout.length_bytes(chunk)
             while offset < chunk_end:
-                if not self._may_go_on():  # asking ahead makes the kernel read
+                if self._failed.is_set():
+                    self._count(digests)
+                    return  # the other thread says why
+                if not self._sink.may_go_on():  # asking ahead makes the kernel read
                     self._count(digests)
                     raise LeaseExpired("the lease ran out before the range was read")
                 began_s = time.monotonic()
@@ -207,9 +210,6 @@ class _RangeReading:
         hasher.update(piece)
         self._sink.write_piece(offset, piece)
         return size_bytes
-
-    def _may_go_on(self) -> bool:
-        return not self._failed.is_set() and self._sink.may_go_on()
 
     def _ask_ahead(self, asked: int, until: int) -> int:
         """Have the kernel fetch what comes next; returns up to where it was asked by now."""

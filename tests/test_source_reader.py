@@ -151,6 +151,21 @@ def test_when_one_thread_fails_the_other_does_not_go_on(reading: Reading) -> Non
             assert not thread.is_alive()
 
 
+def test_what_one_thread_fails_with_is_told_whichever_it_is(reading: Reading) -> None:
+    together = Together()
+    failed = threading.Event()
+
+    def fail_in_the_other() -> None:
+        together.meet()
+        if threading.current_thread() is not threading.main_thread():
+            failed.set()
+            raise NoSpace("the disk is full")
+        failed.wait(10)
+
+    with pytest.raises(NoSpace, match="the disk is full"):
+        reading.read(0, 6, meddle=fail_in_the_other, split_bytes=SIZE_BYTES)
+
+
 @given(first=st.integers(0, 100), count=st.integers(1, 2000), run_min=st.integers(1, 20))
 def test_runs_are_all_of_a_range_in_order_and_the_last_ones_short(
     first: int, count: int, run_min: int
