@@ -167,9 +167,13 @@ class GossipServer:
     # --- in and out -----------------------------------------------------------------------------
 
     async def _receive(self) -> None:
+        """A bug of ours costs the datagram: this is the only task that hears the others."""
         while True:
             opened = await self._datagrams.receive()
-            self._shell.handle(DatagramReceived(opened.sender_id, opened.payload))
+            try:
+                self._shell.handle(DatagramReceived(opened.sender_id, opened.payload))
+            except Exception:
+                log.exception("a datagram was not taken")
 
     def _open(self, datagram: bytes) -> Opened | None:
         return self._auth.open(datagram, self._time.us(now_s()))
@@ -227,9 +231,13 @@ class GossipServer:
     # --- now and then ----------------------------------------------------------------------------
 
     async def _look_at_itself(self) -> None:
+        """A bug of ours costs one look, or else others would be told for ever how this node was."""
         while True:
             await asyncio.sleep(MEASURE_S)
-            self._shell.handle(StatusMeasured(await self._measure()))
+            try:
+                self._shell.handle(StatusMeasured(await self._measure()))
+            except Exception:
+                log.exception("cannot tell how this node is")
 
     async def _remember(self) -> None:
         """Write down who is alive; turn to those of former times while the tracker is away."""

@@ -13,12 +13,33 @@ from swarmcache.datagram_auth import ENVELOPE_BYTES
 from swarmcache.gossip_records import EPOCH_MAX
 from swarmcache.peers_file import PEERS_MAX, PeersFile
 from tests.box import wait_until
-from tests.local_daemons import COMMAND, LocalDaemons, LocalNode
+from tests.local_daemons import COMMAND, PACKAGE_PARENT, LocalDaemons, LocalNode
 
 PATIENCE_S = 30.0
 TWO_HOURS_AHEAD = [
     *COMMAND[:2],
     f"import time; now = time.time; time.time = lambda: now() + 7200\n{COMMAND[2]}",
+]
+
+FAILS_AT_FIRST = [
+    *COMMAND[:2],
+    f"""
+import sys
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.gossip import Gossip
+from swarmcache.status_meter import StatusMeter
+
+def failing_once(function, calls_before):
+    calls = []
+    def call(*args):
+        calls.append(args)
+        assert len(calls) != 1 + calls_before, "a bug"
+        return function(*args)
+    return call
+
+Gossip._receive = failing_once(Gossip._receive, 0)
+StatusMeter.measure = failing_once(StatusMeter.measure, 1)
+{COMMAND[2]}""",
 ]
 
 
@@ -46,6 +67,25 @@ def test_nodes_find_one_another_through_the_tracker_and_a_leaver_says_so(tmp_pat
 
         # Far sooner than it would be suspected, and then believed to be dead.
         wait_until(lambda: all(gossip(node)["others"] == 1 for node in nodes), 3.0, "the leave")
+
+
+@pytest.mark.slow
+def test_a_failure_that_nobody_expected_makes_no_node_deaf_or_blind(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(4 << 20))
+    with LocalDaemons(tmp_path) as local:
+        local.start_tracker()
+        node, other = local.start_daemon("a", command=FAILS_AT_FIRST), local.start_daemon("b")
+        wait_for_others([node, other], 1)
+        wait_until(lambda: node.said().count("AssertionError: a bug") == 2, PATIENCE_S, "failures")
+
+        node.get(source)
+
+        def used_bytes() -> int:
+            members = other.status()["members"]
+            return sum(each["used_bytes"] for each in members if each["node"] == node.address)
+
+        wait_until(lambda: used_bytes() >= source.stat().st_size, PATIENCE_S, "what it tells now")
 
 
 @pytest.mark.slow
