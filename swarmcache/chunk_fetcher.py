@@ -148,6 +148,11 @@ class _Patience:
         if self._moved_at_s >= self._deadline_at_s:
             raise PeerUnavailable(f"not finished within {self._deadline_s:g} s")
 
+    def excuse(self, waited_s: float) -> None:
+        """We have waited for ourselves. With a low limit of our own no peer could be in time."""
+        self._moved_at_s = time.monotonic()
+        self._deadline_at_s += waited_s
+
 
 class _Outbound:
     """A connection that we opened to a peer's ``ChunkServer``, used by one thread at a time."""
@@ -206,8 +211,9 @@ class _Outbound:
         filled = 0
         while filled < size_bytes:
             piece_bytes = rate.piece_bytes(min(RECEIVE_PIECE_BYTES, size_bytes - filled))
+            began_s = time.monotonic()
             rate.wait_for(piece_bytes)
-            patience.moved()  # that wait was ours
+            patience.excuse(time.monotonic() - began_s)
             piece = into[filled : filled + piece_bytes]
             self._fill(piece, patience)
             yield piece
@@ -419,7 +425,8 @@ class ChunkFetcher:
         """Fetch one chunk from the data port of a peer; the result is its size in bytes.
 
         ``write`` is called once, in a thread, with the whole verified chunk, and must not keep it.
-        Both times count from when a thread turns to the request, not while it waits for one.
+        Both times count from when a thread turns to the request, not while it waits for one, nor
+        for ``download_rate_max_bytes_per_s``.
 
         The future fails with PeerUnavailable (unreachable, wrong secret, stalled, late, closed, or
         not our protocol), PeerBusy, ChunkAbsent, ChunkCorrupt (bytes or length are not those that

@@ -282,6 +282,16 @@ async def test_a_rate_limit_holds_for_all_transfers_together(path: Path, limited
     assert 0.5 * SIZE_BYTES / rate < elapsed_s < 3 * SIZE_BYTES / rate
 
 
+@pytest.mark.slow
+async def test_to_wait_for_our_own_rate_limit_takes_nothing_of_a_peers_time(path: Path) -> None:
+    async with serving(lambda _: Source(path, LAYOUT), uploads_max=6) as peer:
+        with fetching(threads=6, rate=SIZE_BYTES / 3) as fetcher:
+            futures = [fetch(fetcher, peer, chunk, deadline_s=1.5) for chunk in range(6)]
+            sizes = await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    assert sum(sizes) == SIZE_BYTES
+
+
 # --- who may talk to the server ------------------------------------------------------------------
 
 
