@@ -8,6 +8,7 @@ Imported only where figures are wanted, since the library takes as long as the r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from swarmcache.clock import now_s
 from swarmcache.errors import LocalError
 from swarmcache.http_server import serving_http
 from swarmcache.quantities import HostPort
@@ -26,15 +28,27 @@ from swarmcache.serving import software_version
 
 Described = Callable[[], Iterable[Metric]]
 
+# So long the same figures are told: those of a tracker with 10,000 nodes take 20 ms, in which
+# nothing else is done. Anybody may ask, and some hundreds at once would cost nodes their leases.
+KEPT_S = 1.0
+
 
 class _Figures(Collector):
-    """What one server has to tell, and how its process is."""
+    """What one server has to tell, and how its process is: now, or within the last ``KEPT_S``."""
 
     def __init__(self, describe: Described) -> None:
         self._describe = describe
         self._process = ProcessCollector(registry=None)
+        self._metrics: list[Metric] = []
+        self._kept_until_s = -math.inf
 
     def collect(self) -> Iterator[Metric]:
+        if now_s() >= self._kept_until_s:
+            self._metrics = list(self._look())
+            self._kept_until_s = now_s() + KEPT_S
+        return iter(self._metrics)
+
+    def _look(self) -> Iterator[Metric]:
         yield _gauge("build_info", "Version of the software.", 1, version=software_version())
         yield from self._process.collect()
         yield from self._describe()
@@ -42,7 +56,7 @@ class _Figures(Collector):
 
 @asynccontextmanager
 async def serving_metrics(server: str, listen: HostPort, describe: Described) -> AsyncIterator[str]:
-    """Answer with what ``describe`` returns at that moment, in the event loop; the URL.
+    """Answer with what ``describe`` returns, called in the event loop; the URL.
 
     ``server`` is what a line on stderr calls it, which names the URL. Raises OSError.
     """

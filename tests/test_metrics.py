@@ -11,8 +11,9 @@ import pytest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from swarmcache.clock import now_s
 from swarmcache.errors import LocalError
-from swarmcache.metrics import serving_metrics
+from swarmcache.metrics import KEPT_S, serving_metrics
 from swarmcache.quantities import HostPort
 from tests.local_daemons import LocalDaemons, Server
 
@@ -87,6 +88,25 @@ async def test_a_disk_that_fails_at_that_moment_is_an_answer() -> None:
     ):
         assert answer.status == 503
         assert await answer.text() == "could not ask for free space: it is gone\n"
+
+
+async def test_who_asks_without_pause_does_not_keep_the_server_from_its_work() -> None:
+    looks: list[str] = []
+
+    def describe() -> Iterator[Metric]:
+        looks.append("a long one")
+        yield GaugeMetricFamily("x", "Something.")
+
+    async with (
+        serving_metrics("test", HostPort("127.0.0.1", 0), describe) as url,
+        aiohttp.ClientSession() as session,
+    ):
+        began_s = now_s()
+        for number in range(10):
+            version = f"application/openmetrics-text; version=1.0.{number}"
+            async with session.get(url, headers={"Accept": version}) as answer:
+                assert "# TYPE x gauge" in await answer.text()
+        assert len(looks) <= 1 + (now_s() - began_s) / KEPT_S
 
 
 async def test_the_newer_format_is_spoken_with_those_who_ask_for_it() -> None:
