@@ -12,22 +12,26 @@ the disk does not even take that, the file still names the time when the tracker
 who is started more than ``handover.AWAY_MAX_S`` later waits for that reason. Who is started sooner
 must be able to write the file, or is no tracker: only a disk that fails and works again within
 these two seconds, with a restart between, could make a tracker forget a lease.
+
+Two trackers with one directory would put their files in each other's place, and the leases that one
+of them goes on to grant would be in a file without a name. So the first one has a lock.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from swarmcache.clock import now_s
 from swarmcache.disk_calls import disk_errors, unlink_if_there
-from swarmcache.errors import LocalError
+from swarmcache.errors import DirectoryUnusable
 from swarmcache.own_directory import open_own_directory
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ log = logging.getLogger(__name__)
 COMPACT_BYTES = 1 << 20
 _NAME = "leases"
 _NEW = "leases.new"  # becomes the file when it is complete
+_LOCK = "lock"
 # A lease of nobody, that nobody can announce again: makes the tracker wait until all have run out.
 UNKNOWN_LEASE_ID = 0
 UNKNOWN_NODE = "?"
@@ -45,8 +50,9 @@ class LeaseJournal:
 
     ``earlier``: lease id -> node of the leases that may still be out. ``first_lease_id``: larger
     than every id that was ever used. ``away_s``: since when there was no tracker; None if there
-    never was one, infinite if nobody knows. Raises LocalError when the directory cannot be used, or
-    somebody else could have prepared it; later a failure to write is logged, and raises nothing.
+    never was one, infinite if nobody knows. Raises LocalError when the directory cannot be used,
+    another tracker uses it, or somebody else could have prepared it; later a failure to write is
+    logged, and raises nothing.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -57,15 +63,16 @@ class LeaseJournal:
         self._fd = -1
         self._size_bytes = 0
         self._failed = False  # the file is emptied, and to be written as a whole
-        self._directory_fd = open_own_directory(state_dir, "tracker.state_dir")
-        try:
+        with ExitStack() as stack:
+            self._directory_fd = open_own_directory(state_dir, "tracker.state_dir")
+            stack.callback(os.close, self._directory_fd)
             with disk_errors(f"use {self._path}"):
+                self._lock_fd = self._lock(state_dir)
+                stack.callback(os.close, self._lock_fd)
                 self.earlier = self._read()
                 self._out = dict(self.earlier)
                 self._compact()
-        except LocalError:
-            os.close(self._directory_fd)
-            raise
+            stack.pop_all()
         # The wall clock in microseconds grows faster than leases are granted.
         self.first_lease_id = max([time.time_ns() // 1000, *(item + 1 for item in self.earlier)])
 
@@ -90,6 +97,24 @@ class LeaseJournal:
             self._compact()
         os.close(self._fd)
         os.close(self._directory_fd)
+        os.close(self._lock_fd)
+
+    def _lock(self, state_dir: Path) -> int:
+        """A descriptor that has the lock, for as long as it is open. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(_LOCK, flags, 0o600, dir_fd=self._directory_fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise DirectoryUnusable(
+                f"another tracker uses {state_dir}: stop it, or name another directory in"
+                " tracker.state_dir"
+            ) from error
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def _append(self, line: str) -> None:
         """Write down what is known already, so that a new file may take the place of the line."""

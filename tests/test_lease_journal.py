@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def reopened(directory: Path) -> dict[int, str]:
     return earlier
 
 
+def after_a_kill(directory: Path) -> Path:
+    """A directory like this one, whose journal is open, as if its tracker had just been killed."""
+    return Path(shutil.copytree(directory, directory.with_name(f"{directory.name} after a kill")))
+
+
 @contextmanager
 def no_room(left_bytes: int) -> Iterator[None]:
     """Files of this process take so many bytes and no more; what is written across that end is cut
@@ -70,6 +76,20 @@ def test_what_was_out_when_the_tracker_was_killed_may_be_out_still(tmp_path: Pat
 
     assert reopened(tmp_path) == {6: "node2:7381"}
     assert reopened(tmp_path) == {6: "node2:7381"}, "also after another restart"
+
+
+def test_a_second_tracker_is_told_and_takes_no_lease_out_of_the_journal(tmp_path: Path) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(5, "node1:7381")
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(DirectoryUnusable, match=r"another tracker uses .*tracker\.state_dir"):
+        LeaseJournal(tmp_path)
+
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    journal.grant(6, "node2:7381")
+    assert reopened(after_a_kill(tmp_path)) == {5: "node1:7381", 6: "node2:7381"}
+    journal.close()
 
 
 def test_leases_end(tmp_path: Path) -> None:
@@ -178,7 +198,7 @@ def test_leases_that_find_no_room_are_granted_and_make_the_next_tracker_wait(
         journal.end(5)
         journal.present()
 
-    killed = LeaseJournal(tmp_path)
+    killed = LeaseJournal(after_a_kill(tmp_path))
 
     assert killed.earlier[UNKNOWN_LEASE_ID] == UNKNOWN_NODE
     assert killed.away_s == math.inf
@@ -204,9 +224,9 @@ def test_the_journal_is_complete_again_once_there_is_room(
 
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert reopened(tmp_path) == {8: "node2:7381", 9: "node2:7381"}
+    assert reopened(after_a_kill(tmp_path)) == {8: "node2:7381", 9: "node2:7381"}
     journal.close()
-    assert os.listdir(tmp_path) == ["leases"]
+    assert sorted(os.listdir(tmp_path)) == ["leases", "lock"]
 
 
 def test_a_journal_that_is_closed_on_a_full_disk_makes_the_next_tracker_wait(
@@ -231,9 +251,9 @@ def test_the_file_stays_short_however_many_leases_were_granted(
         journal.end(lease_id)
         assert (tmp_path / "leases").stat().st_size < 2100
 
-    assert reopened(tmp_path) == {1: "patient:7381"}
+    assert reopened(after_a_kill(tmp_path)) == {1: "patient:7381"}
     journal.close()
-    assert os.listdir(tmp_path) == ["leases"]
+    assert sorted(os.listdir(tmp_path)) == ["leases", "lock"]
 
 
 def test_only_its_owner_may_read_or_write_the_journal(tmp_path: Path) -> None:
