@@ -41,6 +41,7 @@ from swarmcache.chunk_protocol import (
     shut_down,
 )
 from swarmcache.chunks import DIGEST_BYTES, ChunkLayout, SmallFile
+from swarmcache.download import DEADLINE_RATE_BYTES_PER_S
 from swarmcache.errors import AuthenticationFailed, NoThread, RemoteError, SwarmcacheError
 from swarmcache.quantities import HostPort
 from swarmcache.rate_limit import RateLimit
@@ -189,7 +190,8 @@ class _Expected:
 
 
 class ChunkServer:
-    """Serves chunks and small files to peers, in ``uploads_max`` threads.
+    """Serves chunks and small files to peers, in ``uploads_max`` threads, or fewer where these
+    could not be in time together with ``upload_rate_max_bytes_per_s``.
 
     ``open_source(version_id)`` is called in these threads and returns what can be served of a file
     version, or None; the source is closed when the chunk has been sent, since what is open is not
@@ -211,6 +213,10 @@ class ChunkServer:
         identity: bytes = b"",
     ) -> None:
         assert uploads_max > 0, "a server needs a thread"
+        if upload_rate_max_bytes_per_s is not None:
+            # Each at such a rate that it is in time, or else all end after their peers' deadlines.
+            in_time = int(upload_rate_max_bytes_per_s / DEADLINE_RATE_BYTES_PER_S)
+            uploads_max = max(1, min(uploads_max, in_time))
         self._keyring = keyring
         self._identity = identity
         self._open_source = open_source

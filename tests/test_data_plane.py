@@ -33,6 +33,7 @@ from swarmcache.chunk_fetcher import BufferPool, ChunkFetcher, FileCorrupt
 from swarmcache.chunk_protocol import REQUEST_BYTES, RESPONSE_BYTES, ChunkRequest
 from swarmcache.chunk_server import ChunkServer
 from swarmcache.chunks import CHUNK_SIZE_MAX_BYTES, ChunkLayout, SmallFile
+from swarmcache.download import DEADLINE_RATE_BYTES_PER_S
 from swarmcache.errors import (
     ChunkAbsent,
     ChunkCorrupt,
@@ -507,6 +508,28 @@ async def test_a_server_with_a_full_queue_says_busy(path: Path) -> None:
                 again = asyncio.wrap_future(fetch(fetcher, peer))
                 [ours] = await asyncio.gather(again, return_exceptions=True)
                 assert ours == CHUNK_BYTES or isinstance(ours, PeerBusy)
+
+
+async def test_with_a_low_rate_limit_so_few_are_served_at_once_that_they_are_in_time(
+    path: Path,
+) -> None:
+    go_on = threading.Event()
+
+    def held_back() -> None:
+        go_on.wait(60)
+
+    rate = 2.5 * DEADLINE_RATE_BYTES_PER_S
+    async with serving(lambda _: Source(path, LAYOUT, held_back), rate=rate) as peer:
+        with fetching(threads=4) as crowd:
+            asked = [asyncio.wrap_future(fetch(crowd, peer, held_chunks=1)) for _ in range(4)]
+            done, served = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            while len(done) < 2:
+                more, served = await asyncio.wait(served, return_when=asyncio.FIRST_COMPLETED)
+                done |= more
+            go_on.set()
+
+            assert [type(each.exception()) for each in done] == [PeerBusy, PeerBusy]
+            assert await asyncio.gather(*served) == [CHUNK_BYTES, CHUNK_BYTES]
 
 
 async def test_who_asks_again_at_once_keeps_its_place_and_no_source_stays_open(
