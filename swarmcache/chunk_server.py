@@ -11,6 +11,7 @@ Invariant: a connection has one owner at a time, the loop or one thread.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import select
@@ -438,7 +439,12 @@ class ChunkServer:
         while offset < end:
             piece_bytes = self._rate.piece_bytes(end - offset)
             self._rate.wait_for(piece_bytes)
-            sent = os.sendfile(connection.sock.fileno(), source.fd, offset, piece_bytes)
+            try:
+                sent = os.sendfile(connection.sock.fileno(), source.fd, offset, piece_bytes)
+            except OSError as error:
+                if error.errno == errno.EIO:  # which no socket says: the disk is failing
+                    _log.error("cannot read the copy of %s: %s", version_id.hex(), error)
+                raise
             if sent == 0:
                 _log.error("cached copy of %s is shorter than it should be", version_id.hex())
                 raise ConnectionAbortedError("nothing left to send")

@@ -266,6 +266,22 @@ async def test_a_server_without_a_thread_loses_neither_upload_slots_nor_connecti
             assert await asyncio.wrap_future(fetch(fetcher, peer)) == CHUNK_BYTES
 
 
+async def test_a_disk_that_cannot_read_a_cached_copy_is_named_in_the_log(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with serving(lambda _: Source(path, LAYOUT)) as peer:
+        with fetching() as fetcher, monkeypatch.context() as rotten:
+            rotten.setattr(os, "sendfile", fail)
+            with pytest.raises(PeerUnavailable):
+                await asyncio.wrap_future(fetch(fetcher, peer))
+
+    assert [f"{VERSION.hex()}: " in record.message for record in caplog.records] == [True]
+    assert "Input/output error" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limited", ["upload", "download"])
 async def test_a_rate_limit_holds_for_all_transfers_together(path: Path, limited: str) -> None:
