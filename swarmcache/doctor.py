@@ -142,7 +142,8 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
 def _secret(config: Config, status: dict[str, Any] | None) -> Found:
     file = config.cluster.secret_file
     if file is None:
-        yield Note("without a secret the servers stay on the loopback", "cluster.secret_file")
+        stay = "without a secret the servers stay on the loopback, where they serve any user"
+        yield Note(stay, "cluster.secret_file")
         return
     try:
         owner_uid = os.stat(file).st_uid

@@ -789,6 +789,8 @@ async def run_daemon(config: Config) -> None:
     allow_many_descriptors()
     told = told_to_end()
     keyring = Keyring(cluster_keys(config))
+    if config.cluster.secret_file is None and os.geteuid() == 0:
+        log.warning("without cluster.secret_file any user of this machine may take what is cached")
     daemon = Daemon(config, keyring)
     reread_on_hangup(config, keyring, daemon.keys_changed)
     async with AsyncExitStack() as stack:

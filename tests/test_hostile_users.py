@@ -66,6 +66,19 @@ def node(root: Path) -> Iterator[LocalNode]:
         yield local.start_daemon()
 
 
+@needs_root
+def test_a_daemon_of_root_that_anybody_may_ask_says_so(root: Path, node: LocalNode) -> None:
+    """Peers get what they ask for, and without a secret every user of the machine can be one."""
+    secret = root / "secret of the cluster"
+    secret.touch(mode=0o600)
+    secret.write_text("0123456789abcdef" * 2)
+    with LocalDaemons(root) as local:
+        guarded = local.start_daemon("b", f"[cluster]\nsecret_file = {json.dumps(str(secret))}")
+
+    assert "without cluster.secret_file any user" in node.said()
+    assert "secret_file" not in guarded.said()
+
+
 @pytest.fixture
 def file(root: Path, node: LocalNode) -> Path:
     """A source that Ann's and Ben's group may read, and others not."""
