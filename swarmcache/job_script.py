@@ -102,7 +102,8 @@ def _is_script_on_stdin(words: Sequence[str]) -> bool:
     """
     before = ""
     for word in words:
-        may_be_value = before.startswith("-") and "=" not in before and not Path(word).is_file()
+        # os.path, since a value may be too long for a name, which is an error to pathlib.
+        may_be_value = before.startswith("-") and "=" not in before and not os.path.isfile(word)
         if not word.startswith("-") and not may_be_value:
             return False
         before = word

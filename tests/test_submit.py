@@ -363,6 +363,19 @@ def test_stdin_is_left_alone_where_a_word_may_name_the_script(
         assert run(*words, dry_run=True) == 0
 
 
+def test_a_word_that_can_name_no_file_keeps_no_job_from_being_submitted(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the script from stdin each word is asked whether it is a file."""
+    text = b"#!/bin/sh\ncf a\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    words = ["--export", "A=" + "long" * 100]
+
+    assert run("sbatch", *words) == 0
+
+    assert programs.calls("sbatch") == [["--nodelist=n1", *words, text.decode()]]
+
+
 def test_a_job_in_another_language_is_submitted_as_it_is(
     programs: Programs, files: Files, capfd: pytest.CaptureFixture[str]
 ) -> None:
