@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -118,16 +119,15 @@ def submit(
     ``stdin``: what it reads, if not this process' own. ``then`` is called with its first line,
     which names the job, while it may still run (``sbatch --wait``).
     """
-    with tempfile.TemporaryFile() as script:
+    with ExitStack() as stack:
+        given = None
         if stdin is not None:
-            script.write(stdin)
-            script.seek(0)
+            # In memory: the disk for temporary files may be full.
+            given = stack.enter_context(open(os.memfd_create("script"), "w+b"))
+            given.write(stdin)
+            given.seek(0)
         try:
-            process = subprocess.Popen(
-                words,
-                stdin=script if stdin is not None else None,
-                stdout=subprocess.PIPE if then else None,
-            )
+            process = subprocess.Popen(words, stdin=given, stdout=subprocess.PIPE if then else None)
         except OSError as error:
             raise CannotSubmit(f"{words[0]} cannot be run: {error.strerror}") from error
     if then is not None:

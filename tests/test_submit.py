@@ -564,6 +564,28 @@ def test_the_command_line_passes_options_and_exit_codes_on(
     assert programs.calls("sbatch") == [["--help", "-p", "x", "job.sh", ""]] * 2
 
 
+def test_where_no_temporary_file_can_be_written_the_job_is_submitted_as_it_is(
+    tmp_path: Path,
+) -> None:
+    """As on full disks: Python finds no directory for such files."""
+    (tmp_path / "job.sh").write_text("#!/bin/sh\ncf /etc/passwd\n")
+    (tmp_path / "sbatch").symlink_to("/bin/echo")
+    command = [sys.executable, "-m", "swarmcache", "submit", "--", "./sbatch", "job.sh"]
+
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(Path(submit.__file__).parents[1])},
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (0, "job.sh\n"), done.stderr
+    assert "No usable temporary directory" in done.stderr
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 
