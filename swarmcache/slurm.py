@@ -168,7 +168,7 @@ def _refuse(submission: Submission, reasons: Mapping[tuple[str, ...], str]) -> N
 
 
 def _begin_on(job: str, places: Mapping[int, str]) -> None:
-    """Tell the tasks of a waiting array their nodes, and let it begin. Raises NoPreference."""
+    """Tell the tasks of a waiting array their nodes, and let it begin."""
     try:
         _update({f"{job}_{task}": f"ReqNodeList={node}" for task, node in places.items()})
     finally:
@@ -194,7 +194,10 @@ def _pending(job: str, ids: Collection[str]) -> list[str]:
     unknown by now.
     """
     words = ["squeue", "--noheader", "--array", f"--jobs={job}", "--states=PENDING"]
-    answer = ask([*words, "--format=%i"], check=False)
+    try:
+        answer = ask([*words, "--format=%i"], check=False)
+    except NoPreference:
+        return sorted(ids)
     if answer.returncode != 0 and b"Invalid job id" not in answer.stderr:
         return sorted(ids)
     waiting = set(_text(answer.stdout).split())
@@ -202,14 +205,18 @@ def _pending(job: str, ids: Collection[str]) -> list[str]:
 
 
 def _update(changes: Mapping[str, str]) -> str:
-    """Change jobs, by id; one that has started meanwhile stays as it is. Raises NoPreference.
+    """Change jobs, by id; one that has started meanwhile stays as it is.
 
-    Returns the last thing that Slurm had against it.
+    Returns the last thing that Slurm had against it, or why it did not answer; some of the changes
+    may have been made then.
     """
     lines = [f"update JobId={job} {change}\n" for job, change in changes.items()]
     if not lines:
         return ""
-    answer = ask(["scontrol", "--oneliner"], stdin="".join(lines).encode(), check=False)
+    try:
+        answer = ask(["scontrol", "--oneliner"], stdin="".join(lines).encode(), check=False)
+    except NoPreference as error:
+        return str(error)
     return "".join(_text(answer.stderr).strip().splitlines()[-1:])
 
 

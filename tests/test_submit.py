@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pwd
+import shutil
 import socket
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmcache import slurm, slurm_prolog, submit
+from swarmcache import scheduler, slurm, slurm_prolog, submit
 from swarmcache.client import Client
 from swarmcache.errors import DaemonUnavailable, UsageError
 from swarmcache.job_script import NoPreference, array_tasks, names_at_scheduler, read_submission
@@ -182,6 +183,42 @@ def test_who_submits_is_told_of_a_job_that_could_not_be_let_go(
 
     assert said in capfd.readouterr().err
     assert bool(programs.calls("scontrol")) == bool(said)
+
+
+def test_a_job_of_which_slurm_tells_nothing_is_let_go(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it waited for its node for ever, since squeue was not there, or hung."""
+    for name in ("bash", "cat"):
+        (programs.bin / name).symlink_to(shutil.which(name) or "missing")
+    (programs.bin / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(programs.bin))
+
+    assert run("sbatch", script("cf b")) == 0
+
+    assert programs.calls("scontrol") == [["--oneliner", "update JobId=77 ReqNodeList=\n"]]
+
+
+def test_tasks_are_let_go_though_it_took_too_long_to_tell_them_their_nodes(
+    programs: Programs, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them may have been told."""
+    program = programs.bin / "scontrol"
+    program.rename(programs.bin / "scontrol.real")
+    program.write_text(
+        f'#!/bin/sh\nmkdir "{programs.bin}/called" 2> /dev/null && exec sleep 1000\n'
+        f'exec "{programs.bin}/scontrol.real" "$@"\n'
+    )
+    program.chmod(stat.S_IRWXU)
+    programs.answer(("squeue", ("77_0\n", "", 0)), ("scontrol.real", ("", "", 0)))
+    monkeypatch.setattr(scheduler, "ANSWER_S_MAX", 2.0)
+
+    assert run("sbatch", "-a0-1", script("F=(a b); cf ${F[$SLURM_ARRAY_TASK_ID]}")) == 0
+
+    assert [call[-1] for call in programs.calls("scontrol.real")] == [
+        "update JobId=77 StartTime=now\n",
+        "update JobId=77_0 ReqNodeList=\n",
+    ]
 
 
 def test_with_wait_a_job_stays_with_the_best_node_though_it_is_busy(
