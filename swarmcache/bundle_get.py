@@ -92,6 +92,7 @@ def get_with_bundles(
         usable = [_fit_for_a_line(_if_still_there(answer)) for answer in found]
         if all_or_nothing and not all(answer.cached for answer in usable):
             request.fault = "not all of its files can be cached"
+            _take_down(found)
             _take_out(client, _new_copies(found))
         yield _answer(request, usable)
 
@@ -214,6 +215,20 @@ def _new_copies(answers: Iterable[Answer]) -> list[bytes]:
     for answer in answers:
         files += answer.files if isinstance(answer, DirectoryAnswer) else [answer]
     return [os.fsencode(file.path) for file in files if file.cached and not file.hit]
+
+
+def _take_down(answers: Iterable[Answer]) -> None:
+    """Remove the links and directories that were made for these. Before the copies are taken out:
+    with the last of those the daemon removes the directories that it has made itself."""
+    made: list[bytes] = []
+    for answer in answers:
+        made += answer.made if isinstance(answer, DirectoryAnswer) else []
+    for path in reversed(made):
+        with suppress(OSError):  # somebody else has removed it, or uses the directory
+            if os.path.islink(path):
+                os.unlink(path)
+            else:
+                os.rmdir(path)
 
 
 def _take_out(client: Client, copies: list[bytes]) -> None:

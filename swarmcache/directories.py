@@ -49,11 +49,13 @@ class NotMirrored(SwarmcacheError):
 
 
 class DirectoryAnswer(Answer):
-    """What became of a directory. ``files``: the answers for the files in it."""
+    """What became of a directory. ``files``: the answers for the files in it. ``made``: links and
+    directories of the copy that were not there before, in the order in which they were made."""
 
-    __slots__ = ("files",)
+    __slots__ = ("files", "made")
 
     files: list[Answer]
+    made: list[bytes]
 
 
 class Listing:
@@ -133,8 +135,9 @@ def _list_if_directory(asked: bytes) -> bytes | Listing | Answer:
 
 
 def _answer_directory(listing: Listing, files: list[Answer]) -> DirectoryAnswer:
+    made: list[bytes] = []
     try:
-        path = mirror(listing, files)
+        path = mirror(listing, files, made)
     except NotMirrored as error:
         answer = DirectoryAnswer(listing.asked, listing.root, reason=str(error))
     else:
@@ -148,6 +151,7 @@ def _answer_directory(listing: Listing, files: list[Answer]) -> DirectoryAnswer:
             from_file_server_bytes=sum(file.from_file_server_bytes for file in files),
         )
     answer.files = files
+    answer.made = made
     return answer
 
 
@@ -211,10 +215,11 @@ def _note_link(listing: Listing, name: bytes) -> None:
 # --- the copy ------------------------------------------------------------------------------------
 
 
-def mirror(listing: Listing, answers: list[Answer]) -> bytes:
+def mirror(listing: Listing, answers: list[Answer], made: list[bytes]) -> bytes:
     """Complete the cached directory and tell where it is. Raises NotMirrored.
 
-    ``answers``: those for ``listing.files``.
+    ``answers``: those for ``listing.files``. ``made`` gets what was not there before, also where it
+    was made in vain.
     """
     if listing.fault:
         raise NotMirrored(listing.fault)
@@ -227,9 +232,9 @@ def mirror(listing: Listing, answers: list[Answer]) -> bytes:
     links = {name: text or targets[name] for name, text in listing.links.items()}
     try:
         for name in [b"", *listing.directories]:
-            os.makedirs(os.path.join(root, name), exist_ok=True)
+            _make_directory(os.path.join(root, name).rstrip(b"/"), made)
         for name, text in links.items():
-            _put_link(os.path.join(root, name), text)
+            _put_link(os.path.join(root, name), text, made)
         _compare(root, {*listing.names, *links})
     except OSError as error:
         raise NotMirrored(f"its copy cannot be completed: {reason_of(error)}") from error
@@ -247,18 +252,32 @@ def _root_of_copies(listing: Listing, copies: list[bytes]) -> bytes:
     return prefixes.pop() + listing.root
 
 
-def _put_link(path: bytes, text: bytes) -> None:
+def _make_directory(path: bytes, made: list[bytes]) -> None:
+    """Make a directory and those above it, where they are not there yet. Raises OSError."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        os.makedirs(each, exist_ok=True)
+        made.append(each)
+
+
+def _put_link(path: bytes, text: bytes, made: list[bytes]) -> None:
     """Make a symbolic link, in place of another one if need be. Raises OSError."""
+    new = False
     try:
         if os.readlink(path) == text:
             return
     except FileNotFoundError:
-        pass
+        new = True
     beside = os.path.join(os.path.dirname(path), LINK_PREFIX + b"%d" % get_native_id())
     with suppress(FileNotFoundError):
         os.unlink(beside)
     os.symlink(text, beside)
     os.replace(beside, path)
+    if new:
+        made.append(path)
 
 
 def _compare(root: bytes, names: set[bytes]) -> None:

@@ -290,6 +290,36 @@ def test_what_was_there_before_in_a_directory_stays_and_the_rest_of_it_is_taken_
     assert not sources.copy_of(newer).exists()
 
 
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_links_and_directories_that_were_made_go_as_well_and_those_of_before_stay(
+    sources: Sources, mirrored: bool
+) -> None:
+    """Whether a later file fails or the directory itself cannot be shown as it is."""
+    [elsewhere, *_] = sources.put("elsewhere", "old/file", "new/file", "in the way/file")
+    for name in ("old", "new"):
+        (sources.directory / name / "empty" / "below").mkdir(parents=True)
+        (sources.directory / name / "link").symlink_to("file")
+    (sources.directory / "links" / "sub").mkdir(parents=True)
+    (sources.directory / "links" / "sub" / "link").symlink_to(elsewhere)
+    if not mirrored:
+        [deleted] = sources.put("new/deleted")
+        sources.get(deleted)
+        deleted.unlink()
+    sources.get(sources.directory / "old")
+    place = sources.copy_of(sources.directory / "in the way")
+    place.write_bytes(b"a file of the user's own, where a directory should be")
+    before = {*sources.copy_of(sources.directory).rglob("*")}
+
+    bundle = sources.bundle("x.bundle", "old", "new", "links", "in the way/file")
+    answer = sources.answer(bundle, all_or_nothing=True)
+
+    assert answer.path == str(bundle)
+    assert {*sources.copy_of(sources.directory).rglob("*")} == before
+    assert {"old/link", "old/empty/below"} <= {
+        str(each.relative_to(sources.copy_of(sources.directory))) for each in before
+    }
+
+
 def start_with_room(local: LocalDaemons, room_bytes: int) -> LocalNode:
     """A daemon whose cache may take so much, besides what it keeps for itself."""
     max_usage = UNCOUNTED_MAX_BYTES + room_bytes
