@@ -35,6 +35,9 @@ def install_cf(
     replaced. Run it again after swarmcache has moved to another Python.
     """
     from swarmcache.cf_install import install
+    from swarmcache.listing import printing
 
-    for path in install(prefix):
-        print(path)
+    installed = install(prefix)
+    with printing():
+        for path in installed:
+            print(path)

@@ -94,10 +94,13 @@ def run(arguments: list[str]) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            print(f"swarmcache {version('swarmcache')}")
-        except PackageNotFoundError:  # run from a directory of sources
-            print("swarmcache (not installed)")
+        from swarmcache.listing import printing
+
+        with printing():
+            try:
+                print(f"swarmcache {version('swarmcache')}")
+            except PackageNotFoundError:  # run from a directory of sources
+                print("swarmcache (not installed)")
         raise typer.Exit
 
 

@@ -20,6 +20,7 @@ from swarmcache.get import say
 from swarmcache.grid_engine import GridEngine
 from swarmcache.job_files import LOOK_S_MAX, Look
 from swarmcache.job_script import NoPreference, array_tasks, names_at_scheduler, read_submission
+from swarmcache.listing import printing
 from swarmcache.locate import NodeBytes, files_of, locate, rank_hosts
 from swarmcache.scheduler import Placement, Rankings, Scheduler, submit
 from swarmcache.slurm import Slurm
@@ -35,7 +36,8 @@ FilesOfTasks = dict[int | None, list[bytes]]  # by task; None: of a job that is 
 def run_submit(
     words: list[str], *, client: Client, wait: bool, prefetch: bool, dry_run: bool
 ) -> int:
-    """Submit a job and return the exit code of ``words``. Raises UsageError, CannotSubmit.
+    """Submit a job and return the exit code of ``words``. Raises UsageError, CannotSubmit, and
+    LocalError where what ``dry_run`` prints cannot be written.
 
     ``wait``: insist on the best node. ``prefetch``: have its files fetched before it starts.
     ``dry_run``: only print the command that would be run.
@@ -82,7 +84,8 @@ def run_submit(
 
 
 def _show(words: list[str], places: Mapping[int, str] | None = None) -> int:
-    print(shlex.join(words))
+    with printing():
+        print(shlex.join(words))
     for task, node in (places or {}).items():
         say(f"task {task}: {node}")
     return 0

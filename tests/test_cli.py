@@ -622,6 +622,21 @@ def test_a_report_that_cannot_be_written_is_said(
     assert closed.stderr == b"swarmcache: cannot write the result: stdout is closed\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["install-cf", "--prefix=x"], ["submit", "--dry-run", "sbatch"]]
+)
+def test_a_line_that_cannot_be_written_is_said(tmp_path: Path, arguments: list[str]) -> None:
+    words = ["sh", "-c", 'exec "$@" > "$0"', "/dev/full", *COMMAND, *arguments]
+    done = subprocess.run(words, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    words[2] = 'exec "$@" >&-'
+    closed = subprocess.run(words, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+
+    assert done.returncode == closed.returncode == 1
+    assert done.stderr.endswith(b"swarmcache: cannot write the result: No space left on device\n")
+    assert closed.stderr.endswith(b"swarmcache: cannot write the result: stdout is closed\n")
+    assert b"Traceback" not in done.stderr
+
+
 def test_status_without_a_daemon_exits_1(run_dir: Path) -> None:
     done = run("status", "--socket", run_dir / "daemon.sock")
 
