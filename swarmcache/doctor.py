@@ -122,8 +122,9 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
     where = str(config.file) if config.file else "no file: all settings have their defaults"
     report.add([Note("where the settings come from", where)])
     status: dict[str, Any] | None = None
+    daemon_uid: int | None = None
     try:
-        status = client.status()
+        status, daemon_uid = client.status(), _daemon_uid(client)
     except (DaemonUnavailable, BadMessage) as error:
         start = "start it: swarmcache daemon"
         report.add([Finding(str(error), str(config.daemon.socket), start)])
@@ -132,8 +133,14 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
         report.add(_daemon(config, status))
         report.add(_members(status))
     report.add(_secret(config, status))
-    report.add(_directories(config, status))
+    report.add(_directories(config, status, daemon_uid))
     return report
+
+
+def _daemon_uid(client: Client) -> int:
+    """As whom the daemon runs that answers. Raises DaemonUnavailable."""
+    with closing(client.connections.connect()) as connection:
+        return connection.daemon_uid
 
 
 # --- settings, daemon, tracker -------------------------------------------------------------------
@@ -272,7 +279,8 @@ def _tracker(config: Config) -> Found:
 # --- cache directories ---------------------------------------------------------------------------
 
 
-def _directories(config: Config, status: dict[str, Any] | None) -> Found:
+def _directories(config: Config, status: dict[str, Any] | None, daemon_uid: int | None) -> Found:
+    """``daemon_uid``: of the daemon that told its ``status``; None where none runs."""
     roots = [os.fspath(root) for root in config.cache.dirs]
     if status is not None:
         roots = [each["path"] for each in status["node"]["directories"] if not each["lost"]]
@@ -282,7 +290,7 @@ def _directories(config: Config, status: dict[str, Any] | None) -> Found:
         except LocalError as error:
             yield _finding(error, ", ".join(roots))
     for root in roots:
-        directory = _Directory(config, root, running=status is not None)
+        directory = _Directory(config, root, daemon_uid)
         try:
             yield from directory.examine(single=len(config.cache.dirs) == 1)
         except LocalError as error:
@@ -300,11 +308,12 @@ def _finding(error: LocalError, where: str) -> Finding:
 class _Directory:
     """One cache directory."""
 
-    def __init__(self, config: Config, root: str, *, running: bool) -> None:
+    def __init__(self, config: Config, root: str, daemon_uid: int | None) -> None:
         self._config = config
         self._root = root
         self._own = root + "/.swarmcache"
-        self._running = running
+        self._daemon_uid = daemon_uid
+        self._running = daemon_uid is not None
         self._began_s = time.time()
         self._used_bytes = 0
         self._inodes: set[int] = set()  # of all objects
@@ -314,7 +323,9 @@ class _Directory:
         if single and not os.path.lexists(self._root):
             yield Note("the cache directory will be made when the daemon is started", self._root)
             return
-        daemon_uid = _owner_of(self._config.daemon.socket)
+        daemon_uid = self._daemon_uid
+        if daemon_uid is None:
+            daemon_uid = _owner_of(self._config.daemon.socket)
         if os.geteuid() not in (0, daemon_uid):
             yield Note("run this as root to have the cache directory looked through", self._root)
             return

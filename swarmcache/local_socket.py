@@ -65,7 +65,12 @@ def reason_of(error: OSError | ValueError) -> str:
 
 
 class Connection:
-    """A connected daemon socket and what came in over it so far. Requests go one after another."""
+    """A connected daemon socket and what came in over it so far. Requests go one after another.
+
+    ``daemon_uid``: as whom the daemon runs.
+    """
+
+    daemon_uid: int
 
     def __init__(self, path: bytes) -> None:
         """Connect. Raises DaemonUnavailable, also for a daemon that is not to be trusted."""
@@ -94,7 +99,8 @@ class Connection:
             credentials = self._socket.getsockopt(SOL_SOCKET, SO_PEERCRED, struct.calcsize("3i"))
         except OSError as error:
             raise DaemonUnavailable(f"{name}: {reason_of(error)}") from error
-        _check_owner(f"the daemon at {name}", struct.unpack("3i", credentials)[1])
+        self.daemon_uid = struct.unpack("3i", credentials)[1]
+        _check_owner(f"the daemon at {name}", self.daemon_uid)
 
     def fileno(self) -> int:
         return self._socket.fileno()

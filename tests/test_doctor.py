@@ -27,7 +27,7 @@ from tests.disk_helpers import (
     open_cache,
     publish,
 )
-from tests.local_daemons import LocalDaemons
+from tests.local_daemons import COMMAND_AS, LocalDaemons
 from tests.loop_disks import missing
 from tests.scripted_daemon import ScriptedDaemon
 
@@ -319,6 +319,28 @@ def test_a_user_without_rights_is_told_what_could_not_be_looked_into(root: Path)
         report = json.loads(done.stdout)
         assert "run this as root" in str(report["notes"])
         assert [each["where"] for each in report["wrong"]] == ["127.0.0.1:7380"]  # only the tracker
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_user_of_the_machines_own_daemon_is_told_the_same(root: Path) -> None:
+    """That daemon is found in a place where the user's own would not be."""
+    root.mkdir()
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        node = local.start_daemon()
+        place = (
+            'mount -t tmpfs tmpfs /run; mkdir /run/swarmcache; mount --bind "$0" /run/swarmcache'
+        )
+        words = ["sh", "-c", f'{place}; exec "$@"', str(node.socket.parent), *COMMAND_AS, "6001"]
+        done = subprocess.run(
+            ["unshare", "--mount", *words, "doctor", "--config=/dev/null", "--json"],
+            capture_output=True,
+            check=False,
+        )
+    report = json.loads(done.stdout)
+    assert report["wrong"] == []
+    assert "run this as root" in str(report["notes"])
 
 
 def test_reading_the_index_beside_its_daemon_changes_nothing(settings: Path, root: Path) -> None:
