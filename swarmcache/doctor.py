@@ -36,6 +36,7 @@ from swarmcache.errors import (
     BadMessage,
     CacheDirUnusable,
     ConfigError,
+    DaemonRefused,
     DaemonUnavailable,
     LocalError,
 )
@@ -125,9 +126,10 @@ def examine(socket_path: Path | None, config_file: Path | None) -> Report:
     daemon_uid: int | None = None
     try:
         status, daemon_uid = client.status(), _daemon_uid(client)
-    except (DaemonUnavailable, BadMessage) as error:
-        start = "start it: swarmcache daemon"
-        report.add([Finding(str(error), str(config.daemon.socket), start)])
+    except (DaemonUnavailable, BadMessage, DaemonRefused) as error:
+        refused = isinstance(error, DaemonRefused)
+        mend = "look into its log" if refused else "start it: swarmcache daemon"
+        report.add([Finding(str(error), str(config.daemon.socket), mend)])
         report.add(_tracker(config))
     else:
         report.add(_daemon(config, status))

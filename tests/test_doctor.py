@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from swarmcache.doctor import LISTED_MAX, Report, examine
-from swarmcache.local_protocol import NodeStatus
+from swarmcache.local_protocol import Failed, NodeStatus
 from tests.box import wait_until
 from tests.disk_helpers import (
     ME,
@@ -307,6 +307,21 @@ def test_beside_a_daemon_that_works_nothing_is_wrong(root: Path) -> None:
         done = node.run("doctor", "--config=/dev/null")
         assert b"no daemon answers" in done.stdout
         assert b"wrong: 2 in all" in done.stdout
+
+
+def test_a_daemon_that_cannot_tell_its_status_is_one_of_the_things_that_are_wrong(
+    settings: Path, filled: Path
+) -> None:
+    """As where its disk fails: then somebody wants to know of all the others."""
+    run_dir = settings.parent / "run"
+    run_dir.mkdir(mode=0o700)
+    with ScriptedDaemon(run_dir, lambda _: [Failed("cannot look at the disk")]):
+        report = examine(None, settings)
+
+    assert about(report, run_dir) == [
+        "the daemon refused: cannot look at the disk: look into its log"
+    ]
+    assert "the tracker does not answer" in str(report.findings)
 
 
 @pytest.mark.slow
