@@ -80,14 +80,16 @@ class Holder:
         self._lock = threading.Lock()  # for what the connections send and receive
         self._numbers = count(1)
         self._open: list[_HoldingConnection] = []  # holds are taken over the last one
+        self._aside: list[_HoldingConnection] = []  # over which no more holds are taken
         self._releases: deque[tuple[_HoldingConnection, int]] = deque()
         self._inherited: list[Holder] = []  # of which this process keeps the connections open
 
     def close(self) -> None:
         """End all holds; in a forked child, nothing but what it holds itself."""
         for holder in [self, *self._inherited]:
-            while holder._open:
-                holder._open.pop().connection.close()
+            for connections in (holder._open, holder._aside):
+                while connections:
+                    connections.pop().connection.close()
 
     def here(self) -> Holder:
         """The holder of this process: this one, or in a forked child another."""
@@ -138,11 +140,13 @@ class Holder:
             try:
                 message = connection.ask(line, fd)
             except BaseException:  # ^C as well: a late answer would be taken for the next one
-                self._open.pop().connection.close()
+                self._aside.append(self._open.pop())
+                self._close_unused()
                 raise
             if message.get("answer") != "cached":
                 return None
             if message.get("held") is True:
+                connection.holds += 1
                 return connection, message
             if fresh:  # or else a new connection may hold more
                 self._open.pop().connection.close()
@@ -160,15 +164,24 @@ class Holder:
                 while self._releases:
                     connection, number = self._releases.popleft()
                     connection.release(number)
+                self._close_unused()
             finally:
                 self._lock.release()
 
+    def _close_unused(self) -> None:
+        """Close what is aside and holds nothing any more."""
+        unused = [each for each in self._aside if not each.holds]
+        self._aside = [each for each in self._aside if each.holds]
+        for each in unused:
+            each.connection.close()
+
 
 class _HoldingConnection:
-    """A connection, and what the daemon has not taken yet of our releases."""
+    """A connection, what it ``holds``, and what the daemon has not taken yet of our releases."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.holds = 0
         self._unsent = b""
 
     def ask(self, line: bytes, fd: int) -> dict[str, Any]:
@@ -184,6 +197,7 @@ class _HoldingConnection:
 
     def release(self, number: int) -> None:
         """Tell the daemon now or, while it is stopped, with the next request."""
+        self.holds -= 1
         self._unsent += release_line(number)
         try:
             self._unsent = self._unsent[self.connection.send_what_fits(self._unsent) :]

@@ -62,6 +62,11 @@ class ScriptedDaemon:
         self._listener.listen(100)
         self._start(self._accept)
 
+    @property
+    def open_connections(self) -> int:
+        """How many connections no side has closed yet."""
+        return len(self._open)
+
     def close(self) -> None:
         """End like a daemon that is killed: no connection survives, the socket file does."""
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -40,6 +40,7 @@ from swarmcache.local_protocol import (
     Progress as DaemonProgress,
 )
 from swarmcache.local_socket import Connection, Connections
+from tests.box import wait_until
 from tests.scripted_daemon import HANG_UP, Asked, ScriptedDaemon, caching_in
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -287,6 +288,47 @@ def test_an_answer_that_comes_after_an_interrupted_hold_is_not_taken_for_the_nex
                 assert Path(held).read_bytes() == b"CONTENT OF THE OTHER."
     finally:
         signal.signal(signal.SIGUSR1, former)
+
+
+def test_an_interrupted_hold_ends_no_other(run_dir: Path, tmp_path: Path, source: Path) -> None:
+    """As in a notebook, whose user stops a cell and goes on with what an earlier one holds."""
+    other = tmp_path / "other"
+    other.write_bytes(b"CONTENT OF THE OTHER.")
+    cache = caching_in(tmp_path / "cache")
+    main = threading.get_ident()
+    released = threading.Semaphore(0)
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer]:
+        if not isinstance(asked.request, Get):
+            released.release()
+            return []
+        if asked.path == bytes(source):
+            signal.pthread_kill(main, signal.SIGUSR1)
+            return []
+        (cached,) = cache(asked)
+        assert isinstance(cached, Cached)
+        return [msgspec.structs.replace(cached, held=True)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cache(Asked(Get(bytes(other)), other.read_bytes(), 0))
+    former = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with ScriptedDaemon(run_dir, answer) as daemon, Client(bytes(daemon.path)) as client:
+            first, second = client.hold(other), client.hold(other)
+            with pytest.raises(KeyboardInterrupt):
+                client.hold(source)
+            third = client.hold(other)
+            for hold in (first, second, third):
+                hold.release()
+                assert released.acquire(timeout=10)
+            wait_until(lambda: daemon.open_connections == 1, 10, "the first one to be closed")
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+    connections = [asked.connection for asked in daemon.asked]
+    assert connections == [1, 1, 1, 2, 1, 1, 2]
 
 
 def test_no_descriptor_is_left_open(run_dir: Path, tmp_path: Path, source: Path) -> None:
