@@ -9,7 +9,8 @@
 
 A request that waits for the daemon needs no thread: the event loop watches its connection. A thread
 is borrowed, for a moment, whenever a file has to be opened or looked at, since a file server may
-hang. What is about a directory, ``cp`` and ``locate`` keep one busy as long as they take.
+hang. What is about a directory, ``cp`` and ``locate`` keep one busy as long as they take: not one
+of those few, but one of the event loop's own (``asyncio.to_thread``).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Client:
                 left_s = None if end_s is None else max(0.0, end_s - loop.time())
                 return self._blocking.get_many(some, left_s, tell if on_progress else None)
 
-            found = await self._in_thread(get_again, [names[index] for index in directories])
+            found = await asyncio.to_thread(get_again, [names[index] for index in directories])
             for index, answer in zip(directories, found, strict=True):
                 answers[index] = answer
         return [answer.check() for answer in answers] if strict else answers
@@ -124,14 +125,14 @@ class Client:
             hold.release()
 
     async def cp(self, source: AnyPath, destination: AnyPath, *, register: bool = True) -> str:
-        """See ``swarmcache.Client.cp``. A thread of its own copies."""
+        """See ``swarmcache.Client.cp``."""
         return await asyncio.to_thread(self._blocking.cp, source, destination, register=register)
 
     async def locate(
         self, paths: AnyPath | Iterable[AnyPath], limit: int | None = None
     ) -> list[FileLocations]:
         """See ``swarmcache.Client.locate``."""
-        return await self._in_thread(self._blocking.locate, paths, limit)
+        return await asyncio.to_thread(self._blocking.locate, paths, limit)
 
     async def status(self) -> dict[str, Any]:
         """See ``swarmcache.Client.status``."""

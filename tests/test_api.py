@@ -515,6 +515,35 @@ async def test_many_coroutines_wait_with_few_threads(tmp_path: Path) -> None:
     assert list(map(text_of, answers)) == [file.name for file in files]
 
 
+async def test_directories_that_take_long_hold_up_no_file(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    (file,) = small_files(tmp_path, 1)
+    trees = [tmp_path / f"tree-{number}" for number in range(aio.THREADS_MAX)]
+    for tree in trees:
+        tree.mkdir()
+        small_files(tree, 1)
+    caching = caching_in(tmp_path / "cache")
+    all_asked, go_on = threading.Barrier(len(trees) + 1, timeout=DEADLINE_S), threading.Event()
+
+    def answer(asked: Asked) -> Iterable[DaemonAnswer | bytes]:
+        if asked.path != bytes(file):
+            all_asked.wait()
+            go_on.wait(DEADLINE_S)
+        return caching(asked)
+
+    with ScriptedDaemon(tmp_path / "run", answer) as daemon:
+        async with aio.Client(bytes(daemon.path)) as client:
+            directories = asyncio.gather(*map(client.get, trees))
+            await asyncio.to_thread(all_asked.wait)
+            try:
+                async with asyncio.timeout(5):
+                    assert text_of(await client.get(file)) == "file-0"
+            finally:
+                go_on.set()
+                answers = await directories
+    assert all(answer.cached for answer in answers)
+
+
 async def test_a_request_ends_with_the_task_that_made_it(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o700)
     first, second = small_files(tmp_path, 2)
