@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from swarmcache.get import say
+
 PREFIX = "swarmcache:"
 COMMENT_BYTES_MAX = 4096
 PREFETCH_S_MAX = 60.0
@@ -62,7 +64,7 @@ def main() -> int:
         if files:
             _get_as(pwd.getpwuid(int(os.environ["SLURM_JOB_UID"])), files)
     except (OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
-        print(f"swarmcache-slurm-prolog: {error!r}", file=sys.stderr)
+        say(f"slurm prolog: {error!r}")
     return 0
 
 

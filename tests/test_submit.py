@@ -467,6 +467,20 @@ def test_a_prolog_that_can_fetch_nothing_succeeds(
     assert prolog() == 0
 
 
+def test_a_prolog_whose_complaint_nobody_can_be_told_succeeds() -> None:
+    """Slurm takes a node out of use where its prolog fails."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys, swarmcache.slurm_prolog as p; sys.exit(p.main())"],
+            stderr=full,
+            cwd=Path(submit.__file__).parents[1],
+            env={"SLURM_JOB_COMMENT": "swarmcache:/etc/passwd"},
+            check=False,
+        )
+
+    assert done.returncode == 0
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a prolog is run by root")
 def test_a_prolog_does_not_wait_for_a_daemon_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
