@@ -21,7 +21,7 @@ from swarmcache.errors import (
     UsageError,
 )
 from swarmcache.local_socket import reason_of
-from swarmcache.locate import FileLocations, locate, own_path
+from swarmcache.locate import FileLocations, locate, own_path, path_by_settings
 from swarmcache.locations import OUTPUTS_DIRECTORY, default_output_dir
 
 EXIT_FAILED = 1
@@ -196,19 +196,24 @@ def show_destination(client: Client, asked: bytes, config: CfConfig) -> int:
 
 def _output_path(client: Client, real_path: bytes, config: CfConfig) -> bytes:
     """Make the directories for an output. Raises OSError, ValueError, SwarmcacheError."""
-    base = config.cache_dir
+    base, mode = config.cache_dir, 0o700
     if base is None:
+        outputs = b"/" + os.fsencode(OUTPUTS_DIRECTORY)
         try:
-            return own_path(client, b"/" + os.fsencode(OUTPUTS_DIRECTORY) + real_path)
-        except (DaemonUnavailable, DaemonRefused):
+            return own_path(client, outputs + real_path)
+        except DaemonUnavailable:
+            # The next daemon shall find them as if it had made them itself.
+            base, mode = os.fsdecode(path_by_settings(outputs)), 0o711
+        except DaemonRefused:
             base = default_output_dir(os.geteuid())
-    path = os.fsencode(_make_base(base)).rstrip(b"/") + real_path
+    path = os.fsencode(_make_base(base, mode)).rstrip(b"/") + real_path
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     return path
 
 
-def _make_base(base: str) -> Path:
-    """Make the directory, or see that nobody else has, in a place like /var/tmp.
+def _make_base(base: str, mode: int) -> Path:
+    """Make the directory, and those above it, or see that nobody else has, in a place like
+    /var/tmp.
 
     Returns its real path, which is what was looked at: a link on the way to it may be somebody
     else's. Raises OSError, and ValueError for a directory in which others could put links in our
@@ -217,7 +222,7 @@ def _make_base(base: str) -> Path:
     path = Path(base)
     for directory in reversed([path, *path.parents]):
         if not directory.is_dir():
-            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=mode, exist_ok=True)
     path = path.resolve(strict=True)
     for directory in (path, *path.parents):
         found = directory.stat()

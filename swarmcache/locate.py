@@ -153,19 +153,13 @@ def local_path(client: Client, path: bytes, config_file: Path | None = None) -> 
         source.close()
 
 
-def own_path(client: Client, path: bytes, config_file: Path | None = None) -> bytes:
+def own_path(client: Client, path: bytes) -> bytes:
     """Where a file of the caller's own belongs, to be copied to ``path`` later, which need not
     exist. The directories on the way are there afterwards.
 
-    Raises DaemonRefused, BadMessage, ConfigError, OSError.
+    Raises DaemonUnavailable, DaemonRefused, BadMessage.
     """
-    real_path = real_path_of(path)
-    try:
-        return _copy_path(client, CopyPathOf(real_path, opened=False))
-    except DaemonUnavailable:
-        place = path_by_settings(real_path, config_file)
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        return place
+    return _copy_path(client, CopyPathOf(real_path_of(path), opened=False))
 
 
 def room_for(client: Client, fds: Sequence[int]) -> Room:

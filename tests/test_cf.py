@@ -277,6 +277,24 @@ def test_d_prints_the_path_itself_where_others_could_put_something_in_the_way(
     assert "may be written by others" in lines(done)[0]
 
 
+def test_d_without_a_daemon_uses_no_cache_directory_into_which_others_can_put_something(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon looks at its directories when it starts. The default is below /var/tmp, where
+    somebody else may have made it."""
+    monkeypatch.setenv("SWARMCACHE_CACHE__DIR", str(tmp_path / "place/cache"))
+    (tmp_path / "place").mkdir()
+
+    mine = run("-d", tmp_path / "file")
+    (tmp_path / "place").chmod(0o777)
+    done = run("-d", tmp_path / "file")
+
+    path = Path(os.fsdecode(mine.stdout.removesuffix(b"\n")))
+    assert path.is_relative_to(tmp_path / "place/cache") and path.parent.is_dir()
+    assert (done.returncode, done.stdout) == (0, bytes(tmp_path / "file") + b"\n")
+    assert "may be written by others" in lines(done)[0]
+
+
 def test_d_prints_the_directory_that_it_has_looked_at_whatever_a_link_to_it_becomes(
     nobody: None, tmp_path: Path
 ) -> None:

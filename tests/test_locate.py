@@ -300,8 +300,8 @@ def test_without_a_daemon_the_path_is_what_the_settings_say(
         os.makedirs(os.path.dirname(copy))
         Path(os.fsdecode(copy)).write_bytes(b"x")
         assert local_path(client, os.fsencode(file), config) == copy, "where it is"
-        own = own_path(client, os.fsencode(tmp_path / "new" / "file"), config)
-        assert own.startswith(bytes(tmp_path)) and os.path.isdir(os.path.dirname(own))
+        with pytest.raises(DaemonUnavailable):
+            own_path(client, os.fsencode(tmp_path / "new" / "file"))
         with pytest.raises(DaemonUnavailable):
             list(locate(client, [os.fsencode(file)]))
 
