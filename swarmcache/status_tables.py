@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmcache.display import size_text
-from swarmcache.listing import duration_text
+from swarmcache.listing import duration_text, shown_path
 
 ID_DIGITS = 12  # of the 64 of a version id: enough to tell files apart by eye
 
@@ -76,7 +76,7 @@ def _node_renderables(node: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
         for each in node["downloads"]:
             table.add_row(
-                escape(str(each.get("path") or str(each.get("version_id", ""))[:ID_DIGITS])),
+                _shown(each.get("path") or str(each.get("version_id", ""))[:ID_DIGITS]),
                 *_sizes(each, "size_bytes", "done_bytes"),
                 *_sizes(each, "from_peers_bytes", "from_file_server_bytes"),
                 *_cells(each, "waiting_for"),
@@ -171,7 +171,7 @@ def _file_servers_table(file_servers: Iterable[Mapping[str, Any]]) -> Table:
             f"{each.get('slots_used', 0)}/{each.get('slots_max', 0)}",
             *_cells(each, "writes", "waiting"),
             *_sizes(each, "read_bytes"),
-            escape(holders),
+            _shown(holders),
         )
     return table
 
@@ -254,7 +254,12 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _cells(row: Mapping[str, Any], *keys: str) -> Iterator[str]:
-    return (escape(str(value)) if (value := row.get(key)) is not None else "" for key in keys)
+    return (_shown(value) if (value := row.get(key)) is not None else "" for key in keys)
+
+
+def _shown(value: object) -> str:
+    """A cell. Names may be any user's, and are shown to everybody."""
+    return escape(shown_path(str(value).encode(errors="replace")))
 
 
 def _sizes(row: Mapping[str, Any], *keys: str) -> Iterator[str]:

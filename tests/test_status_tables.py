@@ -103,3 +103,16 @@ def test_a_node_that_has_said_nothing_of_itself_has_its_row() -> None:
         "3s",
         "",
     ]
+
+
+def test_no_name_that_a_user_has_given_plays_tricks_on_a_terminal() -> None:
+    """Files are named by users, and so are the file servers that they mount themselves (FUSE)."""
+    name = "\x1b]0;title\x07\x1b[2J[bold]é"
+    download = {"path": f"/nfs/{name}", "size_bytes": 1, "done_bytes": 0, "waiting_for": name}
+    server = {"name": name, "leases": [{"node": name}]}
+
+    lines = shown({"node": {"downloads": [download]}, "cluster": {"file_servers": [server]}})
+
+    text = "".join(lines)
+    assert "\x1b" not in text and "\x07" not in text
+    assert text.count("\\x1b]0;title\\x07\\x1b[2J[bold]é") == 4
