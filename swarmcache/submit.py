@@ -61,7 +61,7 @@ def run_submit(
     scheduler, placement = kind(submission), Placement([], "")
     try:
         wanted = _files_of_tasks(scheduler)
-        common = _common(wanted)
+        common = common_files(wanted)
         if prefetch and common and not submission.has("--comment"):
             placement = Placement([f"--comment={comment_for(common)}"], "")
         scheduler.check()
@@ -115,10 +115,11 @@ def _files_of_tasks(scheduler: Scheduler) -> FilesOfTasks:
     return found
 
 
-def _common(wanted: FilesOfTasks) -> list[bytes]:
+def common_files(wanted: FilesOfTasks) -> list[bytes]:
     """What all tasks ask for."""
     first, *others = wanted.values()
-    return [path for path in first if all(path in other for other in others)]
+    common = set(first).intersection(*others)
+    return [path for path in first if path in common]
 
 
 # --- who holds it --------------------------------------------------------------------------------

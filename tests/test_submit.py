@@ -654,6 +654,14 @@ def test_an_array_that_makes_no_sense_or_is_too_large_is_refused(text: str) -> N
         array_tasks(text)
 
 
+@pytest.mark.timeout(10)
+def test_many_tasks_may_ask_for_many_files() -> None:
+    paths = [b"/nfs/%d" % number for number in range(4000)]
+    wanted: submit.FilesOfTasks = {task: [b"own %d" % task, *paths] for task in range(300)}
+
+    assert submit.common_files(wanted) == paths
+
+
 def test_nodes_have_the_schedulers_names_where_no_two_could_be_meant() -> None:
     known = ["n1", "n2.a", "n3.a", "n3.b", "n4"]
 
