@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from operator import neg
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
@@ -44,30 +45,42 @@ def size_text(size_bytes: int) -> str:
 # --- progress ------------------------------------------------------------------------------------
 
 
+class _Figures(NamedTuple):
+    """The size of a file, and what there is of it by where it came from; or of many together."""
+
+    size_bytes: int
+    recovered_bytes: int
+    from_peers_bytes: int
+    from_file_server_bytes: int
+
+
+_NO_FIGURES = _Figures(0, 0, 0, 0)
+
+
 class ProgressDisplay:
     """One bar for all files of a ``get``, on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._files: dict[int, Progress] = {}
+        self._files: dict[int, _Figures] = {}  # as they were told last, by index
+        self._all = _NO_FIGURES
         self._bar: _SwarmProgress | None = None
         self._task = TaskID(0)
 
     def show(self, progress: Progress) -> None:
-        self._files[progress.index] = progress
-        files = self._files.values()
+        former = self._files.get(progress.index, _NO_FIGURES)
+        latest = self._files[progress.index] = _figures(progress)
+        # Not added up anew: of a hundred thousand files each tells of itself once at least.
+        self._all = _Figures(*map(sum, zip(self._all, latest, map(neg, former), strict=True)))
         if self._bar is None:
             self._bar = _SwarmProgress(self._console)
             self._task = self._bar.add_task("", total=None, sources="")
         self._bar.update(
             self._task,
             description=_name_text(progress.asked, len(self._files)),
-            total=sum(file.size_bytes for file in files),
-            completed=sum(
-                file.recovered_bytes + file.from_peers_bytes + file.from_file_server_bytes
-                for file in files
-            ),
-            sources=_sources_text(files, progress),
+            total=self._all.size_bytes,
+            completed=sum(self._all[1:]),
+            sources=_sources_text(self._all, progress),
         )
         self._bar.start()
 
@@ -172,16 +185,22 @@ def _name_text(asked: str, file_count: int) -> str:
     return name if len(name) <= NAME_COLUMNS_MAX else name[: NAME_COLUMNS_MAX - 1] + "…"
 
 
-def _sources_text(files: Iterable[Progress], latest: Progress) -> str:
-    peers_bytes = sum(file.from_peers_bytes for file in files)
-    file_server_bytes = sum(file.from_file_server_bytes for file in files)
-    recovered_bytes = sum(file.recovered_bytes for file in files)
+def _figures(progress: Progress) -> _Figures:
+    return _Figures(
+        progress.size_bytes,
+        progress.recovered_bytes,
+        progress.from_peers_bytes,
+        progress.from_file_server_bytes,
+    )
+
+
+def _sources_text(figures: _Figures, latest: Progress) -> str:
     parts = [
-        f"{size_text(peers_bytes)} from {latest.peers} peers",
-        f"{size_text(file_server_bytes)} from the file server",
+        f"{size_text(figures.from_peers_bytes)} from {latest.peers} peers",
+        f"{size_text(figures.from_file_server_bytes)} from the file server",
     ]
-    if recovered_bytes:
-        parts.append(f"{size_text(recovered_bytes)} from an earlier attempt")
+    if figures.recovered_bytes:
+        parts.append(f"{size_text(figures.recovered_bytes)} from an earlier attempt")
     if latest.waiting_for:
         parts.append(f"waiting for {latest.waiting_for}")
     return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,9 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import swarmcache
 from swarmcache.cli import plain_get
+from swarmcache.client import Progress
+from swarmcache.display import ProgressDisplay
 from swarmcache.local_protocol import Answer as DaemonAnswer
 from swarmcache.local_protocol import NodeStatus, Original
 from swarmcache.local_protocol import Progress as DaemonProgress
@@ -429,6 +433,23 @@ print("done")
         printed, _ = process.communicate()
 
     assert (process.returncode, printed) == (0, b"done\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(10)
+def test_a_bar_for_many_files_shows_the_latest_of_each_and_keeps_up_with_them() -> None:
+    file_count = 20_000
+    shown = Console(file=io.StringIO(), force_terminal=True, width=120)
+    display = ProgressDisplay(shown)
+    for from_peers_bytes in (1, 3):
+        for index in range(file_count):
+            figures = dict.fromkeys(Progress.__slots__, 1) | {"from_peers_bytes": from_peers_bytes}
+            display.show(Progress(index, b"f", figures | {"size_bytes": 10}))
+    display.clear()
+
+    assert isinstance(shown.file, io.StringIO)
+    assert "58.6 KiB from 1 peers, 19.5 KiB from the file server" in shown.file.getvalue()
+    assert "97.7/195.3 KiB" in shown.file.getvalue()
 
 
 # --- the other commands --------------------------------------------------------------------------
