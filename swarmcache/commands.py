@@ -191,7 +191,8 @@ def status(
     """Show this node and the cluster: nodes, disks, swarms, slots, queues, distrusted peers.
 
     What is shown of other nodes they have told themselves, so long ago as "told" says; swarms,
-    slots and queues are what the tracker tells.
+    slots and queues are what the tracker tells. Files that this node fetches for other users have
+    names for root only.
 
     With --tracker: requests and hits, what came from file servers and from peers, waits for slots,
     leases that did not end well, and how many replicas there are. A node tells the tracker with its

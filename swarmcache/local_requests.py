@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from swarmcache.cache_dir import Damaged
+from swarmcache.cache_requests import sees_all
 from swarmcache.chunks import FileVersion, choose_chunk_size
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
@@ -275,16 +276,18 @@ class LocalRequests:
                 file.release()
         return work.answers
 
-    def downloads_status(self) -> list[dict[str, Any]]:
-        """How far every file is that is being fetched."""
-        return [self._download_status(fetching) for fetching in self._state.downloads()]
+    def downloads_status(self, whose: str | None = None) -> list[dict[str, Any]]:
+        """How far every file is that is being fetched; the paths of those that are fetched for the
+        user ``whose``, or of all."""
+        return [self._download_status(fetching, whose) for fetching in self._state.downloads()]
 
-    def _download_status(self, fetching: Fetching) -> dict[str, Any]:
+    def _download_status(self, fetching: Fetching, whose: str | None) -> dict[str, Any]:
         download = fetching.download
+        path = fetching.version.path if whose in (None, fetching.user) else b""
         held = download.held if download is not None else 0
         return {
             "version_id": fetching.version.version_id.hex(),
-            "path": os.fsdecode(fetching.version.path).encode(errors="replace").decode(),
+            "path": os.fsdecode(path).encode(errors="replace").decode(),
             "size_bytes": fetching.version.size_bytes,
             "done_bytes": download.layout.mask_bytes(held) if download is not None else 0,
             "from_peers_bytes": download.from_peers_bytes if download is not None else 0,
@@ -545,7 +548,8 @@ class LocalRequests:
             self._spawn(self._tell_status())
 
     async def _tell_status(self) -> None:
-        """Answer all who want the status by then: it is put together, and encoded, once."""
+        """Answer all who want the status by then: it is put together once, and encoded once for all
+        who may hear the same."""
         answer: NodeStatus | Failed = Failed("internal error")
         cluster, reason = await self.cluster_status()
         try:
@@ -553,8 +557,25 @@ class LocalRequests:
         except LocalError as error:
             answer = Failed(str(error))
         finally:
-            line = encode_answer(answer)
+            lines: dict[str | None, bytes] = {}
             connections, self._status_wanted = self._status_wanted, []
             for connection in connections:
                 self._busy.discard(connection)
-                connection.send_encoded(line)
+                whose = self._whose_paths(connection.user)
+                if whose not in lines:
+                    lines[whose] = encode_answer(self._as_told(answer, whose))
+                connection.send_encoded(lines[whose])
+
+    def _whose_paths(self, user: User) -> str | None:
+        """Of whose files a user may hear the paths: of all (None), of their own, of nobody's."""
+        if sees_all(user):
+            return None
+        fetching = any(each.user == user.name for each in self._state.downloads())
+        return user.name if fetching else ""
+
+    def _as_told(self, answer: NodeStatus | Failed, whose: str | None) -> NodeStatus | Failed:
+        """The status without paths that are nobody else's business."""
+        if whose is None or isinstance(answer, Failed):
+            return answer
+        node = {**answer.node, "downloads": self.downloads_status(whose)}
+        return NodeStatus(node, answer.cluster, answer.reason, answer.members)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from swarmcache import holds as holds_module
+from swarmcache import local_requests
 from swarmcache.cache_dir import CacheDir
+from swarmcache.chunks import FileVersion
 from swarmcache.disk import Cache
+from swarmcache.fetching import Fetching
 from swarmcache.holds import Holds
 from swarmcache.local_protocol import AnyRequest, Cached
 from swarmcache.local_requests import LocalRequests
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.peer_events import AnswerStatus, PeerEvent, StatusWanted
+from swarmcache.user_names import user_name
 
 DEADLINE_S = 20.0
 FIRST, SECOND, THIRD = (bytes([number]) * 32 for number in (1, 2, 3))
@@ -224,3 +230,33 @@ async def test_all_who_wait_for_the_status_get_what_the_tracker_was_asked_once(
         writer.close()
     assert await of_a_prefetch == ({"nodes": []}, "")
     assert asking.wanted.empty()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+async def test_who_may_not_see_all_hears_no_names_of_what_others_fetch(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch, everything: bool
+) -> None:
+    """As with ``ls``. That something is fetched, and how far it is, is no secret."""
+    versions = [FileVersion(b"/nfs/mine", 1, 1), FileVersion(b"/nfs/another's", 2, 2)]
+    users = [user_name(os.getuid()), "another"]
+    fetching = [
+        Fetching(version, "nfs", user, 1 << 20, True, stall_s=5.0, progress_at_s=0.0)
+        for version, user in zip(versions, users, strict=True)
+    ]
+    state = SimpleNamespace(downloads=lambda: fetching, tracker_connected=True)
+    monkeypatch.setattr(asking.requests, "_state", state)
+    monkeypatch.setattr(
+        asking.requests,
+        "_node_status",
+        lambda: {"downloads": asking.requests.downloads_status()},
+    )
+    monkeypatch.setattr(local_requests, "sees_all", lambda _: everything)
+
+    reader, writer = await asking.ask()
+    asking.requests.carry_out(AnswerStatus(await asking.next_question(), None, ""))
+    downloads = (await line(reader))["node"]["downloads"]
+    writer.close()
+
+    names = ["/nfs/mine", "/nfs/another's" if everything else ""]
+    assert [each["path"] for each in downloads] == names
+    assert [each["size_bytes"] for each in downloads] == [1, 2]
