@@ -111,6 +111,11 @@ def get_everything(
     for request in requests:
         found = [next(answers) for _ in _files_of(request)]
         if isinstance(request, Listing):
+            if _remove_former_links(request, found):
+                pairs = zip(request.files, found, strict=True)
+                missed = [path for path, answer in pairs if not answer.cached]
+                later = client.get_all(missed, timeout_s, on_progress, trees)
+                found = [answer if answer.cached else next(later) for answer in found]
             yield _answer_directory(request, found)
         elif isinstance(request, Answer):
             yield request
@@ -261,6 +266,26 @@ def _make_directory(path: bytes, made: list[bytes]) -> None:
     for each in reversed(missing):
         os.makedirs(each, exist_ok=True)
         made.append(each)
+
+
+def _remove_former_links(listing: Listing, answers: list[Answer]) -> bool:
+    """Remove the links of an earlier copy that are in the place of what are files and directories
+    now; whether there were any. They are in the daemon's way, who does not know them for ours."""
+    roots = [
+        os.fsencode(answer.path).removesuffix(real_path) + listing.root
+        for real_path, answer in zip(listing.files, answers, strict=True)
+        if answer.cached and os.fsencode(answer.path).endswith(real_path)
+    ]
+    if not roots or all(answer.cached for answer in answers):
+        return False
+    removed = False
+    for name in (*listing.directories, *listing.names):
+        path = os.path.join(roots[0], name)
+        if os.path.islink(path):
+            with suppress(OSError):  # then it stays, and what is in its place is not cached
+                os.unlink(path)
+                removed = True
+    return removed
 
 
 def _put_link(path: bytes, text: bytes, made: list[bytes]) -> None:

@@ -125,6 +125,29 @@ def test_a_directory_gives_a_directory(client: swarmcache.Client, tmp_path: Path
     assert Path(copy).parent == Path(tree)
 
 
+def test_files_and_directories_come_in_the_place_of_what_were_links(
+    client: swarmcache.Client, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "real").mkdir(parents=True)
+    small_files(tree / "real", 1)
+    for name, target in (("a", "real/file-0"), ("b", "real")):
+        (tree / name).symlink_to(target)
+    assert (Path(client.get(tree, strict=True)) / "a").is_symlink()
+    for name in ("a", "b"):
+        (tree / name).unlink()
+    (tree / "a").write_text("a file now")
+    (tree / "b").mkdir()
+    (tree / "b" / "file").write_text("in a directory now")
+
+    copy = Path(client.get(tree, strict=True))
+
+    assert not (copy / "a").is_symlink() and not (copy / "b").is_symlink()
+    assert (copy / "a").read_text() == "a file now"
+    assert (copy / "b" / "file").read_text() == "in a directory now"
+    assert not (copy / "real" / "file").exists()
+
+
 def test_an_answer_is_a_path_that_knows_more(client: swarmcache.Client, tmp_path: Path) -> None:
     (file,) = small_files(tmp_path, 1)
     answer = client.get(file)
