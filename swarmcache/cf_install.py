@@ -8,7 +8,8 @@
     PREFIX/bin/cf                       a link to the program
 
 The program is started with environments of all kinds, so it names this Python by its path and
-lets no variable tell that what to import. Without this Python it still prints the original path.
+lets no variable tell that what to import. Without this Python, or without the package, as while
+another version of it is installed, it still prints the original path.
 
 Nothing is replaced that was not put there by ``install-cf``. Files are replaced in one step, so it
 can be run again while jobs are running.
@@ -45,7 +46,17 @@ exit 1
 SCRIPT = """\
 import sys
 sys.path.append({packages!r})
-from swarmcache.cf import run_cf
+try:
+    from swarmcache.cf import run_cf
+except ImportError as error:
+    import os
+    if sys.stderr:
+        print("ERROR:", error, file=sys.stderr)
+    name = (*sys.argv[1:], "-")[0]
+    if name.startswith("-") or not os.path.isfile(name):
+        sys.exit(1)
+    sys.stdout.buffer.write(os.fsencode(os.path.realpath(name)) + b"\\n")
+    sys.exit()
 sys.exit(run_cf(sys.argv[1:]))"""
 CQSUB = """\
 #!/bin/sh

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import swarmcache
 from swarmcache import cf_package
 from swarmcache.cf_install import install
 from swarmcache.errors import LocalError, UsageError
@@ -170,6 +171,27 @@ def test_cache_file_gives_the_original_path_whatever_happens(
     )
 
     assert done.stdout == f"'{tmp_path}/file'\n'{tmp_path}/missing'\n'a\\x00b'\n"
+
+
+def test_without_the_package_cf_prints_the_original_path(prefix: Path, tmp_path: Path) -> None:
+    """As in the moment in which another version of it is installed, while jobs run."""
+    install(prefix)
+    program = prefix / "cache-manager/cf"
+    packages = str(Path(swarmcache.__file__).resolve().parent.parent)
+    text = program.read_text().replace(packages + "'", "/nowhere'")
+    program.write_text(text.replace(" -I ", " -IS "))  # this Python has it installed as well
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").touch()
+
+    def cf(*words: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [program, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.stderr == "ERROR: No module named 'swarmcache'\n"
+        return done.returncode, done.stdout
+
+    assert cf("link") == (0, f"{tmp_path}/file\n")
+    assert cf("missing") == cf("-cp", "file", "other") == cf() == (1, "")
 
 
 def test_a_client_tells_whether_the_path_is_a_cached_one(
