@@ -643,6 +643,7 @@ def test_a_report_that_cannot_be_written_is_said(
     assert closed.stderr == b"swarmcache: cannot write the result: stdout is closed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--version"], ["install-cf", "--prefix=x"], ["submit", "--dry-run", "sbatch"]]
 )
