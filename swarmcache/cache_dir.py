@@ -39,6 +39,7 @@ from swarmcache.clock import boot_id
 from swarmcache.disk_calls import (
     Stamp,
     disk_errors,
+    open_within,
     sync_file_system,
     unlink_if_there,
     write_all,
@@ -68,6 +69,7 @@ RECOVERED_MAX = 1000
 RECOVERED_S = 10.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def go_on(size_bytes: int) -> None:
@@ -716,7 +718,9 @@ class CacheDir:
     def _open_directories(self, stack: ExitStack, path: bytes, own: str) -> None:
         """What is the daemon's ``own`` of the cache directory, and where its users have theirs."""
         with disk_errors(f"open {own}"):
-            self._device = os.fstat(self._root_fd).st_dev
+            status = os.fstat(self._root_fd)
+            self._root, self._root_id = path, (status.st_dev, status.st_ino)
+            self._device = status.st_dev
             own_fd = self._open_directory(stack, ".swarmcache", self._root_fd)
             check_ours(own_fd, own, "cache.dir", forbidden=0o077)
             self._lock_fd = self._lock_directory(stack, own_fd, own)
@@ -756,9 +760,20 @@ class CacheDir:
     # --- replicas, inside ---------------------------------------------------------------------
 
     def _is(self, path: bytes, stamp: Stamp) -> bool:
-        """Whether the object is what it was, and the user's link leads to it: one ``stat``."""
+        """Whether the object is what it was, and the user's link leads to it.
+
+        Not by one ``lstat``, which is quicker: a link that is listed may not have been made, since
+        its user has mounted something on the way, and a file system of theirs need never answer.
+        """
         try:
-            status = os.lstat(path)
+            root = os.lstat(self._root)
+            if (root.st_dev, root.st_ino) != self._root_id:
+                return False
+            fd = open_within(path[len(self._root) + 1 :], _LOOK, self._root_fd)
+            try:
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
         except OSError:
             return False  # whatever it is, the slow way finds out
         return status.st_dev == self._device and Stamp.of(status) == stamp

@@ -379,7 +379,9 @@ def test_a_way_to_the_cache_directory_that_somebody_else_could_turn_is_refused(
 MOUNTED_BELOW = """
 import ctypes, os, signal, sys
 from pathlib import Path
+import pytest
 from swarmcache.cache_dir import Removal
+from swarmcache.errors import CacheDirUnusable
 from swarmcache.user_tree import User
 from tests.disk_helpers import ME, a_file, open_cache, publish
 
@@ -395,6 +397,9 @@ assert libc.mount(b"theirs", os.fsencode(place), b"fuse", 6, options) == 0, ctyp
 signal.alarm(10)  # whoever asks this file system would wait for ever
 other = User(6001, "ann")
 assert list(publish(cache, *below, ME, other)) == [other.uid]
+with pytest.raises(CacheDirUnusable, match="unmount it"):
+    cache.lookup(below[0], ME)
+assert cache.lookup_many([below[0]], ME) == [None]
 assert cache.remove(below[0].version_id) is Removal.GONE
 """
 
