@@ -39,7 +39,7 @@ from swarmcache.clock import boot_id
 from swarmcache.disk_calls import (
     Stamp,
     disk_errors,
-    open_within,
+    status_within,
     sync_file_system,
     unlink_if_there,
     write_all,
@@ -69,7 +69,6 @@ RECOVERED_MAX = 1000
 RECOVERED_S = 10.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def go_on(size_bytes: int) -> None:
@@ -769,11 +768,7 @@ class CacheDir:
             root = os.lstat(self._root)
             if (root.st_dev, root.st_ino) != self._root_id:
                 return False
-            fd = open_within(path[len(self._root) + 1 :], _LOOK, self._root_fd)
-            try:
-                status = os.fstat(fd)
-            finally:
-                os.close(fd)
+            status = status_within(path[len(self._root) + 1 :], self._root_fd)
         except OSError:
             return False  # whatever it is, the slow way finds out
         return status.st_dev == self._device and Stamp.of(status) == stamp

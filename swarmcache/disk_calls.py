@@ -144,6 +144,16 @@ def open_within(name: bytes, flags: int, dir_fd: int) -> int:
             raise OSError(code, os.strerror(code), name)
 
 
+def status_within(name: bytes, dir_fd: int) -> os.stat_result:
+    """What stat says of a file, or of a link itself, that ``open_within`` can reach. Raises
+    OSError."""
+    fd = open_within(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
 def clone(fd: int, from_fd: int) -> bool:
     """Give a file all bytes of another one, sharing its blocks until one of the two is written to.
 

@@ -19,15 +19,32 @@ import stat
 import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from swarmcache.disk_calls import Stamp, disk_errors, local_error, open_within
+from swarmcache.disk_calls import (
+    Stamp,
+    disk_errors,
+    local_error,
+    open_within,
+    status_within,
+    unlink_if_there,
+)
 from swarmcache.errors import CacheDirUnusable, DiskFailed, LocalError
 from swarmcache.own_directory import check_ours, checked_path
 
 PATH_MAX_BYTES = 4096  # linux/limits.h, with the closing NUL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What users may have put in the place of a directory, or below it deeper than our links lie; or it
+# has gone. Ours are never closed to us.
+_NOT_OURS = (
+    errno.EACCES,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EXDEV,
+)
 ACL_NAME = "system.posix_acl_access"
 _ACL_VERSION = 2  # linux/posix_acl_xattr.h; tags and permissions are those of linux/posix_acl.h
 _ACL_ANY_ID = 0xFFFFFFFF
@@ -204,13 +221,9 @@ class UserTree:
         for user in users:
             try:
                 below = self.path(user, real_path).removeprefix(self._root + b"/")
-                fd = open_within(below, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, self._root_fd)
+                status = status_within(below, self._root_fd)
             except (OSError, CacheDirUnusable):
                 continue  # whatever is there, our link is not
-            try:
-                status = os.fstat(fd)
-            finally:
-                os.close(fd)
             if status.st_dev == self._device and Stamp.of(status).inode == inode:
                 found.append(user)
         return found
@@ -228,21 +241,44 @@ class UserTree:
         Works between one ``next`` and the other. Raises LocalError.
         """
         with disk_errors("look through the users' directories"):
-            for user in self.users():
-                tree = os.fwalk(
-                    user.name, onerror=_unless_gone, dir_fd=self._root_fd, follow_symlinks=False
-                )
-                for _, _, names, fd in tree:
-                    for name in names:
-                        self._unlink_if_among(name, fd, inodes)
-                    yield
+            # By their paths, each opened anew: users may make more directories below one another
+            # than there are descriptors. A copy never lies deeper than a path can be long.
+            directories = [os.fsencode(user.name) for user in self.users()]
+            while directories:
+                directories += self._unlink_in(directories.pop(), inodes)
+                yield
 
-    def _unlink_if_among(self, name: str, dir_fd: int, inodes: Collection[int]) -> None:
-        with self._lock, suppress(FileNotFoundError):
-            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            ours = (there.st_dev, there.st_uid) == (self._device, self._daemon_uid)
-            if ours and Stamp.of(there).inode in inodes:
-                os.unlink(name, dir_fd=dir_fd)
+    def _unlink_in(self, directory: bytes, inodes: Collection[int]) -> list[bytes]:
+        """Remove the links to ``inodes`` in one directory; returns the directories in it."""
+        found: list[bytes] = []
+        try:
+            fd = open_within(directory, _DIRECTORY, self._root_fd)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+            return found
+        try:
+            for name in map(os.fsencode, os.listdir(fd)):
+                if self._unlink_if_among(name, fd, inodes):
+                    found.append(directory + b"/" + name)
+        finally:
+            os.close(fd)
+        return found
+
+    def _unlink_if_among(self, name: bytes, dir_fd: int, inodes: Collection[int]) -> bool:
+        """Whether it is a directory, and nothing is mounted on it."""
+        with self._lock:
+            try:
+                there = status_within(name, dir_fd)
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                return False
+            if there.st_dev != self._device:
+                return False
+            if there.st_uid == self._daemon_uid and Stamp.of(there).inode in inodes:
+                unlink_if_there(os.fsdecode(name), dir_fd)
+        return stat.S_ISDIR(there.st_mode)
 
     def _user_of(self, name: str) -> User | None:
         """Whose directory that is, as its ACL says; None when it is not one of ours."""
@@ -347,11 +383,6 @@ class UserTree:
                 f" uid {self._daemon_uid} from it: mount it with ACLs, choose another cache.dir,"
                 " or run a daemon per user"
             ) from error
-
-
-def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def _path_below(directory: bytes, real_path: bytes) -> bytes:
