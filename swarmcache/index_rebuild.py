@@ -27,7 +27,7 @@ from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion
 from swarmcache.disk_calls import Stamp, disk_errors
 from swarmcache.manifest_files import MANIFEST_MAGIC, SUFFIX, decode_header, is_pack, manifest_in
-from swarmcache.object_files import ObjectFiles, object_name
+from swarmcache.object_files import ObjectFiles, object_name, read_if_sound
 from swarmcache.user_tree import User, UserTree
 
 log = logging.getLogger(__name__)
@@ -148,10 +148,10 @@ class IndexRebuild:
         except FileNotFoundError:
             return None
         try:
-            data = os.pread(manifest_fd, HEAD_BYTES, 0)
+            data = read_if_sound(manifest_fd, HEAD_BYTES)
             manifest_status = os.fstat(manifest_fd)
             if packed := is_pack(data):
-                data = os.pread(manifest_fd, manifest_status.st_size, 0)
+                data = read_if_sound(manifest_fd, manifest_status.st_size)
         finally:
             os.close(manifest_fd)
         decoded = decode_header(MANIFEST_MAGIC, manifest_in(data, version_id))

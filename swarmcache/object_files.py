@@ -82,7 +82,7 @@ class ObjectFiles:
             except FileNotFoundError:
                 return None
             try:
-                data = os.pread(fd, os.fstat(fd).st_size, 0)
+                data = read_if_sound(fd, os.fstat(fd).st_size)
             finally:
                 os.close(fd)
         decoded = decode_manifest(manifest_in(data, version_id))
@@ -192,6 +192,19 @@ def finish(fd: int, mtime_ns: int) -> None:
         os.utime(fd, ns=(status.st_atime_ns, mtime_ns))
     if stat.S_IMODE(status.st_mode) != READ_ONLY:
         os.fchmod(fd, READ_ONLY)
+
+
+def read_if_sound(fd: int, size_bytes: int) -> bytes:
+    """The first bytes of a file; none where the disk itself has found them to be rotten.
+
+    Raises OSError for anything else.
+    """
+    try:
+        return os.pread(fd, size_bytes, 0)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return b""
 
 
 def _digest(

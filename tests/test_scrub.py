@@ -8,6 +8,7 @@ import mmap
 import os
 import queue
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.disk_helpers import (
     object_of,
     open_cache,
     publish,
+    recovered,
 )
 from tests.faulty_disk import Fault, FaultyDisk
 from tests.watched_disk import watched
@@ -138,6 +140,60 @@ def test_a_chunk_that_the_disk_cannot_read_is_rotten(
     partial = cache.begin(version, CHUNK_BYTES)
     assert [chunk for chunk, _ in partial.recover()] == [0, 2]
     partial.discard()
+
+
+def unreadable_manifest(monkeypatch: pytest.MonkeyPatch, root: Path, version: FileVersion) -> None:
+    """The disk finds the sector rotten in which the digests of a file are."""
+    where = object_of(root, version)
+    inode = os.stat(where.with_name(where.name + ".manifest")).st_ino
+    read = os.pread
+
+    def bad_sector(fd: int, length: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+
+
+def test_digests_that_the_disk_cannot_read_are_as_good_as_none(
+    cache: CacheDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else it would be the next copy to be digested for ever."""
+    version, data = a_file(3 * CHUNK_BYTES)
+    publish(cache, version, data)
+    unreadable_manifest(monkeypatch, root, version)
+
+    assert cache.verify(version.version_id) == [0]
+    assert cache.take_damaged() == {version.version_id: None}
+    assert cache.stalest(time.time()) is None
+    path = publish(cache, version, data)[ME.uid]
+    assert Path(path).read_bytes() == data
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_copy_whose_digests_cannot_be_read_keeps_no_other_in_doubt(
+    root: Path, monkeypatch: pytest.MonkeyPatch, *, listed: bool
+) -> None:
+    cache = open_cache(root)
+    files = [a_file(3 * CHUNK_BYTES, b"/nfs/%d" % i, i) for i in range(3)]
+    for version, data in files:
+        publish(cache, version, data)
+    cache.close()
+    if listed:
+        change_index(root, "UPDATE replica SET trust = 0")
+    else:
+        (root / ".swarmcache" / "index.sqlite").unlink()
+    unreadable_manifest(monkeypatch, root, files[0][0])
+
+    cache = open_cache(root)
+    for _ in cache.list_objects():
+        pass
+    assert set(recovered(cache)) == {version.version_id for version, _ in files[1:]}
+    assert cache.status().file_count == 2
+    partial = cache.begin(files[0][0], CHUNK_BYTES)
+    assert Path(fill(partial, files[0][1]).publish([ME])[ME.uid]).read_bytes() == files[0][1]
+    cache.close()
 
 
 def test_a_copy_that_is_replaced_while_it_is_digested_is_not_blamed(
