@@ -525,7 +525,7 @@ class CacheDir:
         return self._index.stalest(self._boot_id, before_s)
 
     def take_damaged(self) -> dict[bytes, Damaged | None]:
-        """The copies that were taken out since the last call, by version id.
+        """The copies that were taken out since the last call and did not come again, by version id.
 
         None for one of which nothing was of use any more.
         """
@@ -577,7 +577,7 @@ class CacheDir:
         self, versions: Sequence[FileVersion], chunk_size_bytes: int, *, may_evict: bool = True
     ) -> FileBatch | None:
         """Set room aside for those of some small files of which nothing is here, in whatever form
-        or version; None when there is something of all.
+        or version, and none is in ``take_damaged``; None when there are no such files.
 
         None of them may be begun meanwhile. Raises NoSpace within the limits set, and LocalError.
         """
@@ -591,6 +591,7 @@ class CacheDir:
             for version in versions
             if version.version_id not in here
             and version.path not in known_paths
+            and version.version_id not in self._damaged
             and not self._partials.knows(version.version_id)
         ]
         if not wanted:
@@ -1047,17 +1048,22 @@ class CacheDir:
             except BaseException:
                 self._drop(replica)
                 raise
+            with self._damaged_lock:
+                self._damaged.pop(version_id, None)  # nobody need mend what is right again
         for uid, error in failed.items():
             log.warning("no link for uid %d: %s", uid, error)
         return paths
 
     def _with_former(self, replica: Replica, users: Sequence[User]) -> Sequence[User]:
-        """``users``, and those who have links from before the copy had to be digested again."""
+        """``users``, and those who had links before the copy had to be digested again."""
+        with self._damaged_lock:
+            damaged = self._damaged.get(replica.version_id)
+        former = [] if damaged is None else list(damaged.users)
         status = self._objects.status(replica.version_id)
-        if status is None or status.st_nlink == 1:
-            return users
-        former = self._tree.linked_users(self._tree.users(), replica.path, Stamp.of(status).inode)
-        return [*(user for user in former if user not in users), *users]
+        if status is not None and status.st_nlink > 1:
+            inode = Stamp.of(status).inode
+            former += self._tree.linked_users(self._tree.users(), replica.path, inode)
+        return [*(user for user in dict.fromkeys(former) if user not in users), *users]
 
     def _new_replica(self, partial: Partial) -> Replica:
         """The row of a file that is about to be published, with its final times and mode."""

@@ -19,7 +19,7 @@ from blake3 import blake3
 from swarmcache import quiet_read
 from swarmcache import scrub as scrubbing
 from swarmcache.cache_dir import CacheDir
-from swarmcache.chunks import FileVersion
+from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion
 from swarmcache.disk import Cache
 from swarmcache.peer_events import PeerEvent, ReplicasRecovered
 from swarmcache.quiet_read import PIECE_BYTES, digest_quietly, open_quietly
@@ -212,6 +212,30 @@ def test_a_copy_that_is_replaced_while_it_is_digested_is_not_blamed(
     replaced: list[bool] = []
     assert cache.verify(version.version_id, replace) == []
     assert cache.lookup(version, ME) is not None
+
+
+@pytest.mark.parametrize("of_use", [True, False])
+def test_a_copy_that_came_again_before_anybody_mended_it_is_left_alone(
+    cache: CacheDir, root: Path, *, of_use: bool
+) -> None:
+    """Whoever mends it would take it back from those who have got it meanwhile."""
+    other = User(ME.uid, "other")
+    version, data = a_file(3 * CHUNK_BYTES)
+    publish(cache, version, data, ME, other)
+    rot(root, version, 1)
+    if not of_use:
+        where = object_of(root, version)
+        where.with_name(where.name + ".manifest").write_bytes(b"rotten")
+    assert cache.verify(version.version_id)
+
+    assert cache.begin_batch([version], CHUNK_SIZE_MIN_BYTES) is None, "told of as a whole"
+    partial = cache.begin(version, CHUNK_BYTES)
+    assert len(dict(partial.recover())) == (2 if of_use else 0)
+    fill(partial, data).publish([ME])
+
+    assert cache.take_damaged() == {}
+    links = cache.listing.linked(version.version_id)
+    assert set(links) == ({ME, other} if of_use else {ME})
 
 
 # --- in the background ----------------------------------------------------------------------------
