@@ -922,6 +922,10 @@ class CacheDir:
             return None  # the usual case of ``begin``, which must not wait for the lock
         name = object_name(version_id)
         with self._objects_lock, disk_errors(f"take back {name}"):
+            half_dropped = self._half_dropped.get(version_id)
+            if half_dropped is not None:  # or else ``flush`` would drop what comes in its place
+                self._drop(half_dropped)
+                return None
             stamp = self._objects.stamp(version_id)
             decoded = self._objects.manifest(version_id)
             if stamp is None or decoded is None or stamp.size_bytes != decoded[0].size_bytes:

@@ -1143,3 +1143,25 @@ def test_a_manifest_comes_back_whole_or_not_at_all(
     at = data.draw(st.integers(0, len(encoded) - 1))
     assert decode_manifest(encoded[:at]) is None
     assert decode_manifest(encoded[:at] + bytes([encoded[at] ^ 1]) + encoded[at + 1 :]) is None
+
+
+def test_a_copy_that_could_not_be_dropped_and_is_wanted_again_stays(
+    cache: CacheDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, data = a_file(3 * CHUNK_BYTES)
+    publish(cache, version, data)
+
+    def failing(*name: object, **directory: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, pytest.raises(LocalError):
+        patch.setattr(os, "unlink", failing)
+        cache.drop(version.version_id)
+    partial = cache.begin(version, CHUNK_BYTES)
+    assert not partial.resumable, "why it was to go is not known here"
+    path = fill(partial, data).publish([ME])[ME.uid]
+
+    cache.flush()
+
+    assert cache.lookup(version, ME) == path
+    assert Path(path).read_bytes() == data
