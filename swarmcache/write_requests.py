@@ -16,7 +16,9 @@ import asyncio
 import fcntl
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +29,13 @@ from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
-from swarmcache.errors import LocalError, NoThread, SourceUnreadable, SwarmcacheError
+from swarmcache.errors import (
+    LocalError,
+    NoThread,
+    SourceFailed,
+    SourceUnreadable,
+    SwarmcacheError,
+)
 from swarmcache.local_protocol import (
     AboutWriting,
     End,
@@ -53,10 +61,13 @@ from swarmcache.peer_events import (
     WriteWanted,
 )
 from swarmcache.peer_writes import PIECE_S
-from swarmcache.replica_copy import add_replica, is_replica
+from swarmcache.replica_copy import ReplicaCopy, Waits, is_replica
 from swarmcache.source_file import SourceExaminer
 
 WORKING_S = 1.0
+# So long a call may take that reads a copy. Others wait for the file meanwhile, and what was copied
+# from is meant to be on the node. ``get`` waits for up to a minute where a disk works on a file.
+HANGS_S = 10.0
 
 Task = asyncio.Task[None]
 Result = TypeVar("Result")
@@ -119,6 +130,7 @@ class WriteRequests:
         self._writers: dict[int, Writer] = {}
         self._by_connection: dict[LocalConnection, int] = {}
         self._offers: dict[int, Offer] = {}
+        self._waits: dict[int, Waits] = {}  # by uid
         self._busy: set[LocalConnection] = set()  # those that write, or offer what they wrote
 
     def take(self, connection: LocalConnection, request: AboutWriting, fds: list[int]) -> None:
@@ -220,7 +232,7 @@ class WriteRequests:
         try:
             uid, place = connection.user.uid, self._examiner.place(file.fd)
             version = await _keeping_open(
-                partial(self._examine_threads.run, uid, place), self._examine, file, copy
+                partial(self._examine_threads.submit, uid, place), self._examine, file, copy
             )
             reason = ""
             if version.size_bytes:  # an empty file needs no replica
@@ -266,18 +278,9 @@ class WriteRequests:
 
     async def _make(self, offer: Offer) -> None:
         """For ``DiskWorker``: make the replica. Raises LocalError."""
-        version = offer.version
-        chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(version.size_bytes)
-
-        def add(file: SharedFile, copy: SharedFile) -> None:
-            fds = (file.fd, copy.fd)
-            users = [offer.connection.user]
-            add_replica(self._cache, version, chunk_size_bytes, *fds, offer.digest, users)
-
         reason = "internal error"
         try:
-            copying = partial(self._copying, offer.connection.user.uid)
-            await _keeping_open(copying, add, offer.file, offer.copy)
+            await self._make_unless_it_hangs(offer)
             reason = ""
         except LocalError as error:
             reason = str(error)
@@ -286,33 +289,59 @@ class WriteRequests:
             if not offer.done.done():
                 offer.done.set_result(reason)
 
+    async def _make_unless_it_hangs(self, offer: Offer) -> None:
+        """Others want the same file, and wait for this: no longer than its user's files answer."""
+        version, user = offer.version, offer.connection.user
+        chunk_size_bytes = self._chunk_size_bytes or choose_chunk_size(version.size_bytes)
+        waits = self._waits.setdefault(user.uid, Waits())
+        copy = ReplicaCopy(self._cache, version, chunk_size_bytes, offer.digest, [user], waits)
+
+        def make(file: SharedFile, copied: SharedFile) -> None:
+            copy.make(file.fd, copied.fd)
+
+        submit = partial(self._copy_threads.submit, user.uid, None)
+        making = _keeping_open(submit, make, offer.file, offer.copy)
+        try:
+            while not (await asyncio.wait([making], timeout=WORKING_S))[0]:
+                hangs = waits.waited_s() > HANGS_S
+                if hangs and await asyncio.to_thread(copy.give_up):
+                    raise SourceFailed(f"the copy could not be read for {HANGS_S:g} s")
+            await making
+        finally:
+            making.cancel()  # if it waits for its turn; it does nothing to one that has ended
+
     async def _copying(self, uid: int, function: Callable[..., Result], *args: object) -> Result:
         """What may take long: each user waits for their own files only, should these hang."""
         return await self._copy_threads.run(uid, None, function, *args)
 
 
-async def _keeping_open(
-    run: Callable[[Callable[[], Result]], Awaitable[Result]],
+def _keeping_open(
+    submit: Callable[[Callable[[], Result]], Future[Result]],
     function: Callable[..., Result],
     *files: SharedFile,
-) -> Result:
-    """``function(*files)``, which ``run`` runs in a thread: they stay open until it has ended."""
-    for file in files:
-        file.retain()
+) -> asyncio.Future[Result]:
+    """``function(*files)``, which ``submit`` runs in a thread: they stay open until it has ended.
+
+    Raises NoThread.
+    """
+    with ExitStack() as stack:
+        for file in files:
+            file.retain()
+            stack.callback(file.release)
+        kept = stack.pop_all()
 
     def call() -> Result:
-        try:
+        with kept:
             return function(*files)
-        finally:
-            for file in files:
-                file.release()
 
     try:
-        return await run(call)
+        future = submit(call)
     except NoThread:
-        for file in files:
-            file.release()
+        kept.close()
         raise
+    # Cancelled, it is not called at all.
+    future.add_done_callback(lambda ended: kept.close() if ended.cancelled() else None)
+    return asyncio.wrap_future(future)
 
 
 async def _keep_alive(connection: LocalConnection) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ import pytest
 from blake3 import blake3
 
 from swarmcache import write_slot
-from swarmcache.chunks import FileVersion
+from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion
 from swarmcache.client import Client
 from swarmcache.clock import now_s
 from swarmcache.compartment_threads import CompartmentThreads
@@ -27,15 +28,26 @@ from swarmcache.config import load
 from swarmcache.cp import CopyProgress, copy_files
 from swarmcache.disk import Cache, User
 from swarmcache.disk_calls import SharedFile
+from swarmcache.disk_worker import DiskWorker
 from swarmcache.local_protocol import Answer, End, Failed, OfferReplica, Working, encode_request
 from swarmcache.local_server import LocalConnection, LocalServer
 from swarmcache.local_socket import Connection, parse_answer
-from swarmcache.peer_events import AnswerNoSlot, AnswerSlot, PeerEvent, RequestGone, WriteWanted
+from swarmcache.peer_events import (
+    AddReplica,
+    AnswerNoSlot,
+    AnswerSlot,
+    PeerEvent,
+    ReplicaNotAdded,
+    ReplicaOffered,
+    RequestGone,
+    WriteWanted,
+)
 from swarmcache.peer_writes import PIECE_S
 from swarmcache.source_file import SourceExaminer
 from swarmcache.write_requests import WriteRequests
 from swarmcache.write_slot import WriteSlot
 from tests.box import wait_until
+from tests.disk_helpers import ME, open_cache
 from tests.local_daemons import COMMAND, PATIENCE_S, LocalDaemons, LocalNode
 from tests.loop_disks import loop_disk
 
@@ -368,6 +380,14 @@ class Offering:
             self.answers.put_nowait(answer)
 
 
+class Events:
+    """A machine that is told something, and says nothing."""
+
+    def __init__(self, events: asyncio.Queue[PeerEvent]) -> None:
+        self.handle = events.put_nowait
+        self.handle_from_thread = events.put_nowait
+
+
 async def test_copies_that_hang_keep_nobody_else_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +439,78 @@ async def test_copies_that_hang_keep_nobody_else_waiting(
     for client in hanging:
         assert isinstance(await asyncio.wait_for(client.answers.get(), PATIENCE_S), End)
     examiner.close()
+
+
+async def test_a_copy_that_hangs_keeps_the_file_from_nobody(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wants the file of which a replica is being made waits for that; and others of this user
+    wait for the thread."""
+    monkeypatch.setattr("swarmcache.write_requests.HANGS_S", 0.05)
+    monkeypatch.setattr("swarmcache.write_requests.WORKING_S", 0.02)
+    paths = [root.parent / "hangs", root.parent / "waits"]
+    for path in paths:
+        path.write_bytes(b"12345")
+    hanging, may_end, read = paths[0].stat().st_ino, threading.Event(), os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if os.fstat(fd).st_ino == hanging:
+            assert may_end.wait(PATIENCE_S)
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+    cache, disk_threads = Cache([open_cache(root)]), ThreadPoolExecutor(2)
+    copy_threads = CompartmentThreads("copy", 1, 1)
+    examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
+    disk = DiskWorker(
+        cache,
+        disk_threads,
+        asyncio.create_task,
+        cast(Any, Events(events)),
+        lambda _: [],
+        lambda _: None,
+        None,
+        None,
+    )
+    requests = WriteRequests(
+        cache,
+        examiner,
+        CompartmentThreads("examine", 9, 9),
+        copy_threads,
+        disk,
+        itertools.count(1),
+        chunk_size_bytes=None,
+        spawn=asyncio.create_task,
+        handle=events.put_nowait,
+    )
+    clients = [Offering(1001), Offering(1001)]
+    for client, path in zip(clients, paths, strict=True):
+        fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
+        digest = OfferReplica(blake3(b"12345").digest())
+        requests.take(cast(LocalConnection, client), digest, fds)
+        offered = await asyncio.wait_for(events.get(), PATIENCE_S)
+        assert isinstance(offered, ReplicaOffered)
+        requests.carry_out(AddReplica(offered.request, offered.version_id))
+
+    ended = [await asyncio.wait_for(events.get(), PATIENCE_S) for _ in clients]
+
+    assert [type(event) for event in ended] == [ReplicaNotAdded, ReplicaNotAdded]
+    for client in clients:
+        answer = await asyncio.wait_for(client.answers.get(), PATIENCE_S)
+        assert isinstance(answer, Failed) and "could not be read for" in answer.reason
+    fd = os.open(paths[0], os.O_RDONLY)
+    version = examiner.examine(fd).version
+    os.close(fd)
+    anew = cache.begin(version, CHUNK_SIZE_MIN_BYTES)
+    may_end.set()
+    await asyncio.to_thread(copy_threads.close)
+    anew.write_chunk(0, b"12345", blake3(b"12345").digest())
+    anew.publish([ME])
+    assert list(cache.replicas()) == [version.version_id]
+    disk_threads.shutdown()
+    examiner.close()
+    cache.close()
 
 
 async def test_an_offer_for_which_there_is_no_thread_is_refused_and_its_files_are_closed(
