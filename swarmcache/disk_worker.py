@@ -60,6 +60,7 @@ class DiskWorker:
         self,
         cache: Cache,
         threads: ThreadPoolExecutor,
+        digest_threads: ThreadPoolExecutor,
         spawn: Callable[[Coroutine[Any, Any, None]], Task],
         shell: MachineShell[PeerEvent, PeerEffect],
         end_work: Callable[[bytes], Collection[Task]],
@@ -67,7 +68,8 @@ class DiskWorker:
         scrub_rate_bytes_per_s: int | None,
         max_age_s: float | None,
     ) -> None:
-        """``spawn`` runs a coroutine in the background; ``shell`` tells the machine.
+        """``digest_threads`` are for what takes as long as a file is big, so that nobody else waits
+        for that. ``spawn`` runs a coroutine in the background; ``shell`` tells the machine.
 
         ``end_work`` is called when a partial file is let go of; it returns the tasks that hand out
         the finished copy. ``mend`` has a copy that was taken out completed again. ``max_age_s``:
@@ -75,6 +77,7 @@ class DiskWorker:
         """
         self._cache = cache
         self._threads = threads
+        self._digest_threads = digest_threads
         self._spawn = spawn
         self._handle = shell.handle
         self._end_work = end_work
@@ -162,6 +165,9 @@ class DiskWorker:
     async def _in_thread(self, function: Callable[..., Result], *args: object) -> Result:
         return await self._loop.run_in_executor(self._threads, function, *args)
 
+    async def _in_digest_thread(self, function: Callable[..., Result], *args: object) -> Result:
+        return await self._loop.run_in_executor(self._digest_threads, function, *args)
+
     # --- one file version -----------------------------------------------------------------------
 
     async def _reserve(self, effect: ReserveSpace) -> None:
@@ -178,10 +184,20 @@ class DiskWorker:
         digests: dict[int, bytes] = {}
         if partial.resumable:
             try:
-                digests = await self._in_thread(lambda: dict(partial.recover()))
+                digests = await self._in_digest_thread(self._recover, partial)
             except LocalError as error:
                 self._handle(WriteFailed(version_id, str(error)))
+            except Stopped:
+                return  # nobody waits for it any more
         self._handle(ChunksRecovered(version_id, digests))
+
+    def _recover(self, partial: Partial) -> dict[int, bytes]:
+        """What there is of a file; raises Stopped when the daemon ends. Runs in a thread."""
+        digests: dict[int, bytes] = {}
+        for chunk, digest in partial.recover():
+            digests[chunk] = digest
+            self._scrubber.go_on(partial.layout.length_bytes(chunk))
+        return digests
 
     async def _publish(self, version_id: bytes, users: Sequence[User]) -> None:
         partial = self._partials[version_id]
@@ -325,7 +341,7 @@ class DiskWorker:
                 raise Stopped
 
         try:
-            bad = await self._in_thread(self._cache.verify, version_id, after_piece)
+            bad = await self._in_digest_thread(self._cache.verify, version_id, after_piece)
         except Stopped as error:
             raise LocalError("the daemon is being stopped") from error
         except asyncio.CancelledError:

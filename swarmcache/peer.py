@@ -144,6 +144,9 @@ from swarmcache.write_requests import WriteRequests
 log = logging.getLogger(__name__)
 
 DISK_THREADS = 4
+# Files that are digested as a whole at once, before they are gone on with or since somebody wants
+# to know: a disk that turns is no quicker with more.
+DIGEST_THREADS = 2
 # Threads that read from file servers, and that look at files of clients: of each user so many, and
 # as many of those at one file server, so that one that hangs does not hold up all.
 THREADS_PER_USER = 16
@@ -209,8 +212,9 @@ class Daemon:
         self._cache = open_cache(self._config)
         stack.callback(self._cache.close)
         self._disk_threads = ThreadPool(DISK_THREADS, thread_name_prefix="disk")
+        self._digest_threads = ThreadPool(DIGEST_THREADS, thread_name_prefix="digest")
         self._look_threads = ThreadPool(LOOK_THREADS, thread_name_prefix="look")
-        for threads in (self._disk_threads, self._look_threads):
+        for threads in (self._disk_threads, self._digest_threads, self._look_threads):
             stack.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
         per_user = (THREADS_PER_USER, THREADS_PER_PLACE)
         self._read_threads = CompartmentThreads("read", *per_user)
@@ -261,13 +265,6 @@ class Daemon:
         raise OSError(errno.EADDRINUSE, "no port is free for TCP and UDP")
 
     def _start_machine(self, stack: AsyncExitStack) -> None:
-        self._fetcher = ChunkFetcher(
-            self._keyring,
-            self.address.node.encode(),
-            threads=FLIGHTS_MAX,
-            buffers_bytes_max=BUFFERS_BYTES_MAX,
-            download_rate_max_bytes_per_s=self._config.transfer.download_rate_max_bytes_per_s,
-        )
         self._state = PeerState(
             self.address,
             random.Random(os.urandom(16)),
@@ -300,6 +297,7 @@ class Daemon:
         self._disk = DiskWorker(
             self._cache,
             self._disk_threads,
+            self._digest_threads,
             self._spawn,
             self._shell,
             self._local.end_work,
@@ -332,6 +330,13 @@ class Daemon:
         stack.callback(self._stop_machine)
 
     def _start_batches(self, stack: AsyncExitStack) -> None:
+        self._fetcher = ChunkFetcher(
+            self._keyring,
+            self.address.node.encode(),
+            threads=FLIGHTS_MAX,
+            buffers_bytes_max=BUFFERS_BYTES_MAX,
+            download_rate_max_bytes_per_s=self._config.transfer.download_rate_max_bytes_per_s,
+        )
         self._batches = BatchWorker(
             self._cache,
             self._fetcher,

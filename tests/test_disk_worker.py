@@ -9,25 +9,27 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from swarmcache import disk_worker
 from swarmcache.background import BackgroundTasks
-from swarmcache.disk import Cache
+from swarmcache.disk import Cache, Partial
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import NodeAddress
 from swarmcache.peer_events import (
+    ChunksRecovered,
     LoadManifest,
     ManifestLoaded,
     PeerEffect,
     PeerEvent,
+    ReserveSpace,
     TimePassed,
 )
 from swarmcache.peer_state import PeerState
-from tests.disk_helpers import open_cache
+from tests.disk_helpers import CHUNK_BYTES, a_file, open_cache, write
 
 DEADLINE_S = 20.0
 
@@ -61,7 +63,9 @@ async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
     shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
         PeerState(NodeAddress("m:1", 2), Random(1)), lambda effect: None, TimePassed()
     )
-    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None, None)
+    worker = DiskWorker(
+        cache, threads, threads, spawn, shell, lambda _: [], lambda _: None, None, None
+    )
     task = asyncio.create_task(worker.verify(b"v" * 32))
     assert await asyncio.to_thread(cache.pieces.wait, DEADLINE_S)
 
@@ -72,6 +76,14 @@ async def test_digesting_ends_when_nobody_waits_for_it(root: Path) -> None:
     assert await asyncio.to_thread(cache.ended.wait, DEADLINE_S)
     threads.shutdown()
     cache.close()
+
+
+class Events:
+    """A machine that is told something, and says nothing."""
+
+    def __init__(self, events: asyncio.Queue[PeerEvent]) -> None:
+        self.handle = events.put_nowait
+        self.handle_from_thread = events.put_nowait
 
 
 class Listener:
@@ -118,7 +130,9 @@ async def test_what_comes_during_a_sync_is_made_durable_by_the_next_one(root: Pa
     shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
         Listener(), lambda effect: None, TimePassed()
     )
-    worker = DiskWorker(cache, threads, spawn, shell, lambda _: [], lambda _: None, None, None)
+    worker = DiskWorker(
+        cache, threads, threads, spawn, shell, lambda _: [], lambda _: None, None, None
+    )
     first, *others = [bytes([number]) * 32 for number in range(1, 7)]
 
     worker.add_replica(first, made())
@@ -154,7 +168,7 @@ async def test_a_client_whose_answer_hangs_keeps_no_file_from_the_disk(
         machine, lambda effect: None, TimePassed()
     )
     worker = DiskWorker(
-        cache, threads, tasks.spawn, shell, lambda _: [hanging], lambda _: None, None, None
+        cache, threads, threads, tasks.spawn, shell, lambda _: [hanging], lambda _: None, None, None
     )
     version_id = b"v" * 32
 
@@ -168,3 +182,91 @@ async def test_a_client_whose_answer_hangs_keeps_no_file_from_the_disk(
     await tasks.end()
     threads.shutdown()
     cache.close()
+
+
+class Digesting:
+    """Files of which an earlier life has left something, and digesting that takes its time."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.cache = Cache([open_cache(root)])
+        self.files = [a_file(3 * CHUNK_BYTES, b"/nfs/%d" % number) for number in range(count)]
+        for version, data in self.files:
+            partial = self.cache.begin(version, CHUNK_BYTES)
+            write(partial, data, 0)
+            write(partial, data, 1)
+            partial.close()
+        self.began, self.go_on = threading.Semaphore(0), threading.Event()
+        digest = Partial._digest
+
+        def slowly(partial: Partial, chunk: int) -> bytes | None:
+            self.began.release()
+            assert self.go_on.wait(DEADLINE_S)
+            return digest(partial, chunk)
+
+        monkeypatch.setattr(Partial, "_digest", slowly)
+        self.threads, self.digest_threads = ThreadPoolExecutor(4), ThreadPoolExecutor(2)
+        self.tasks = BackgroundTasks("test")
+        self.events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+
+    def worker(self) -> DiskWorker:
+        return DiskWorker(
+            self.cache,
+            self.threads,
+            self.digest_threads,
+            self.tasks.spawn,
+            cast(Any, Events(self.events)),
+            lambda _: [],
+            lambda _: None,
+            None,
+            None,
+        )
+
+    async def close(self) -> None:
+        await self.tasks.end()
+        self.digest_threads.shutdown()
+        self.threads.shutdown()
+        self.cache.close()
+
+
+async def test_what_is_digested_keeps_no_other_file_waiting(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart, say, when many big files are wanted of which some is here already."""
+    digesting = Digesting(root, monkeypatch, 8)
+    worker = digesting.worker()
+    versions = [version for version, _ in digesting.files]
+    for version in versions:
+        worker.carry_out(ReserveSpace(version, CHUNK_BYTES))
+    assert await asyncio.to_thread(digesting.began.acquire, timeout=DEADLINE_S)
+    other = a_file(CHUNK_BYTES, b"/nfs/other")[0]
+
+    worker.carry_out(ReserveSpace(other, CHUNK_BYTES))
+    events: list[PeerEvent] = []
+    while ChunksRecovered(other.version_id, {}) not in events:
+        events.append(await asyncio.wait_for(digesting.events.get(), DEADLINE_S))
+
+    digesting.go_on.set()
+    while len(events) < 2 * len(versions) + 2:
+        events.append(await asyncio.wait_for(digesting.events.get(), DEADLINE_S))
+    recovered = [event for event in events if isinstance(event, ChunksRecovered)]
+    assert {event.version_id: len(event.digests) for event in recovered} == {
+        other.version_id: 0,
+        **{version.version_id: 2 for version in versions},
+    }
+    await digesting.close()
+
+
+async def test_a_daemon_that_ends_does_not_digest_to_the_end_what_it_goes_on_with(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digesting = Digesting(root, monkeypatch, 1)
+    worker = digesting.worker()
+    worker.carry_out(ReserveSpace(digesting.files[0][0], CHUNK_BYTES))
+    assert await asyncio.to_thread(digesting.began.acquire, timeout=DEADLINE_S)
+
+    worker.stop()
+    digesting.go_on.set()
+    digesting.digest_threads.shutdown()
+    await digesting.close()
+
+    assert not digesting.began.acquire(blocking=False), "another chunk was digested"

@@ -444,14 +444,14 @@ async def test_copies_that_hang_keep_nobody_else_waiting(
 async def test_a_copy_that_hangs_keeps_the_file_from_nobody(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who wants the file of which a replica is being made waits for that; and others of this user
-    wait for the thread."""
+    """Who wants it waits for the replica that is made, and the user's next one for the thread."""
     monkeypatch.setattr("swarmcache.write_requests.HANGS_S", 0.05)
     monkeypatch.setattr("swarmcache.write_requests.WORKING_S", 0.02)
     paths = [root.parent / "hangs", root.parent / "waits"]
     for path in paths:
         path.write_bytes(b"12345")
     hanging, may_end, read = paths[0].stat().st_ino, threading.Event(), os.preadv
+    digest = blake3(b"12345").digest()
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
         if os.fstat(fd).st_ino == hanging:
@@ -465,6 +465,7 @@ async def test_a_copy_that_hangs_keeps_the_file_from_nobody(
     examiner = SourceExaminer(load({}, {}, Path("/dev/null")))
     disk = DiskWorker(
         cache,
+        disk_threads,
         disk_threads,
         asyncio.create_task,
         cast(Any, Events(events)),
@@ -487,8 +488,7 @@ async def test_a_copy_that_hangs_keeps_the_file_from_nobody(
     clients = [Offering(1001), Offering(1001)]
     for client, path in zip(clients, paths, strict=True):
         fds = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
-        digest = OfferReplica(blake3(b"12345").digest())
-        requests.take(cast(LocalConnection, client), digest, fds)
+        requests.take(cast(LocalConnection, client), OfferReplica(digest), fds)
         offered = await asyncio.wait_for(events.get(), PATIENCE_S)
         assert isinstance(offered, ReplicaOffered)
         requests.carry_out(AddReplica(offered.request, offered.version_id))
@@ -505,7 +505,7 @@ async def test_a_copy_that_hangs_keeps_the_file_from_nobody(
     anew = cache.begin(version, CHUNK_SIZE_MIN_BYTES)
     may_end.set()
     await asyncio.to_thread(copy_threads.close)
-    anew.write_chunk(0, b"12345", blake3(b"12345").digest())
+    anew.write_chunk(0, b"12345", digest)
     anew.publish([ME])
     assert list(cache.replicas()) == [version.version_id]
     disk_threads.shutdown()
