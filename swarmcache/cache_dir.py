@@ -406,7 +406,7 @@ class CacheDir:
                 with self._objects_lock:
                     replica = self._index.find(version_id)
                     if replica is not None and replica.stamp.inode == inode:
-                        self._drop(replica)
+                        self._lose(version_id)
                 raise
         # Under the lock nobody is making a link, which would write back the trust of before.
         with self._objects_lock:
@@ -461,7 +461,7 @@ class CacheDir:
         small file. Where the one call fails, nobody knows for which of them: all are dropped.
         Nobody else may make a replica of one of them anew meanwhile. Raises LocalError.
         """
-        self._make_all_durable(version_ids, self.drop)
+        self._make_all_durable(version_ids, self._lose)
 
     def _make_all_durable(
         self, version_ids: Sequence[bytes], failed: Callable[[bytes], None]
@@ -525,7 +525,8 @@ class CacheDir:
         return self._index.stalest(self._boot_id, before_s)
 
     def take_damaged(self) -> dict[bytes, Damaged | None]:
-        """The copies that were taken out since the last call and did not come again, by version id.
+        """The copies that were taken out, or could not be made durable, since the last call and did
+        not come again, by version id.
 
         None for one of which nothing was of use any more.
         """
@@ -890,6 +891,12 @@ class CacheDir:
         return users
 
     # --- copies that may be wrong -------------------------------------------------------------
+
+    def _lose(self, version_id: bytes) -> None:
+        """Drop a copy that was told of already. ``take_damaged`` tells that it is gone."""
+        with self._damaged_lock:
+            self._damaged[version_id] = None
+        self.drop(version_id)
 
     def _take_out(self, replica: Replica) -> None:
         """Nobody is to use this copy any more. What of it is right can still be of use.

@@ -481,6 +481,7 @@ def test_a_failed_fsync_drops_the_copy_and_is_not_tried_again(
     assert cache.lookup(version, ME) is None
     assert not Path(path).exists()
     assert not object_of(root, version).exists()
+    assert cache.take_damaged() == {version.version_id: None}, "the tracker is to know"
 
 
 def test_many_copies_are_made_durable_with_one_call(
@@ -524,6 +525,7 @@ def test_a_failed_sync_drops_all_copies_that_it_was_for(
 
     assert [cache.lookup(version, ME) is not None for version, _ in files] == [False, False, True]
     assert [object_of(root, version).exists() for version, _ in files] == [False, False, True]
+    assert cache.take_damaged() == {version.version_id: None for version, _ in files[:2]}
 
 
 def test_making_links_does_not_take_durability_away(cache: CacheDir, root: Path) -> None:
