@@ -505,7 +505,8 @@ class CacheDir:
             with self._objects_lock:
                 replica = self._checked(version_id)
                 if replica is None:
-                    return bad  # taken out or dropped by somebody else
+                    # Taken out or dropped by somebody else, perhaps before it could be opened.
+                    return None if stamp is None else bad
                 if stamp is None or replica.stamp.inode != stamp.inode:
                     return []  # another one has taken its place just now
                 if bad:
@@ -780,6 +781,8 @@ class CacheDir:
         replica = self._index.find(version_id)
         if replica is None or not replica.trusted(self._boot_id):
             return None
+        if self._uses.leaving(version_id):
+            return None  # its files may be gone already, and nobody but us has touched them
         stamp = self._objects.stamp(version_id)
         if stamp == replica.stamp:
             return replica

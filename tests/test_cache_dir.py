@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from swarmcache import cache_dir
 from swarmcache.cache_dir import CacheDir, Partial, User
-from swarmcache.cache_index import CacheIndex, Trust
+from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.errors import CacheDirUnusable, DirectoryUnusable, LocalError, NoSpace
 from swarmcache.manifest_files import decode_manifest, encode_header, encode_manifest
@@ -1167,3 +1167,26 @@ def test_a_copy_that_could_not_be_dropped_and_is_wanted_again_stays(
 
     assert cache.lookup(version, ME) == path
     assert Path(path).read_bytes() == data
+
+
+def test_what_is_just_being_evicted_was_touched_by_nobody(
+    cache: CacheDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    version, data = a_file(3 * CHUNK_BYTES)
+    publish(cache, version, data)
+    version_id = version.version_id
+    delete_all = CacheIndex.delete_all
+    answers: list[object] = []
+
+    def asked_meanwhile(index: CacheIndex, replicas: Sequence[Replica]) -> None:
+        """The files are gone, and the rows are not."""
+        answers.extend([cache.open_source(version_id), cache.renew(version_id)])
+        answers.append(cache.verify(version_id))
+        delete_all(index, replicas)
+
+    monkeypatch.setattr(CacheIndex, "delete_all", asked_meanwhile)
+    [forgotten] = cache.listing.forget(lambda path: True, 0.0)
+
+    assert (forgotten.dropped, answers) == (1, [None, False, None])
+    assert cache.take_damaged() == {}
+    assert "touched" not in caplog.text
