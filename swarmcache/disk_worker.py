@@ -94,6 +94,7 @@ class DiskWorker:
         self._syncing = asyncio.Lock()
         self._undurable: set[bytes] = set()  # what the next sync shall make durable
         self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
+        self._in_place: set[Task | None] = set()  # those that have only to make it durable
 
     def start(self) -> None:
         """Begin to look after the disks."""
@@ -125,7 +126,11 @@ class DiskWorker:
             case CheckCopy():
                 self._spawn(self._check(effect.version_id))
             case LoadManifest():
-                self._after(effect.version_id, self._load_manifest(effect.version_id))
+                load = self._load_manifest(effect.version_id)
+                if self._tail.get(effect.version_id) in self._in_place:
+                    self._spawn(load)  # peers wait for it, and to fsync a big file takes minutes
+                else:
+                    self._after(effect.version_id, load)
 
     def publish(self, version_id: bytes, users: Sequence[User]) -> None:
         """Carry out ``PublishFile``, with links for these users."""
@@ -232,10 +237,15 @@ class DiskWorker:
         task.add_done_callback(ended)
 
     async def _answer_and_make_durable(self, version_ids: Sequence[bytes]) -> None:
-        answers = [answer for version_id in version_ids for answer in self._end_work(version_id)]
-        if answers:  # jobs do not share the disk with our fsync
-            await asyncio.wait(answers, timeout=ANSWERS_S)
-        await self._make_durable(version_ids)
+        task = asyncio.current_task()
+        self._in_place.add(task)
+        try:
+            answers = [each for version_id in version_ids for each in self._end_work(version_id)]
+            if answers:  # jobs do not share the disk with our fsync
+                await asyncio.wait(answers, timeout=ANSWERS_S)
+            await self._make_durable(version_ids)
+        finally:
+            self._in_place.remove(task)
 
     async def _make_durable(self, version_ids: Sequence[bytes]) -> None:
         """Wait until the copies are durable, or dropped.

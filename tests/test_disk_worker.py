@@ -184,6 +184,32 @@ async def test_a_client_whose_answer_hangs_keeps_no_file_from_the_disk(
     cache.close()
 
 
+async def test_a_copy_is_served_while_it_is_being_made_durable(root: Path) -> None:
+    """That may take minutes after a big file was written, and other nodes wait for its digests."""
+    cache, machine = SlowSync(root), Listener()
+    threads, tasks = ThreadPoolExecutor(2), BackgroundTasks("test")
+    shell: MachineShell[PeerEvent, PeerEffect] = MachineShell(
+        machine, lambda effect: None, TimePassed()
+    )
+    worker = DiskWorker(
+        cache, threads, threads, tasks.spawn, shell, lambda _: [], lambda _: None, None, None
+    )
+
+    async def made() -> None:
+        """A replica that is there already."""
+
+    worker.add_replica(b"v" * 32, made())
+    assert await asyncio.to_thread(cache.began.wait, DEADLINE_S)
+    worker.carry_out(LoadManifest(b"v" * 32))
+    await asyncio.wait_for(machine.manifest_loaded.wait(), DEADLINE_S / 4)
+
+    cache.go_on.set()
+    shell.stop()
+    await tasks.end()
+    threads.shutdown()
+    cache.close()
+
+
 class Digesting:
     """Files of which an earlier life has left something, and digesting that takes its time."""
 
