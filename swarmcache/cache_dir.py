@@ -37,6 +37,7 @@ from swarmcache.chunk_sources import ChunkSource, OpenReplicas
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest, SmallFile
 from swarmcache.clock import boot_id
 from swarmcache.disk_calls import (
+    LastUsesLock,
     Stamp,
     disk_errors,
     status_within,
@@ -121,7 +122,7 @@ class CacheDir:
         """
         self._boot_id = boot_id()
         # Guards objects, links and what the index says of them; held for well under 1 ms each.
-        self._objects_lock = threading.RLock()
+        self._objects_lock = LastUsesLock()
         self._damaged: dict[bytes, Damaged | None] = {}
         self._damaged_lock = threading.Lock()
         self._uses = Uses()
@@ -880,6 +881,8 @@ class CacheDir:
 
     def _remove_files(self, replica: Replica) -> None:
         self._unlink_users(replica)
+        # A big file takes the disk long, and whoever looks something up must not wait for that.
+        self._objects_lock.close_later(self._objects.keep(replica.version_id))
         self._objects.remove(replica.version_id)
 
     def _unlink_users(self, replica: Replica) -> list[User]:

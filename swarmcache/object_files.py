@@ -24,6 +24,7 @@ from swarmcache.quiet_read import digest_quietly, open_quietly
 
 READ_ONLY = 0o444
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def object_name(version_id: bytes) -> str:
@@ -167,6 +168,16 @@ class ObjectFiles:
         except FileExistsError:  # a manifest that a power cut has left; a rename would replace it
             os.unlink(target, dir_fd=self.fd)
             call(source, target, **fds)
+
+    def keep(self, version_id: bytes) -> int:
+        """A descriptor that keeps the file there, whatever becomes of its names.
+
+        It cannot be read through it, and does not count as in use. -1 where there can be none.
+        """
+        try:
+            return os.open(object_name(version_id), _KEEP, dir_fd=self.fd)
+        except OSError:
+            return -1
 
     def remove(self, version_id: bytes) -> None:
         """Remove an object and its manifest, as far as they are there."""

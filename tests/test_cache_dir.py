@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmcache import cache_dir
-from swarmcache.cache_dir import CacheDir, Partial, User
+from swarmcache.cache_dir import CacheDir, Partial, Removal, User
 from swarmcache.cache_index import CacheIndex, Replica, Trust
 from swarmcache.chunks import ChunkLayout, FileVersion, Manifest
 from swarmcache.errors import CacheDirUnusable, DirectoryUnusable, LocalError, NoSpace
@@ -1190,3 +1190,27 @@ def test_what_is_just_being_evicted_was_touched_by_nobody(
     assert (forgotten.dropped, answers) == (1, [None, False, None])
     assert cache.take_damaged() == {}
     assert "touched" not in caplog.text
+
+
+def test_nobody_waits_while_the_disk_gives_back_the_room_of_a_big_file(
+    cache: CacheDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it does with the last use of the file: for 0.1 s per GiB that is in memory (ext4)."""
+    big, other = a_file(3 * CHUNK_BYTES, b"/nfs/big"), a_file(CHUNK_BYTES, b"/nfs/other")
+    for file in (big, other):
+        publish(cache, *file)
+    inode = os.stat(object_of(root, big[0])).st_ino
+    close, paths = os.close, []
+
+    def close_slowly(fd: int) -> None:
+        status = os.fstat(fd)
+        if (status.st_ino, status.st_nlink) == (inode, 0):
+            with ThreadPoolExecutor(1) as meanwhile:
+                looked_up = meanwhile.submit(cache.lookup, other[0], User(ME.uid, "new"))
+                paths.append(looked_up.result(timeout=20))
+        close(fd)
+
+    monkeypatch.setattr(os, "close", close_slowly)
+    assert cache.remove(big[0].version_id) is Removal.GONE
+
+    assert paths == [cache.user_path(other[0], User(ME.uid, "new"))]
