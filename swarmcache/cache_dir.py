@@ -379,13 +379,25 @@ class CacheDir:
 
         To be called every now and then; a kill loses the times noted since. Raises LocalError.
         """
+        try:  # what frees room first, since the index may need it
+            self._finish_what_failed()
+        finally:
+            self._uses.flush(self._index.touch)
+            self._index.shorten_log()
+
+    def _finish_what_failed(self) -> None:
+        """Raises LocalError for what still fails; the others are finished all the same."""
+        failed: LocalError | None = None
         with self._objects_lock:
             for replica in list(self._half_dropped.values()):
-                self._drop(replica)
+                try:
+                    self._drop(replica)
+                except LocalError as error:
+                    failed = failed or error
             self._clear_scratch()
         self._partials.tidy()
-        self._uses.flush(self._index.touch)
-        self._index.shorten_log()
+        if failed is not None:
+            raise failed
 
     def make_durable(self, version_id: bytes) -> None:
         """Bring a replica onto the disk, so that it outlives a power cut. Slow.

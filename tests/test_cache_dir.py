@@ -1214,3 +1214,35 @@ def test_nobody_waits_while_the_disk_gives_back_the_room_of_a_big_file(
     assert cache.remove(big[0].version_id) is Removal.GONE
 
     assert paths == [cache.user_path(other[0], User(ME.uid, "new"))]
+
+
+def test_a_copy_that_can_never_be_removed_keeps_nothing_else_from_being_noted(
+    cache: CacheDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays, goes, used = (a_file(CHUNK_BYTES, b"/nfs/%d" % number, number) for number in range(3))
+    for file in (stays, goes, used):
+        publish(cache, *file)
+    unlink, failing = os.unlink, [stays, goes]
+
+    def unlink_others(name: str, **directory: int) -> None:
+        if any(version.version_id.hex() in os.fsdecode(name) for version, _ in failing):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # somebody made it immutable
+        unlink(name, **directory)
+
+    monkeypatch.setattr(os, "unlink", unlink_others)
+    for version, _ in failing:
+        with pytest.raises(LocalError):
+            cache.drop(version.version_id)
+    failing.remove(goes)
+    change_index(root, "UPDATE replica SET last_used_s = 1")
+    cache.lookup(used[0], ME)
+
+    with pytest.raises(LocalError, match="remove"):
+        cache.flush()
+    failing.clear()
+
+    assert not object_of(root, goes[0]).exists()
+    index = CacheIndex(str(root / ".swarmcache" / "index.sqlite"))
+    replica = index.find(used[0].version_id)
+    index.close()
+    assert replica is not None and replica.last_used_s > 1
