@@ -529,7 +529,7 @@ class PartialStore:
         return 0.0  # removed by somebody; only the account of it is left
 
     def _unallocated_now(self, version_id: bytes) -> int:
-        most = self._unallocated[version_id]
+        most = self._unallocated.get(version_id, 0)  # none of a file that is given up meanwhile
         try:
             return min(most, _unallocated_bytes(self._stat(version_id.hex()))) if most else 0
         except FileNotFoundError:

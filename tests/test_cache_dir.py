@@ -1246,3 +1246,18 @@ def test_a_copy_that_can_never_be_removed_keeps_nothing_else_from_being_noted(
     replica = index.find(used[0].version_id)
     index.close()
     assert replica is not None and replica.last_used_s > 1
+
+
+def test_a_file_given_up_while_the_disk_is_found_to_be_full_fails_as_any_other(
+    cache: CacheDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, data = a_file(CHUNK_BYTES)
+    partial = cache.begin(version, CHUNK_BYTES)
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        partial.discard()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(LocalError):
+        write(partial, data, 0)
