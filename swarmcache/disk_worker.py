@@ -321,9 +321,12 @@ class DiskWorker:
             self._look_at_damaged()
             try:
                 await self._in_thread(self._cache.look_after)
-                self._handle(DiskMeasured(self._cache.status()))
             except LocalError as error:
                 log.error("the disk of the cache fails: %s", error)
+            try:
+                self._handle(DiskMeasured(self._cache.status()))
+            except LocalError as error:
+                log.error("cannot measure the disk of the cache: %s", error)
             await asyncio.sleep(DISK_STATUS_S)
 
     async def _drop_unused(self, pause_s: float) -> None:

@@ -17,10 +17,12 @@ from swarmcache import disk_worker
 from swarmcache.background import BackgroundTasks
 from swarmcache.disk import Cache, Partial
 from swarmcache.disk_worker import DiskWorker
+from swarmcache.errors import LocalError
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import NodeAddress
 from swarmcache.peer_events import (
     ChunksRecovered,
+    DiskMeasured,
     LoadManifest,
     ManifestLoaded,
     PeerEffect,
@@ -179,6 +181,32 @@ async def test_a_client_whose_answer_hangs_keeps_no_file_from_the_disk(
     assert cache.synced == [[version_id]]
     assert not hanging.done()
     shell.stop()
+    await tasks.end()
+    threads.shutdown()
+    cache.close()
+
+
+class Unwell(Cache):
+    """A cache in which there is always something that cannot be done."""
+
+    def look_after(self) -> None:
+        raise LocalError("could not remove a copy")
+
+
+async def test_a_disk_that_is_unwell_is_measured_all_the_same(root: Path) -> None:
+    """Or else other nodes would go on hearing how much room it had before."""
+    cache, threads, tasks = Unwell([open_cache(root)]), ThreadPoolExecutor(2), BackgroundTasks("t")
+    events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+    machine = cast(Any, Events(events))
+    worker = DiskWorker(
+        cache, threads, threads, tasks.spawn, machine, lambda _: [], lambda _: None, None, None
+    )
+    worker.start()
+    async with asyncio.timeout(DEADLINE_S / 4):
+        while not isinstance(await events.get(), DiskMeasured):
+            pass
+
+    await asyncio.to_thread(worker.stop)
     await tasks.end()
     threads.shutdown()
     cache.close()
