@@ -24,6 +24,7 @@ class Timers(Generic[Key]):
         self._numbers = count()
         self._entries: dict[Key, tuple[float, int, Key]] = {}
         self._order: SortedList[tuple[float, int, Key]] = SortedList()
+        self._next_at_s: float | None = None  # asked for far more often than it changes
 
     def set(self, key: Key, at_s: float | None) -> None:
         """Give ``key`` this deadline instead of its former one; None for no deadline."""
@@ -36,6 +37,7 @@ class Timers(Generic[Key]):
         if at_s is not None:
             entry = self._entries[key] = (at_s, next(self._numbers), key)
             self._order.add(entry)
+        self._next_at_s = self._order[0][0] if self._order else None
 
     def set_by(self, key: Key, at_s: float) -> None:
         """Give ``key`` this deadline unless it has an earlier one. For deadlines that keep moving
@@ -51,7 +53,7 @@ class Timers(Generic[Key]):
 
     def next_at_s(self) -> float | None:
         """The earliest deadline of all, or None."""
-        return self._order[0][0] if self._order else None
+        return self._next_at_s
 
     def pop_due(self, now_s: float) -> list[Key]:
         """The keys whose deadlines have come, earliest first; they have none afterwards."""
@@ -60,8 +62,12 @@ class Timers(Generic[Key]):
             _, _, key = self._order.pop(0)
             del self._entries[key]
             due.append(key)
+        if due:
+            self._next_at_s = self._order[0][0] if self._order else None
         return due
 
     def check(self) -> None:
         """Assert the invariant."""
         assert list(self._order) == sorted(self._entries.values()), "a deadline would be missed"
+        first = self._order[0][0] if self._order else None
+        assert self._next_at_s == first, "the first deadline would be missed"
