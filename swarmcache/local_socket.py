@@ -64,6 +64,14 @@ def reason_of(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+class _Socket(socket):
+    """Closes itself, without a warning: a signal may interrupt whoever has just been given one,
+    before they could close it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Connection:
     """A connected daemon socket and what came in over it so far. Requests go one after another.
 
@@ -76,7 +84,7 @@ class Connection:
         """Connect. Raises DaemonUnavailable, also for a daemon that is not to be trusted."""
         self._received = b""
         try:
-            self._socket = socket(AF_UNIX, SOCK_STREAM)
+            self._socket = _Socket(AF_UNIX, SOCK_STREAM)
         except OSError as error:
             raise NoDescriptor(f"{os.fsdecode(path)}: {reason_of(error)}") from error
         try:

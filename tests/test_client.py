@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType, FunctionType
 from typing import Any
 
 import msgspec
@@ -288,6 +289,30 @@ def test_an_answer_that_comes_after_an_interrupted_hold_is_not_taken_for_the_nex
                 assert Path(held).read_bytes() == b"CONTENT OF THE OTHER."
     finally:
         signal.signal(signal.SIGUSR1, former)
+
+
+@pytest.mark.parametrize(
+    "function", [Connection.__init__, Connection.send, Connections.send, Client.send]
+)
+def test_who_is_interrupted_on_the_way_to_the_daemon_leaves_no_connection(
+    run_dir: Path, function: FunctionType
+) -> None:
+    """As by ^C, at the moment at which a function returns what its caller has no name for yet."""
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if event == "return":
+            raise KeyboardInterrupt
+        return trace if frame.f_code is function.__code__ else None
+
+    with ScriptedDaemon(run_dir, lambda _: []) as daemon, Client(bytes(daemon.path)) as client:
+        former = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                client.status()
+        finally:
+            sys.settrace(former)
+        wait_until(lambda: daemon.open_connections == 0, 10, "the connection to be closed")
 
 
 def test_an_interrupted_hold_ends_no_other(run_dir: Path, tmp_path: Path, source: Path) -> None:
