@@ -18,7 +18,7 @@ from swarmcache.listing import (
     row,
     shown_path,
 )
-from swarmcache.local_protocol import AboutCache, AboutFile, CachedFile, Ls, Outcome
+from swarmcache.local_protocol import AboutCache, AboutFile, CachedFile, Ls, Outcome, Verify
 
 EXIT_NOT_ALL = 1
 
@@ -55,7 +55,9 @@ def show_files(
 def act(client: Client, request: AboutCache, *, as_json: bool) -> int:
     """Have something done, complain on stderr of what is not, and return the exit code."""
     complaints = _Complaints()
-    with printing(), ExitStack() as stack:
+    with ExitStack() as stack:
+        if as_json or isinstance(request, Verify):  # all others have nothing to print
+            stack.enter_context(printing())
         array = stack.enter_context(JsonArray()) if as_json else None
         for answer in ask(client, request):
             if not isinstance(answer, Outcome):

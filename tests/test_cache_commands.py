@@ -25,6 +25,7 @@ from swarmcache.local_protocol import (
     Failed,
     Get,
     Ls,
+    Outcome,
     Rm,
     Working,
 )
@@ -610,6 +611,19 @@ def test_a_result_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert done.stderr == b"swarmcache: cannot write the result: No space left on device\n"
     assert closed.returncode == 1
     assert closed.stderr == b"swarmcache: cannot write the result: stdout is closed\n"
+
+
+@pytest.mark.parametrize("command", ["rm", "pin", "unpin"])
+def test_who_prints_nothing_needs_no_stdout(tmp_path: Path, command: str) -> None:
+    tmp_path.chmod(0o700)
+    with ScriptedDaemon(tmp_path, lambda _: [Outcome(b"/f", True), End()]) as daemon:
+        words = [*COMMAND, command, f"--socket={daemon.path}", "/f"]
+        done = subprocess.run(
+            ["sh", "-c", '"$@" >&-', "sh", *words], stderr=subprocess.PIPE, check=False
+        )
+
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert len(daemon.asked) == 1
 
 
 def test_without_a_daemon_there_is_one_line_on_stderr(tmp_path: Path) -> None:
