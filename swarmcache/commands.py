@@ -334,13 +334,16 @@ def demo(
 ) -> None:
     """Run a tracker and four daemons on this machine, bring a file to all four, and clean up."""
     from swarmcache.demo import run_demo
+    from swarmcache.listing import printing
     from swarmcache.quantities import parse_size
 
     try:
         size_bytes = parse_size(size)
     except ValueError as error:
         raise typer.BadParameter(f"expected {error}", param_hint="--size") from error
-    raise typer.Exit(run_demo(size_bytes))
+    with printing():
+        code = run_demo(size_bytes)
+    raise typer.Exit(code)
 
 
 def _settings(config_file: Path | None, options: dict[str, Any]) -> Config:

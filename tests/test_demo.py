@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -41,7 +42,12 @@ def processes_that_mention(place: Path) -> list[str]:
     return found
 
 
-def start_demo(place: Path, *options: str) -> subprocess.Popen[str]:
+def start_demo(
+    place: Path,
+    *options: str,
+    stdout: int | IO[str] = subprocess.PIPE,
+    stderr: int = subprocess.STDOUT,
+) -> subprocess.Popen[str]:
     environment = {
         "TMPDIR": str(place),
         "COLUMNS": "120",
@@ -53,8 +59,8 @@ def start_demo(place: Path, *options: str) -> subprocess.Popen[str]:
     }
     return subprocess.Popen(
         [sys.executable, "-m", "swarmcache", "demo", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=stdout,
+        stderr=stderr,
         text=True,
         env=environment,
     )
@@ -118,3 +124,13 @@ def test_a_demo_without_room_says_so(place: Path) -> None:
 
     assert demo.returncode == 1
     assert "20.0 PiB are needed" in output
+
+
+def test_a_demo_that_cannot_be_shown_says_so_and_cleans_up(place: Path) -> None:
+    with open("/dev/full", "w") as full:
+        demo = start_demo(place, "--size", "1", stdout=full, stderr=subprocess.PIPE)
+        with demo:
+            _, said = demo.communicate(timeout=60)
+
+    assert demo.returncode == 1
+    assert said == "swarmcache: cannot write the result: No space left on device\n"
