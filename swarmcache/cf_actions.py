@@ -196,6 +196,8 @@ def show_destination(client: Client, asked: bytes, config: CfConfig) -> int:
 
 def _output_path(client: Client, real_path: bytes, config: CfConfig) -> bytes:
     """Make the directories for an output. Raises OSError, ValueError, SwarmcacheError."""
+    if not real_path.startswith(b"/"):
+        raise ValueError("there is no current directory")
     base, mode = config.cache_dir, 0o700
     if base is None:
         outputs = b"/" + os.fsencode(OUTPUTS_DIRECTORY)

@@ -264,6 +264,20 @@ def test_d_prints_where_a_file_may_be_written_and_needs_neither_daemon_nor_file(
     path.write_text("can be written")
 
 
+def test_d_makes_no_path_out_of_a_name_in_a_directory_that_is_removed(
+    nobody: None, tmp_path: Path
+) -> None:
+    (tmp_path / ".cmclient").write_text(f"CACHE_DIR = {tmp_path}/local\n")
+    (tmp_path / "gone").mkdir()
+    in_directory = ["sh", "-c", 'cd "$0" && rmdir "$0" && "$@"', str(tmp_path / "gone")]
+
+    done = run("-d", "file", command=[*in_directory, *COMMAND])
+
+    assert (done.returncode, done.stdout) == (0, b"file\n")
+    assert "there is no current directory" in lines(done)[0]
+    assert {path.name for path in tmp_path.iterdir()} == {".cmclient", "run"}
+
+
 def test_d_prints_the_path_itself_where_others_could_put_something_in_the_way(
     nobody: None, tmp_path: Path
 ) -> None:
