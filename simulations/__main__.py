@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from simulations.engine import SimulationFailed
 from simulations.options import add_cluster_options, add_run_options, cluster_settings, quantity
 from simulations.scenarios import Result, Watch
 from simulations.settings import POLICIES
+from swarmcache.get import abandon_stdout
 from swarmcache.quantities import format_size, parse_count
 
 COMMANDS = {
@@ -134,5 +136,18 @@ def _describe(result: Result) -> str:
     return "\n".join(f"{name:16} {value}" for name, value in rows)
 
 
+def run() -> int:
+    """``main``, whose output somebody may have seen enough of, as in ``| head``."""
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        abandon_stdout()
+        return 128 + signal.SIGPIPE  # as a shell says of others; 1 is a broken promise
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

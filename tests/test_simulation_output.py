@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,24 @@ def test_the_list_names_every_scenario(capsys: pytest.CaptureFixture[str]) -> No
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(SCENARIOS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--list"], ["compare", "--nodes", "4", "--size", "1MiB"]])
+def test_who_has_seen_enough_is_told_nothing_more(words: list[str]) -> None:
+    """As ``| head`` has."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as nobody_reads:
+        done = subprocess.run(
+            [sys.executable, "-m", "simulations", *words],
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+            check=False,
+        )
+
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
