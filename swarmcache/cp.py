@@ -26,7 +26,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -210,7 +210,8 @@ class _Copy:
         with ExitStack() as slot_stack:
             slot = WriteSlot(self._client, place.directory_fd)
             slot_stack.callback(slot.close)
-            self._wait(slot)
+            self._wait(slot)  # for hours, maybe, in which somebody else writes there
+            place.look_again(source)
             same_fd = self._same(stack, slot, source, place)
             if same_fd is not None:
                 self.outcome.notes.append("it was the same already")
@@ -304,7 +305,10 @@ class _Copy:
         """Give it mode and time of the source, bring it to the server's disk, look at it again."""
         status = os.fstat(source.fd)
         mtime_ns = status.st_mtime_ns
+        place.look_again(source)
         if place.clashes:
+            note = "the time of the source was not kept: it is that of what was there before"
+            self.outcome.notes.append(note)
             mtime_ns = max(time.time_ns(), mtime_ns + max(TIME_STEPS_NS))
         try:
             os.fchmod(fd, stat.S_IMODE(status.st_mode) & 0o777)
@@ -358,8 +362,6 @@ class _Copy:
             if not piece:
                 return fd
         self._digest.reset()
-        note = "the time of the source was not kept: it is that of what was there before"
-        self.outcome.notes.append(note)
         return None
 
     # --- the replica ----------------------------------------------------------------------------
@@ -375,7 +377,8 @@ class _Place:
     """Where a copy goes: a name in a directory that is open.
 
     A symbolic link stays, and what it leads to is replaced, as ``cp`` would write it.
-    ``clashes``: what is there now has the size and the time that the copy is to have.
+    ``clashes``: what is there now, or was when it was last looked at, has the size and the time
+    that the copy is to have.
     """
 
     def __init__(self, destination: bytes, source: Source) -> None:
@@ -404,8 +407,17 @@ class _Place:
         if not stat.S_ISREG(there.st_mode):
             kind = "a directory" if stat.S_ISDIR(there.st_mode) else "neither file nor directory"
             raise CopyFailed(f"the destination is {kind}")
+        self._compare(there, source)
+
+    def _compare(self, there: os.stat_result, source: os.stat_result) -> None:
         kept_ns = [source.st_mtime_ns // step_ns * step_ns for step_ns in TIME_STEPS_NS]
-        self.clashes = there.st_size == source.st_size and there.st_mtime_ns in kept_ns
+        self.clashes |= there.st_size == source.st_size and there.st_mtime_ns in kept_ns
+
+    def look_again(self, source: Source) -> None:
+        """See what others have put there meanwhile. Raises CopyFailed."""
+        with _errors("use the destination"), suppress(FileNotFoundError):
+            there = os.stat(self.name, dir_fd=self.directory_fd, follow_symlinks=False)
+            self._compare(there, os.fstat(source.fd))
 
     def open(self) -> int:
         """What is there now, for writing where its mode allows that. Raises OSError."""

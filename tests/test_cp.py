@@ -338,6 +338,29 @@ def test_other_bytes_under_the_same_size_and_time_get_another_time(
         assert Path(os.fsdecode(copy)).read_bytes() == source.read_bytes()
 
 
+def test_what_somebody_else_puts_there_meanwhile_is_not_taken_for_the_copy(
+    nodes: Nodes, client: Client, server: Path, tmp_path: Path
+) -> None:
+    """As of two jobs that wait for a slot, with sources whose times are all the same."""
+    source, target = make(tmp_path / "source"), server / "target"
+
+    def be_faster(progress: CopyProgress) -> None:
+        if progress.done_bytes and not target.exists():
+            nodes.second.get(make(target))
+
+    (outcome,) = copy_files(
+        client, [os.fsencode(source)], os.fsencode(target), on_progress=be_faster
+    )
+
+    assert outcome.error == ""
+    for node in (nodes.first, nodes.second):
+        (copy,) = node.get(target)
+        assert Path(os.fsdecode(copy)).read_bytes() == source.read_bytes()
+    assert outcome.notes == [
+        "the time of the source was not kept: it is that of what was there before"
+    ]
+
+
 # --- what a kill leaves --------------------------------------------------------------------------
 
 # ``cp`` that stops itself, once, when a part is written.
