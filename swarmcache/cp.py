@@ -347,7 +347,10 @@ class _Copy:
         if not place.clashes:
             return None
         with _errors("open the destination"):
-            fd = place.open()
+            try:
+                fd = place.open()
+            except FileNotFoundError:  # removed meanwhile
+                return None
         stack.callback(os.close, fd)
         offset = 0
         while True:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,10 +17,13 @@ from pathlib import Path
 import pytest
 
 from swarmcache.client import Client
+from swarmcache.clock import now_s
 from swarmcache.cp import CopyOutcome, CopyProgress, copy_files
 from swarmcache.errors import UsageError
+from swarmcache.local_protocol import Answer, End, OfferReplica, Slot, WriteSlot
 from swarmcache.write_beside import PREFIX
 from tests.local_daemons import COMMAND, PACKAGE_PARENT, PATIENCE_S, LocalDaemons
+from tests.scripted_daemon import Asked, ScriptedDaemon
 
 pytestmark = pytest.mark.slow
 
@@ -359,6 +363,34 @@ def test_what_somebody_else_puts_there_meanwhile_is_not_taken_for_the_copy(
     assert outcome.notes == [
         "the time of the source was not kept: it is that of what was there before"
     ]
+
+
+def test_what_somebody_else_removes_meanwhile_is_no_reason_not_to_copy(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), make(tmp_path / "target")
+    tmp_path.chmod(0o700)
+
+    removed = threading.Event()
+
+    def answer(asked: Asked) -> Iterator[Answer]:
+        if isinstance(asked.request, WriteSlot):
+            yield Slot(None, "nfs")
+            assert removed.wait(PATIENCE_S)
+            yield Slot(now_s() + PATIENCE_S, "nfs")
+        elif isinstance(asked.request, OfferReplica):
+            yield End()
+
+    def remove(progress: CopyProgress) -> None:
+        if progress.waiting_for:
+            target.unlink()
+            removed.set()
+
+    with ScriptedDaemon(tmp_path, answer) as daemon, Client(bytes(daemon.path)) as client:
+        (outcome,) = copy_files(
+            client, [os.fsencode(source)], os.fsencode(target), on_progress=remove
+        )
+
+    assert (outcome.error, outcome.unsupervised) == ("", "")
+    assert target.read_bytes() == source.read_bytes()
 
 
 # --- what a kill leaves --------------------------------------------------------------------------
