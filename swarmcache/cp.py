@@ -273,11 +273,11 @@ class _Copy:
         sync_bytes = PIECE_BYTES
         began_s = time.monotonic()
         while True:
-            self._wait(slot)
-            if unsynced_bytes == 0:
-                began_s = time.monotonic()
             with _errors("read the source"):
                 piece = buffer[: os.preadv(source.fd, [buffer], offset)]
+            self._wait(slot)  # now: to read may have taken longer than the slot lasts
+            if unsynced_bytes == 0:
+                began_s = time.monotonic()
             if not piece:
                 break
             self._digest.update(piece)
@@ -354,9 +354,10 @@ class _Copy:
         stack.callback(os.close, fd)
         offset = 0
         while True:
+            with _errors("read the source"):
+                piece = os.pread(source.fd, PIECE_BYTES, offset)
             self._wait(slot)
             with _errors("compare with the destination"):
-                piece = os.pread(source.fd, PIECE_BYTES, offset)
                 if os.pread(fd, PIECE_BYTES, offset) != piece:
                     break
             self._digest.update(piece)

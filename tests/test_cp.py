@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from swarmcache.cp import CopyOutcome, CopyProgress, copy_files
 from swarmcache.errors import UsageError
 from swarmcache.local_protocol import Answer, End, OfferReplica, Slot, WriteSlot
 from swarmcache.write_beside import PREFIX
+from tests.box import wait_until
 from tests.local_daemons import COMMAND, PACKAGE_PARENT, PATIENCE_S, LocalDaemons
 from tests.scripted_daemon import Asked, ScriptedDaemon
 
@@ -391,6 +393,46 @@ def test_what_somebody_else_removes_meanwhile_is_no_reason_not_to_copy(tmp_path:
 
     assert (outcome.error, outcome.unsupervised) == ("", "")
     assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_disk_that_answers_late_makes_nobody_write_after_the_slots_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, server = make(tmp_path / "source"), tmp_path / "server"
+    server.mkdir()
+    tmp_path.chmod(0o700)
+    until_s, read_late, written_bytes = [0.0], threading.Event(), list[int]()
+    granted, read = threading.Event(), os.preadv
+
+    def answer(asked: Asked) -> Iterator[Answer]:
+        if isinstance(asked.request, WriteSlot):
+            until_s[0] = now_s() + 1.0
+            yield Slot(until_s[0], "nfs")
+            assert read_late.wait(PATIENCE_S)
+            yield Slot(None, "nfs")
+            assert granted.wait(PATIENCE_S)
+            yield Slot(now_s() + PATIENCE_S, "nfs")
+        elif isinstance(asked.request, OfferReplica):
+            yield End()
+
+    def answer_late(*arguments: Any) -> int:
+        wait_until(lambda: now_s() > until_s[0], PATIENCE_S, "the end of the slot")
+        read_late.set()
+        return read(*arguments)
+
+    def look(progress: CopyProgress) -> None:
+        if progress.waiting_for:
+            written_bytes.extend(path.stat().st_size for path in server.iterdir())
+            granted.set()
+
+    monkeypatch.setattr(os, "preadv", answer_late)
+    with ScriptedDaemon(tmp_path, answer) as daemon, Client(bytes(daemon.path)) as client:
+        (outcome,) = copy_files(
+            client, [os.fsencode(source)], os.fsencode(server), on_progress=look
+        )
+
+    assert (outcome.error, outcome.unsupervised) == ("", "")
+    assert written_bytes == [0]
 
 
 # --- what a kill leaves --------------------------------------------------------------------------
