@@ -56,8 +56,14 @@ class WriteSlot:
             self.reason = str(error)
             return
         # Alive as long as the process is, however long a piece takes to be written.
-        self._listener = threading.Thread(target=self._run, name="write slot", daemon=True)
-        self._listener.start()
+        listener = threading.Thread(target=self._run, name="write slot", daemon=True)
+        try:
+            listener.start()
+        except RuntimeError as error:  # a job may have a limit of processes
+            self._connection.close()
+            self.reason = f"nobody can listen to the daemon: {error}"
+            return
+        self._listener = listener
 
     def wait(self, on_wait: Callable[[], None]) -> None:
         """Return when the next piece may be written.

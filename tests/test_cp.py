@@ -322,6 +322,22 @@ def test_without_a_daemon_it_is_copied_all_the_same_and_said_why(tmp_path: Path)
     assert target.read_bytes() == source.read_bytes()
 
 
+def test_where_there_can_be_no_more_threads_it_is_copied_all_the_same(
+    nodes: Nodes, client: Client, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    source, target = make(tmp_path / "source"), server / "target"
+
+    outcome = copied(source, to=target, client=client)
+
+    assert (outcome.error, outcome.not_registered) == ("", "")
+    assert "can't start new thread" in outcome.unsupervised
+    assert target.read_bytes() == source.read_bytes()
+
+
 def test_other_bytes_under_the_same_size_and_time_get_another_time(
     nodes: Nodes, client: Client, server: Path, tmp_path: Path
 ) -> None:
