@@ -109,6 +109,7 @@ def copy_files(
         raise UsageError(f"{os.fsdecode(destination)!r} must be a directory, for several sources")
     outcomes: dict[bytes, CopyOutcome] = {}
     tidy = True
+    fault = ""
     for index, source in enumerate(sources):
         target = destination
         if into_directory:
@@ -121,7 +122,8 @@ def copy_files(
         if former is not None:
             copy.outcome.error = "another source of the same name was copied there just now"
         else:
-            copy.run(register=register, tidy=tidy)
+            copy.run(register=register, tidy=tidy, fault=fault)
+            fault = copy.fault
             tidy = tidy and not copy.tidied
             outcomes[target] = copy.outcome
         yield copy.outcome
@@ -168,7 +170,7 @@ def _show_nothing(_: CopyProgress) -> None:
 
 
 class _Copy:
-    """One file on its way."""
+    """One file on its way. ``fault``: why the daemon is not asked any more, or nothing."""
 
     def __init__(
         self,
@@ -180,15 +182,19 @@ class _Copy:
     ) -> None:
         self.outcome = CopyOutcome(source, target)
         self.tidied = False
+        self.fault = ""
         self._client = client
         self._progress = CopyProgress(index, source, 0, 0)
         self._on_progress = on_progress
         self._digest = blake3()
         self._ends: dict[int, bytes] = {}  # the first and the last bytes, by offset
 
-    def run(self, *, register: bool, tidy: bool) -> None:
-        """Copy it. ``tidy``: remove from the directory what killed copies have left there."""
+    def run(self, *, register: bool, tidy: bool, fault: str) -> None:
+        """Copy it. ``tidy``: remove from the directory what killed copies have left there.
+        ``fault``: as it was after the file before, or else each of many would wait for a daemon
+        that hangs."""
         outcome = self.outcome
+        self.fault = fault
         with ExitStack() as stack:
             try:
                 source = open_source(outcome.source)
@@ -208,7 +214,7 @@ class _Copy:
     def _bring(self, stack: ExitStack, source: Source, place: _Place, *, tidy: bool) -> int:
         """Have the bytes at the destination; returns a descriptor of it. Raises CopyFailed."""
         with ExitStack() as slot_stack:
-            slot = WriteSlot(self._client, place.directory_fd)
+            slot = WriteSlot(self._client, place.directory_fd, self.fault)
             slot_stack.callback(slot.close)
             self._wait(slot)  # for hours, maybe, in which somebody else writes there
             place.look_again(source)
@@ -226,6 +232,8 @@ class _Copy:
             self._on_progress(self._progress)
 
         slot.wait(show)
+        if slot.silent:
+            self.fault = slot.reason
         self._progress.waiting_for = ""
 
     def _show(self, done_bytes: int) -> None:
@@ -371,6 +379,9 @@ class _Copy:
     # --- the replica ----------------------------------------------------------------------------
 
     def _register(self, file_fd: int, source_fd: int) -> None:
+        if self.fault:
+            self.outcome.not_registered = self.fault
+            return
         try:
             _offer_replica(self._client, self._digest.digest(), file_fd, source_fd)
         except (DaemonUnavailable, DaemonRefused, BadMessage) as error:

@@ -34,13 +34,16 @@ _HEARD = b'{"op":"slot_heard"}\n'
 class WriteSlot:
     """One slot of the file server of a directory, from here until ``close``.
 
-    ``file_server``: its name, once the daemon has told.
+    ``file_server``: its name, once the daemon has told. ``silent``: the daemon takes requests, and
+    says nothing.
     """
 
-    def __init__(self, client: Client, directory_fd: int) -> None:
-        """``directory_fd`` must stay open until ``close``."""
+    def __init__(self, client: Client, directory_fd: int, fault: str = "") -> None:
+        """``directory_fd`` must stay open until ``close``. ``fault``: why the daemon is not even
+        asked, if it is not."""
         self.file_server = ""
-        self.reason = ""
+        self.silent = False
+        self.reason = fault
         self._client = client
         self._directory_fd = directory_fd
         self._until_s = 0.0
@@ -50,6 +53,8 @@ class WriteSlot:
         self._closed = False
         self._connection: Connection | None = None
         self._listener: threading.Thread | None = None
+        if fault:
+            return
         try:
             self._connection = self._ask()
         except DaemonUnavailable as error:
@@ -137,6 +142,7 @@ class WriteSlot:
         arrival.register(connection.fileno(), select.POLLIN)
         while True:
             if not arrival.poll(SILENCE_S_MAX * 1000):
+                self.silent = True
                 self._go_without(f"the daemon said nothing for {SILENCE_S_MAX:.0f} s")
                 return
             for line in connection.receive():

@@ -322,6 +322,26 @@ def test_without_a_daemon_it_is_copied_all_the_same_and_said_why(tmp_path: Path)
     assert target.read_bytes() == source.read_bytes()
 
 
+def test_a_daemon_that_hangs_is_waited_for_once_and_not_for_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmcache.write_slot.SILENCE_S_MAX", 0.05)
+    monkeypatch.setattr(sys.modules["swarmcache.cp"], "SILENCE_S_MAX", 0.05)
+    sources = [make(tmp_path / name) for name in "abc"]
+    (tmp_path / "server").mkdir()
+    tmp_path.chmod(0o700)
+
+    with ScriptedDaemon(tmp_path, lambda _: []) as daemon, Client(bytes(daemon.path)) as client:
+        names, server = map(os.fsencode, sources), os.fsencode(tmp_path / "server")
+        outcomes = list(copy_files(client, names, server))
+        assert len(daemon.asked) == 1
+
+    assert [outcome.error for outcome in outcomes] == ["", "", ""]
+    reasons = {outcome.unsupervised for outcome in outcomes}
+    assert reasons == {outcome.not_registered for outcome in outcomes}
+    assert reasons == {"the daemon said nothing for 0 s"}
+
+
 def test_where_there_can_be_no_more_threads_it_is_copied_all_the_same(
     nodes: Nodes, client: Client, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
