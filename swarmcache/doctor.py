@@ -508,7 +508,7 @@ class _Directory:
 
         def note(error: OSError) -> None:
             if error.errno != errno.ENOENT:  # gone meanwhile
-                unseen.append(os.path.join(self._root, str(error.filename)))
+                unseen.append(os.path.normpath(os.path.join(self._root, str(error.filename))))
 
         for path, directories, names, fd in walk(".", note, root_fd):
             below = path[2:]

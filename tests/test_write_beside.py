@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache import left_over
+from swarmcache.tree_walk import walk
 from swarmcache.write_beside import (
     PREFIX,
     SILENT_S_MAX,
@@ -163,3 +165,16 @@ def test_doctor_looks_below_but_through_no_link(
     assert said.out == f"removed: {tmp_path}/clean/below/{name} (6 B)\n"
     assert "none': cannot be looked through: No such file or directory" in said.err
     assert (tmp_path / "elsewhere" / name).exists()
+
+
+def test_what_cannot_be_looked_through_is_named_by_its_path(tmp_path: Path) -> None:
+    for directory in ("a/one", "b/two"):
+        (tmp_path / directory).mkdir(parents=True)
+    failed: list[OSError] = []
+    for path, directories, _, _ in walk(str(tmp_path), failed.append):
+        if path.endswith(("/a", "/b")):
+            (below,) = directories
+            shutil.rmtree(Path(path, below))
+            Path(path, below).touch()
+
+    assert {error.filename for error in failed} == {f"{tmp_path}/a/one", f"{tmp_path}/b/two"}
