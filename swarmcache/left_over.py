@@ -43,8 +43,12 @@ def _removed(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tu
     """Remove what is left in a directory and below; the path of where it was, with each."""
     try:
         for path, fd in _below(directory, onerror):
-            for each in remove_left_over(fd, _whose(), time.time()):
-                yield path, each
+            try:
+                for each in remove_left_over(fd, _whose(), time.time()):
+                    yield path, each
+            except OSError as error:
+                error.filename = path
+                onerror(error)
     except OSError as error:  # the directory itself
         error.filename = os.fspath(directory)
         onerror(error)
@@ -53,7 +57,8 @@ def _removed(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tu
 def _below(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, int]]:
     """All directories with their descriptors, each valid until the next one is asked for."""
     device = None
-    for path, names, _, fd in walk(os.fspath(directory), onerror):
+    # With a slash at its end, a link that was named stands for what it leads to.
+    for path, names, _, fd in walk(os.path.join(directory, ""), onerror):
         found = os.fstat(fd).st_dev
         device = found if device is None else device
         if found != device:

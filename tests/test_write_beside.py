@@ -178,3 +178,38 @@ def test_what_cannot_be_looked_through_is_named_by_its_path(tmp_path: Path) -> N
             Path(path, below).touch()
 
     assert {error.filename for error in failed} == {f"{tmp_path}/a/one", f"{tmp_path}/b/two"}
+
+
+def test_doctor_looks_through_a_directory_that_is_named_by_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{PREFIX}{machine_tag()}-{'6' * 16}"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / name).write_text("a part")
+    (tmp_path / "link").symlink_to("there")
+
+    assert left_over.clean([tmp_path / "link"]) == 0
+
+    assert capsys.readouterr().out == f"removed: {tmp_path}/link/{name} (6 B)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UID != 0, reason="needs root")
+def test_doctor_goes_on_where_one_directory_cannot_be_cleaned(tmp_path: Path) -> None:
+    name = f"{PREFIX}{machine_tag()}-{'6' * 16}"
+    (tmp_path / "below").mkdir()
+    for directory in (tmp_path, tmp_path / "below"):
+        (directory / name).write_text("a part")
+    mounts = 'for place in "$0" "$0/below"; do mount --bind "$place" "$place" || exit 9; done'
+    read_only = 'mount -o remount,ro,bind "$0" && exec "$@" doctor --clean "$0"'
+
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f"{mounts}; {read_only}", tmp_path, *COMMAND],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stdout == f"removed: {tmp_path}/below/{name} (6 B)\n"
+    assert "Read-only file system" in done.stderr
