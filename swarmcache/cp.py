@@ -340,11 +340,17 @@ class _Copy:
         """Remove what killed copies of this user have left in the directory."""
         self.tidied = True
         ours = os.fstat(fd)  # also says what time it is for the file server
-        left = remove_left_over(place.directory_fd, ours.st_uid, ours.st_mtime, LISTED_MAX)
+        left = remove_left_over(
+            place.directory_fd, ours.st_uid, ours.st_mtime, self._note_left, LISTED_MAX
+        )
         try:
             self.outcome.notes += [f"removed {each.name}, left by a killed copy" for each in left]
         except OSError as error:
             self.outcome.notes.append(f"cannot look for left-over files: {error.strerror}")
+
+    def _note_left(self, error: OSError) -> None:
+        if not isinstance(error, PermissionError):  # one that is just getting its mode
+            self.outcome.notes.append(f"{error.filename} is left there: {error.strerror}")
 
     def _same(self, stack: ExitStack, slot: WriteSlot, source: Source, place: _Place) -> int | None:
         """A descriptor of the destination where it is the same as the source already.

@@ -21,30 +21,44 @@ from swarmcache.write_beside import LeftOver, remove_left_over
 def clean(directories: Sequence[Path]) -> int:
     """Remove what is left in these directories and below them, and print its paths.
 
-    Returns how many directories could not be looked through; each is named on stderr. Raises
-    LocalError where stdout cannot be written.
+    Returns how many directories could not be looked through, or files removed; each is named on
+    stderr. Raises LocalError where stdout cannot be written.
     """
     failed = 0
 
-    def note(error: OSError) -> None:
+    def note(error: OSError, what: str = "looked through") -> None:
         nonlocal failed
         failed += 1
-        say(f"{error.filename!r}: cannot be looked through: {error.strerror}")
+        say(f"{error.filename!r}: cannot be {what}: {error.strerror}")
+
+    def note_file(error: OSError) -> None:
+        note(error, "removed")
 
     with printing():
         for directory in directories:
-            for path, each in _removed(directory, note):
+            for path, each in _removed(directory, note, note_file):
                 shown = shown_path(os.fsencode(os.path.join(path, each.name)))
                 print(f"removed: {shown} ({size_text(each.size_bytes)})")
     return failed
 
 
-def _removed(directory: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, LeftOver]]:
-    """Remove what is left in a directory and below; the path of where it was, with each."""
+def _removed(
+    directory: Path, onerror: Callable[[OSError], None], on_file: Callable[[OSError], None]
+) -> Iterator[tuple[str, LeftOver]]:
+    """Remove what is left in a directory and below; the path of where it was, with each.
+
+    ``onerror`` hears of directories, ``on_file`` of files.
+    """
+    path = ""
+
+    def note_file(error: OSError) -> None:
+        error.filename = os.path.join(path, error.filename)
+        on_file(error)
+
     try:
         for path, fd in _below(directory, onerror):
             try:
-                for each in remove_left_over(fd, _whose(), time.time()):
+                for each in remove_left_over(fd, _whose(), time.time(), note_file):
                     yield path, each
             except OSError as error:
                 error.filename = path

@@ -19,7 +19,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,12 +73,17 @@ def make_beside(directory_fd: int) -> tuple[int, str]:
 
 
 def remove_left_over(
-    directory_fd: int, owner_uid: int | None, now_s: float, listed_max: int | None = None
+    directory_fd: int,
+    owner_uid: int | None,
+    now_s: float,
+    onerror: Callable[[OSError], None],
+    listed_max: int | None = None,
 ) -> Iterator[LeftOver]:
     """Remove what killed writers have left in a directory, and tell of each.
 
     ``owner_uid``: whose; None for everybody's. ``now_s``: by the clock of the file server, since
-    the epoch. ``listed_max``: after how many names to stop. Raises OSError.
+    the epoch. ``onerror`` hears of files that cannot be looked at or removed; ``filename`` is their
+    name. ``listed_max``: after how many names to stop. Raises OSError.
     """
     with os.scandir(directory_fd) as entries:
         names = []
@@ -90,8 +95,12 @@ def remove_left_over(
     for name in names:
         try:
             removed = _remove_if_left(name, directory_fd, owner_uid, now_s)
-        except (FileNotFoundError, PermissionError):
-            continue  # gone meanwhile; not ours, or in the middle of getting its mode
+        except FileNotFoundError:
+            continue  # gone meanwhile
+        except OSError as error:
+            error.filename = name
+            onerror(error)
+            continue
         if removed is not None:
             yield removed
 

@@ -35,7 +35,9 @@ def directory_fd(tmp_path: Path) -> Iterator[int]:
 
 
 def removed(directory_fd: int, *, owner_uid: int | None = UID, later_s: float = 0.0) -> list[str]:
-    found = remove_left_over(directory_fd, owner_uid, time.time() + later_s)
+    failed: list[OSError] = []
+    found = remove_left_over(directory_fd, owner_uid, time.time() + later_s, failed.append)
+    assert failed == []
     return [each.name for each in found]
 
 
@@ -213,3 +215,25 @@ def test_doctor_goes_on_where_one_directory_cannot_be_cleaned(tmp_path: Path) ->
     assert done.returncode == 1
     assert done.stdout == f"removed: {tmp_path}/below/{name} (6 B)\n"
     assert "Read-only file system" in done.stderr
+
+
+@pytest.mark.skipif(UID != 0, reason="needs root")
+def test_doctor_names_what_is_left_over_and_may_not_be_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for root on a file server that takes root for nobody."""
+    name = f"{PREFIX}{machine_tag()}-{'6' * 16}"
+    (tmp_path / name).touch()
+    os.chown(tmp_path / name, 6001, 6001)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+
+    os.seteuid(6001)
+    try:
+        failed = left_over.clean([Path()])
+    finally:
+        os.seteuid(0)
+
+    said = capsys.readouterr()
+    assert (failed, said.out) == (1, "")
+    assert said.err == f"swarmcache: './{name}': cannot be removed: Permission denied\n"
