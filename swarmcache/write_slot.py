@@ -24,8 +24,11 @@ from swarmcache.local_socket import SILENCE_S_MAX, Connection, parse_answer
 # for a tracker.
 PATIENCE_S = 5.0
 RETRY_S = 0.2
-# A daemon promises seconds; more shows that its clock is not ours (as in some containers).
+# A daemon promises seconds; more shows that its clock is not ours (as in some containers). So does
+# a promise that was over as long ago when it came, unless this process was stopped meanwhile. The
+# daemon says nothing more to one that is, so the third in a row came just now.
 PROMISE_S_MAX = 60.0
+OVER_MAX = 3
 
 _ASK = b'{"op":"write_slot"}\n'
 _HEARD = b'{"op":"slot_heard"}\n'
@@ -47,6 +50,7 @@ class WriteSlot:
         self._client = client
         self._directory_fd = directory_fd
         self._until_s = 0.0
+        self._over = 0  # promises in a row that were over when they came
         self._queued = False  # told so since somebody last waited
         self._heard_at_s = now_s()
         self._changed = threading.Condition()
@@ -163,7 +167,9 @@ class WriteSlot:
             self.file_server = str(message["file_server"])
             self._queued = until_s is None
             if until_s is not None:
-                if float(until_s) > now_s() + PROMISE_S_MAX:
+                over = float(until_s) < now_s() - PROMISE_S_MAX
+                self._over = self._over + 1 if over else 0
+                if self._over >= OVER_MAX or float(until_s) > now_s() + PROMISE_S_MAX:
                     raise BadMessage("its clock is not ours")
                 self._until_s = float(until_s)
             self._changed.notify_all()

@@ -342,6 +342,27 @@ def test_a_daemon_that_hangs_is_waited_for_once_and_not_for_each_file(
     assert reasons == {"the daemon said nothing for 0 s"}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("ahead_s", [100_000, -100])
+def test_in_a_container_with_a_clock_of_its_own_it_is_copied_without_a_slot(
+    nodes: Nodes, server: Path, tmp_path: Path, ahead_s: int
+) -> None:
+    source = make(tmp_path / "source")
+    container = ["unshare", "--fork", "--kill-child", "--time", f"--boottime={ahead_s}"]
+
+    done = subprocess.run(
+        [*container, *COMMAND, "cp", f"--socket={nodes.first.socket}", source, server],
+        capture_output=True,
+        check=False,
+        env={"PATH": os.defpath},
+        timeout=PATIENCE_S,
+    )
+
+    assert done.returncode == 0
+    assert b"copied without a slot" in done.stderr
+    assert b"its clock is not ours" in done.stderr
+
+
 def test_where_there_can_be_no_more_threads_it_is_copied_all_the_same(
     nodes: Nodes, client: Client, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
