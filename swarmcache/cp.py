@@ -119,7 +119,7 @@ def copy_files(
             yield former
             continue
         copy = _Copy(client, index, source, target, on_progress or _show_nothing)
-        if former is not None:
+        if former is not None and not former.error:
             copy.outcome.error = "another source of the same name was copied there just now"
         else:
             copy.run(register=register, tidy=tidy, fault=fault)

@@ -202,6 +202,18 @@ def test_of_two_sources_with_one_name_the_second_is_refused(tmp_path: Path) -> N
     assert (tmp_path / "to/same").read_bytes() == first.read_bytes()
 
 
+def test_a_source_that_is_not_copied_is_in_the_way_of_no_other_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "target").mkdir()
+    gone, source = tmp_path / "gone/result", make(tmp_path / "there/result")
+    names = [os.fsencode(path) for path in (gone, source, gone, source)]
+
+    outcomes = list(copy_files(nobody(tmp_path), names, os.fsencode(tmp_path / "target")))
+
+    assert [bool(outcome.error) for outcome in outcomes] == [True, False, True, False]
+    assert (tmp_path / "target/result").read_bytes() == source.read_bytes()
+
+
 def test_several_sources_need_a_directory(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
 
