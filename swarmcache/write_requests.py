@@ -251,7 +251,8 @@ class WriteRequests:
 
     def _examine(self, file: SharedFile, copy: SharedFile) -> FileVersion:
         """What a replica is to be made of. Raises SourceUnreadable, SourceFailed."""
-        if fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        # Of a file with the attribute "a" (append only), who may add to it cannot change the rest.
+        if fcntl.fcntl(file.fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND) != os.O_RDWR:
             raise SourceUnreadable("the file is not open for reading and writing")
         version = self._examiner.examine(file.fd).version
         found = os.fstat(copy.fd)

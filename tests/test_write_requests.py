@@ -331,12 +331,14 @@ def test_only_who_may_write_a_file_can_say_what_is_in_it(node: Node, tmp_path: P
 
     read_only = offer(node.daemon, file, copy, how=os.O_RDONLY)
     write_only = offer(node.daemon, file, copy, how=os.O_WRONLY)
+    append_only = offer(node.daemon, file, copy, how=os.O_RDWR | os.O_APPEND)
     wrong_digest = offer(node.daemon, file, copy, digest=blake3(b"the truth").digest())
     wrong_size = offer(node.daemon, file, shorter)
     directory = offer(node.daemon, file, tmp_path, digest=b"d" * 32)
 
-    answers = (read_only, write_only, wrong_digest, wrong_size, directory)
+    answers = (read_only, write_only, append_only, wrong_digest, wrong_size, directory)
     assert [answer["reason"] for answer in answers] == [
+        "the file is not open for reading and writing",
         "the file is not open for reading and writing",
         "the file is not open for reading and writing",
         "the copy no longer has the bytes that were written",
