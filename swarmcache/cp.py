@@ -32,7 +32,7 @@ from types import FrameType
 
 from blake3 import blake3
 
-from swarmcache.bundles import read_if_bundle
+from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client, Source, open_source
 from swarmcache.disk_calls import unlink_if_there, write_all
 from swarmcache.errors import (
@@ -138,6 +138,8 @@ def _expand(
             members = read_if_bundle(source, bundle)
         except SourceUnreadable:
             members = None  # to copy it will fail as well, and tell why
+        except NoBundle as error:
+            raise NoBundle(f"{os.fsdecode(source)!r}: {error}") from error
         if members is None:
             yield source
         elif into_directory:

@@ -62,7 +62,7 @@ def cp(
             client, sources, destination, bundle=bundle, register=register, progress=progress
         )
     except UsageError as error:
-        raise typer.BadParameter(str(error), param_hint="DST") from error
+        raise typer.BadParameter(str(error), param_hint="SRC... DST") from error
     raise typer.Exit(code)
 
 

@@ -191,6 +191,21 @@ def test_a_bundle_needs_a_directory_unless_it_is_said_to_be_none(tmp_path: Path)
     assert target.read_text() == "one\n"
 
 
+def test_a_source_that_is_said_to_be_a_bundle_and_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"\0")
+
+    done = subprocess.run(
+        [*COMMAND, "cp", "--bundle", tmp_path / "data", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    said = f"Invalid value for SRC... DST: '{tmp_path}/data': it is no list of paths"
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_of_two_sources_with_one_name_the_second_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "to").mkdir()
