@@ -26,6 +26,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from swarmcache.disk_calls import unlink_if_there
+
 PREFIX = ".swarmcache-cp-"
 # After so much time without a write, a writer on another machine is taken for dead.
 SILENT_S_MAX = 24 * 3600.0
@@ -60,7 +62,13 @@ def make_beside(directory_fd: int) -> tuple[int, str]:
     """
     while True:
         name = f"{PREFIX}{machine_tag()}-{secrets.token_hex(8)}"
-        fd = os.open(name, _MAKE, 0o600, dir_fd=directory_fd)
+        try:
+            fd = os.open(name, _MAKE, 0o600, dir_fd=directory_fd)
+        except OSError:
+            raise
+        except BaseException:  # a signal, which has waited for the file to be made
+            unlink_if_there(name, directory_fd)
+            raise
         try:
             _lock(fd)
             if _leads_to(name, directory_fd, fd):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -49,6 +53,30 @@ def test_a_file_is_its_writers_alone_until_it_is_closed(directory_fd: int) -> No
     os.close(fd)
     assert removed(directory_fd) == [name]
     assert os.listdir(directory_fd) == []
+
+
+@pytest.mark.parametrize("call", [os.open, fcntl.flock])
+def test_who_is_ended_while_the_file_server_takes_its_time_leaves_nothing(
+    tmp_path: Path, directory_fd: int, call: object
+) -> None:
+    """A signal is handled when the call that it came in has made the file, or locked it."""
+    made: list[str] = []
+
+    def end(_frame: FrameType, event: str, function: object) -> None:
+        if event == "c_return" and function is call:
+            made.extend(os.listdir(tmp_path))
+            raise SystemExit(128 + signal.SIGTERM)
+
+    former = sys.getprofile()
+    sys.setprofile(end)
+    try:
+        with pytest.raises(SystemExit):
+            make_beside(directory_fd)
+    finally:
+        sys.setprofile(former)
+
+    assert len(made) == 1
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_another_machine_writes_is_left_over_only_after_a_day(
