@@ -54,8 +54,8 @@ PIECE_BYTES = 512 * 1024
 # margin of a lease, for a server may become slower.
 SYNC_S = 0.25
 SYNC_BYTES_MAX = 64 << 20
-# What file systems keep of a time, in ns: all, Windows' 100, SQL's and others' steps, FAT's 2 s.
-TIME_STEPS_NS = (1, 100, 10**3, 10**6, 10**9, 2 * 10**9)
+# File systems keep times in steps, of which FAT's is the longest.
+TIME_STEP_NS_MAX = 2 * 10**9
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -317,9 +317,9 @@ class _Copy:
         mtime_ns = status.st_mtime_ns
         place.look_again(source)
         if place.clashes:
-            note = "the time of the source was not kept: it is that of what was there before"
+            note = "the time of the source was not kept: what was there before may have had it"
             self.outcome.notes.append(note)
-            mtime_ns = max(time.time_ns(), mtime_ns + max(TIME_STEPS_NS))
+            mtime_ns = max(time.time_ns(), TIME_STEP_NS_MAX + max(mtime_ns, place.latest_ns))
         try:
             os.fchmod(fd, stat.S_IMODE(status.st_mode) & 0o777)
             os.utime(fd, ns=(status.st_atime_ns, mtime_ns))
@@ -357,7 +357,7 @@ class _Copy:
     def _same(self, stack: ExitStack, slot: WriteSlot, source: Source, place: _Place) -> int | None:
         """A descriptor of the destination where it is the same as the source already.
 
-        Looked at only where size and time are the same: then the copy would be taken for what was
+        Looked at only where size and time clash: then the copy would be taken for what was
         there before, by everybody who has cached that.
         """
         if not place.clashes:
@@ -401,12 +401,14 @@ class _Place:
 
     A symbolic link stays, and what it leads to is replaced, as ``cp`` would write it.
     ``clashes``: what is there now, or was when it was last looked at, has the size and the time
-    that the copy is to have.
+    that the copy is to have, or a later time: it may have got that because of an earlier clash.
+    ``latest_ns``: the latest time of what was seen there.
     """
 
     def __init__(self, destination: bytes, source: Source) -> None:
         """Raises CopyFailed where a file cannot be put there."""
         self.clashes = False
+        self.latest_ns = 0
         with _errors("use the destination"):
             try:
                 there = os.stat(destination)
@@ -433,8 +435,9 @@ class _Place:
         self._compare(there, source)
 
     def _compare(self, there: os.stat_result, source: os.stat_result) -> None:
-        kept_ns = [source.st_mtime_ns // step_ns * step_ns for step_ns in TIME_STEPS_NS]
-        self.clashes |= there.st_size == source.st_size and there.st_mtime_ns in kept_ns
+        kept_ns = source.st_mtime_ns // TIME_STEP_NS_MAX * TIME_STEP_NS_MAX
+        self.clashes |= there.st_size == source.st_size and there.st_mtime_ns >= kept_ns
+        self.latest_ns = max(self.latest_ns, there.st_mtime_ns)
 
     def look_again(self, source: Source) -> None:
         """See what others have put there meanwhile. Raises CopyFailed."""
