@@ -148,11 +148,13 @@ class HostPort(Struct, frozen=True):
         match = re.fullmatch(r"(?:\[([^\]]+)\]|([^\[\]:/@\s]+)):([0-9]{1,5})", text)
         if match is None or int(match[3]) > 65535:
             raise ValueError(expected)
-        if match[1] is not None:
-            try:
+        try:
+            if match[1] is not None:
                 ipaddress.IPv6Address(match[1])
-            except ValueError as error:
-                raise ValueError(expected) from error
+            elif not re.fullmatch(rb"[\w.-]{1,253}", match[2].encode("idna")):  # as it is looked up
+                raise ValueError(expected)
+        except ValueError as error:  # so it is where a part of a name is empty or too long
+            raise ValueError(expected) from error
         return cls(match[1] or match[2], int(match[3]))
 
     @property

@@ -213,6 +213,9 @@ def test_a_written_disk_limit_is_read_back_exactly(limit: DiskLimit) -> None:
         ("[fd00::1]:7380", "fd00::1", 7380, False),
         ("localhost.example.org:7380", "localhost.example.org", 7380, False),
         ("head:7380", "head", 7380, False),
+        ("node_1-a.example.org.:7380", "node_1-a.example.org.", 7380, False),
+        ("büro:7380", "büro", 7380, False),
+        (f"{'n' * 63}.example:7380", f"{'n' * 63}.example", 7380, False),
     ],
 )
 def test_an_address_is_read_and_written(text: str, host: str, port: int, is_loopback: bool) -> None:
@@ -225,7 +228,27 @@ def test_an_address_is_read_and_written(text: str, host: str, port: int, is_loop
 
 @pytest.mark.parametrize(
     "text",
-    ["head", ":7380", "head:", "head:65536", "head:x", "::1:7380", "[head]:1", "a b:1", 7380],
+    [
+        "head",
+        ":7380",
+        "head:",
+        "head:65536",
+        "head:x",
+        "::1:7380",
+        "[head]:1",
+        "a b:1",
+        7380,
+        ".:1",
+        "head..example:1",
+        ".head:1",
+        f"{'n' * 64}:1",
+        f"{'n' * 63}.{'n' * 64}.example:1",
+        f"{'name.' * 60}:1",
+        "head\0:1",
+        "head#1:1",
+        "head?:1",
+        "head\udcff:1",
+    ],
 )
 def test_what_is_no_address_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="host:port"):

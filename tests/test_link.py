@@ -355,6 +355,8 @@ async def test_a_port_where_nobody_listens_is_unavailable(session: aiohttp.Clien
 
 async def test_a_name_that_cannot_be_one_is_unavailable(session: aiohttp.ClientSession) -> None:
     with pytest.raises(PeerUnavailable, match=r"a\.\.b:1: "):
+        await dial(session, HostPort("a..b", 1))
+    with pytest.raises(BadMessage, match=r"a\.\.b:1"):
         await connect_to_node(session, "a..b:1", KEY, "peer", b"")
 
 
