@@ -16,6 +16,7 @@ from swarmcache.chunk_fetcher import ChunkFetcher, FileCorrupt
 from swarmcache.chunks import CHUNK_SIZE_MIN_BYTES, FileVersion, SmallFile
 from swarmcache.disk import Cache, FileBatch, User
 from swarmcache.errors import LocalError, NoThread
+from swarmcache.link import address_of
 from swarmcache.peer_events import (
     FetchFiles,
     FilesArrived,
@@ -25,7 +26,6 @@ from swarmcache.peer_events import (
     HolderFailed,
     PeerEvent,
 )
-from swarmcache.quantities import HostPort
 from swarmcache.thread_pool import ThreadPool
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class BatchWorker:
     def _fetch(self, effect: FetchFiles, users: Sequence[User]) -> FilesArrived:
         installed: list[bytes] = []
         size_bytes = 0
-        host = HostPort.parse(effect.address.node).host
+        host = address_of(effect.address.node).host
 
         with ExitStack() as stack:
             batches = self._cache.begin_batch(effect.versions, self._chunk_size_bytes)

@@ -193,11 +193,16 @@ async def connect_to_node(
     timeout_s: float | None = None,
 ) -> Link:
     """``connect`` to a node by its advertised address. Raises BadMessage also if it is none."""
+    address = address_of(node)
+    return await connect(session, address, keyring, purpose, identity, timeout_s=timeout_s)
+
+
+def address_of(node: str) -> HostPort:
+    """The advertised address of a node, as others have told it. Raises BadMessage if it is none."""
     try:
-        address = HostPort.parse(node)
+        return HostPort.parse(node)
     except ValueError as error:
         raise BadMessage(f"not an address: {node!r}") from error
-    return await connect(session, address, keyring, purpose, identity, timeout_s=timeout_s)
 
 
 async def node_behind(link: Link) -> NodeAddress:

@@ -40,12 +40,12 @@ from swarmcache.config import Config
 from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
-from swarmcache.errors import ConfigError, LocalError, NoThread, SwarmcacheError
+from swarmcache.errors import BadMessage, ConfigError, LocalError, NoThread, SwarmcacheError
 from swarmcache.gossip_records import NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.http_server import serving_on
-from swarmcache.link import Link, client_session, connect_to_node, node_behind, serve
+from swarmcache.link import Link, address_of, client_session, connect_to_node, node_behind, serve
 from swarmcache.local_protocol import (
     AboutCache,
     AboutNodes,
@@ -661,10 +661,9 @@ class Daemon:
     def _fetch_chunk(self, effect: FetchChunk) -> None:
         partial = self._disk.partial(effect.version_id)
         assert partial is not None, "fetching a chunk without room for it"
-        host = HostPort.parse(effect.address.node).host
         try:
             future = self._fetcher.fetch(
-                (host, effect.address.data_port),
+                (address_of(effect.address.node).host, effect.address.data_port),
                 ChunkRequest(effect.version_id, effect.chunk, effect.held_chunks),
                 effect.length_bytes,
                 effect.digest,
@@ -672,8 +671,9 @@ class Daemon:
                 effect.deadline_s,
                 effect.stall_s,
             )
-        except NoThread as error:
+        except (BadMessage, NoThread) as error:
             what = (effect.version_id, effect.chunk, effect.address.node)
+            log.info("chunk %d from %s: %s", effect.chunk, effect.address.node, error)
             self._shell.handle(PeerUnreachable(*what, str(error)))
             return
         future.add_done_callback(
