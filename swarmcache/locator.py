@@ -18,7 +18,7 @@ from swarmcache.cache_requests import keep_alive
 from swarmcache.chunks import choose_chunk_size
 from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.disk import Cache, User
-from swarmcache.errors import LocalError, SwarmcacheError
+from swarmcache.errors import BadMessage, LocalError, SwarmcacheError
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.holder_survey import (
     AskHolder,
@@ -31,6 +31,7 @@ from swarmcache.holder_survey import (
     SurveyEvent,
     SurveyWanted,
 )
+from swarmcache.link import address_of
 from swarmcache.local_protocol import (
     AboutPlaces,
     Answer,
@@ -48,7 +49,6 @@ from swarmcache.local_server import LocalConnection
 from swarmcache.machine_shell import MachineShell
 from swarmcache.messages import LOCATED_NODES_MAX, Holders, NodeAddress, ReplicaPlace
 from swarmcache.peer_events import TimePassed
-from swarmcache.quantities import HostPort
 from swarmcache.replica_questions import Places, ReplicaQuestions
 from swarmcache.source_file import SourceExaminer, SourceFile
 
@@ -275,7 +275,12 @@ async def run_survey(
 
 def _name(address: NodeAddress) -> str:
     """What a node is called, as the scheduler knows it."""
-    return address.name or HostPort.parse(address.node).host
+    if address.name:
+        return address.name
+    try:
+        return address_of(address.node).host
+    except BadMessage:  # it cannot be asked, which is what there is to say of it
+        return address.node
 
 
 def _location(address: NodeAddress, place: ReplicaPlace, path: bytes) -> Location:

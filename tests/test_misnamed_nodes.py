@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -110,3 +111,47 @@ def test_a_node_that_cannot_be_reached_keeps_nobody_from_asking_others(
         assert [*node.status()["node"]["received_bytes"]] == [holder.address]
         assert "from no address: not an address: 'no address'" in node.said()
         assert "Traceback" not in node.said()
+
+
+async def run_with_holder(
+    local: LocalDaemons, node: LocalNode, file: Path, *arguments: str | Path
+) -> subprocess.CompletedProcess[bytes]:
+    """A command, while the tracker says that a node without any name holds the file."""
+    assert local.tracker is not None
+    nameless = NodeAddress("no address", 1)
+    async with client_session() as session:
+        tracker = await connect(
+            session,
+            HostPort.parse(local.tracker.address),
+            KEY,
+            "tracker",
+            msgspec.msgpack.encode(nameless),
+        )
+        registered = asyncio.Event()
+        talk = asyncio.create_task(tracker.receive(lambda _: registered.set()))
+        tracker.send(encode(Register(nameless, 0.0)))
+        tracker.send(encode(Replicas([everything_of(file).version_id])))
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await registered.wait()
+                return await asyncio.to_thread(node.run, *arguments)
+        finally:
+            await tracker.wait_closed()
+            await asyncio.gather(talk, return_exceptions=True)
+
+
+@pytest.mark.slow
+def test_locate_names_a_node_that_cannot_be_reached_and_lists_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "corpus"
+    file.write_bytes(b"bytes")
+    settings = f'[file_servers.fs]\npaths = ["{tmp_path}"]\n'
+    with LocalDaemons(tmp_path) as local:
+        local.start_tracker()
+        node = local.start_daemon("a", settings)
+        (copy,) = node.get(file)
+
+        done = asyncio.run(run_with_holder(local, node, file, "locate", file))
+
+        assert copy in done.stdout
+        assert b"no address (no address): not an address: 'no address'" in done.stderr
+        assert done.returncode == 0
