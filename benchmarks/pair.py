@@ -190,6 +190,7 @@ async def _serve_until_told(source: Path, pipe: Connection) -> None:
         uploads_max=16,
         upload_rate_max_bytes_per_s=None,
         on_uploaded=lambda version_id, size_bytes, peer: None,
+        on_unreadable=lambda _: None,
     )
     pipe.send(await server.start("127.0.0.1", 0))
     before_s = _cpu_s()

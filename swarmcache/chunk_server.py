@@ -198,8 +198,9 @@ class ChunkServer:
     version, or None; the source is closed when the chunk has been sent, since what is open is not
     evicted. ``read_files(version_ids)`` likewise reads those that are here and have one chunk.
     ``on_uploaded(version_id, size_bytes, peer_identity)`` is called in these threads after each
-    chunk, or all files of a request. ``identity`` says who we are to those who connect. Everything
-    else must be called in the event loop.
+    chunk, or all files of a request, and ``on_unreadable(version_id)`` where the disk cannot read
+    a chunk. ``identity`` says who we are to those who connect. Everything else must be called in
+    the event loop.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class ChunkServer:
         uploads_max: int,
         upload_rate_max_bytes_per_s: float | None,
         on_uploaded: Callable[[bytes, int, bytes], None],
+        on_unreadable: Callable[[bytes], None],
         identity: bytes = b"",
     ) -> None:
         assert uploads_max > 0, "a server needs a thread"
@@ -223,6 +225,7 @@ class ChunkServer:
         self._open_source = open_source
         self._read_files = read_files
         self._on_uploaded = on_uploaded
+        self._on_unreadable = on_unreadable
         self._slots = UploadSlots(uploads_max)
         self._expected = _Expected()
         self._rate = RateLimit(upload_rate_max_bytes_per_s)
@@ -444,6 +447,7 @@ class ChunkServer:
             except OSError as error:
                 if error.errno == errno.EIO:  # which no socket says: the disk is failing
                     _log.error("cannot read the copy of %s: %s", version_id.hex(), error)
+                    self._on_unreadable(version_id)
                 raise
             if sent == 0:
                 _log.error("cached copy of %s is shorter than it should be", version_id.hex())

@@ -95,6 +95,7 @@ class DiskWorker:
         self._undurable: set[bytes] = set()  # what the next sync shall make durable
         self._tail: dict[bytes, Task] = {}  # the last of the work on each file version
         self._in_place: set[Task | None] = set()  # those that have only to make it durable
+        self._unreadable: set[bytes] = set()  # what is being digested for that
 
     def start(self) -> None:
         """Begin to look after the disks."""
@@ -373,6 +374,22 @@ class DiskWorker:
         if bad is not None:
             verdict = "and so it is" if bad else "but it is right"
             log.warning("a peer says that our copy of %s is wrong, %s", version_id.hex(), verdict)
+
+    def check_unreadable(self, version_id: bytes) -> None:
+        """The disk could not read a chunk of this replica for a peer: digest it, unless that is
+        under way. Else it would be announced until it is scrubbed, and each peer would ask for it.
+        """
+        if version_id not in self._unreadable:
+            self._unreadable.add(version_id)
+            self._spawn(self._check_unreadable(version_id))
+
+    async def _check_unreadable(self, version_id: bytes) -> None:
+        try:
+            await self.verify(version_id)
+        except LocalError as error:
+            log.error("cannot check what could not be read: %s", error)
+        finally:
+            self._unreadable.remove(version_id)
 
     def _look_at_damaged(self) -> None:
         """Copies that were taken out are no longer announced, and shall be complete again."""

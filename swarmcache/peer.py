@@ -237,6 +237,7 @@ class Daemon:
             uploads_max=transfer.uploads_max,
             upload_rate_max_bytes_per_s=transfer.upload_rate_max_bytes_per_s,
             on_uploaded=self._uploaded,
+            on_unreadable=self._unreadable,
         )
         data_port = await self._chunk_server.start(listen.host, port + 1 if listen.port else 0)
         stack.push_async_callback(self._chunk_server.stop)
@@ -772,6 +773,10 @@ class Daemon:
 
     def _uploaded(self, _version_id: bytes, size_bytes: int, _peer: bytes) -> None:
         self._uploaded_bytes += size_bytes
+
+    def _unreadable(self, version_id: bytes) -> None:
+        """Runs in a thread."""
+        self._loop.call_soon_threadsafe(self._disk.check_unreadable, version_id)
 
 
 def open_cache(config: Config) -> Cache:

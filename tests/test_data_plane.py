@@ -92,6 +92,7 @@ async def serving(
     rate: float | None = None,
     read_files: Callable[[Sequence[bytes]], Sequence[SmallFile]] = lambda version_ids: [],
     uploaded: list[tuple[bytes, int, bytes]] | None = None,
+    unreadable: list[bytes] | None = None,
 ) -> AsyncIterator[tuple[str, int]]:
     server = ChunkServer(
         keyring,
@@ -100,6 +101,7 @@ async def serving(
         uploads_max=uploads_max,
         upload_rate_max_bytes_per_s=rate,
         on_uploaded=lambda *what: None if uploaded is None else uploaded.append(what),
+        on_unreadable=lambda what: None if unreadable is None else unreadable.append(what),
     )
     port = await server.start("127.0.0.1", 0)
     try:
@@ -266,13 +268,14 @@ async def test_a_server_without_a_thread_loses_neither_upload_slots_nor_connecti
             assert await asyncio.wrap_future(fetch(fetcher, peer)) == CHUNK_BYTES
 
 
-async def test_a_disk_that_cannot_read_a_cached_copy_is_named_in_the_log(
+async def test_a_copy_that_the_disk_cannot_read_is_named_in_the_log_and_to_the_daemon(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    async with serving(lambda _: Source(path, LAYOUT)) as peer:
+    unreadable: list[bytes] = []
+    async with serving(lambda _: Source(path, LAYOUT), unreadable=unreadable) as peer:
         with fetching() as fetcher, monkeypatch.context() as rotten:
             rotten.setattr(os, "sendfile", fail)
             with pytest.raises(PeerUnavailable):
@@ -280,6 +283,7 @@ async def test_a_disk_that_cannot_read_a_cached_copy_is_named_in_the_log(
 
     assert [f"{VERSION.hex()}: " in record.message for record in caplog.records] == [True]
     assert "Input/output error" in caplog.text
+    assert unreadable == [VERSION]
 
 
 @pytest.mark.slow

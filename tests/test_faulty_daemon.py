@@ -87,6 +87,35 @@ mmap.mmap = refuse
 sys.exit(main())
 """,
 ]
+# While the file exists that is named first, the disk cannot read the beginnings of copies.
+BAD_SECTOR = [
+    sys.executable,
+    "-c",
+    f"""
+import errno, os, sys
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.cli import main
+
+bad = sys.argv.pop(1)
+
+def lost(fd, offset):
+    now = not offset and os.path.exists(bad)
+    return now and "/objects/" in os.readlink(f"/proc/self/fd/{{fd}}")
+
+def sendfile(out, fd, offset, count, _sendfile=os.sendfile):
+    if lost(fd, offset):
+        raise OSError(errno.EIO, "Input/output error")
+    return _sendfile(out, fd, offset, count)
+
+def preadv(fd, buffers, offset, _preadv=os.preadv):
+    if lost(fd, offset):
+        raise OSError(errno.EIO, "Input/output error")
+    return _preadv(fd, buffers, offset)
+
+os.sendfile, os.preadv = sendfile, preadv
+sys.exit(main())
+""",
+]
 # No thread can be started while the file exists that is named first.
 OUT_OF_THREADS = [
     sys.executable,
@@ -299,4 +328,26 @@ def test_chunks_and_files_for_which_there_is_no_thread_come_from_peers_afterward
 
         node.get(big, small, other)
         assert not node.status()["node"]["read_bytes"]
+        assert_no_bug(node)
+
+
+def test_a_copy_that_the_disk_cannot_read_for_a_peer_is_taken_out_at_once(root: Path) -> None:
+    root.mkdir()
+    (file,) = sources(root, 1)
+    bad = root / "bad"
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        settings = f'[file_servers.fs]\npaths = ["{root}"]\n'
+        node = local.start_daemon("a", settings, command=[*BAD_SECTOR, bad])
+        other = local.start_daemon("b", settings)
+        node.get(file)
+
+        bad.touch()
+        other.get(file)
+
+        taken_out = f"1 chunks of the copy of {file} are rotten: taken out"
+        wait_until(lambda: taken_out in node.said(), PATIENCE_S, "the copy to be taken out")
+        bad.unlink()
+        (copy,) = node.get(file)
+        assert Path(os.fsdecode(copy)).read_bytes() == file.read_bytes()
         assert_no_bug(node)
