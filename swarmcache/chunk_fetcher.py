@@ -1,6 +1,8 @@
 """The fetching end of the data plane: bytes of chunks and small files in from peers.
 
 ``recv_into`` and digest in threads, in bounded numbers and buffers (see ``chunk_protocol.py``).
+Names of peers are looked up in threads of their own: a name service may hang for longer than
+anybody may wait.
 
 Not decided here: which chunk to ask from whom, what becomes of a peer that failed, where bytes go.
 
@@ -15,8 +17,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 
 from blake3 import blake3
 
@@ -50,9 +53,11 @@ from swarmcache.chunks import (
     DIGEST_BYTES,
     SmallFile,
 )
+from swarmcache.compartment_threads import CompartmentThreads
 from swarmcache.errors import (
     ChunkAbsent,
     ChunkCorrupt,
+    NoThread,
     PeerBusy,
     PeerUnavailable,
     RemoteError,
@@ -61,6 +66,7 @@ from swarmcache.rate_limit import RateLimit
 from swarmcache.thread_pool import ThreadPool
 
 IDLE_MAX = 128
+LOOK_UPS_MAX = 16  # names that are looked up at once, each of them by one thread
 IDLE_PER_PEER_MAX = 16  # as many requests as are in flight: of small files, often to one peer
 
 # Still in a core's cache when it is digested, and few enough pieces that threads seldom wait for
@@ -406,6 +412,7 @@ class ChunkFetcher:
         self._rate = RateLimit(download_rate_max_bytes_per_s)
         self._connections = _Connections()
         self._threads = ThreadPool(threads, thread_name_prefix="fetch")
+        self._look_ups = CompartmentThreads("resolve", LOOK_UPS_MAX, 1, idle_max=1)
 
     @property
     def buffers_bytes(self) -> int:
@@ -469,6 +476,7 @@ class ChunkFetcher:
         """Cancel what has not begun, cut what has, and wait for the threads."""
         self._rate.stop()
         self._connections.close()
+        self._look_ups.close()
         self._threads.shutdown(cancel_futures=True)
 
     def _fetch(
@@ -589,8 +597,7 @@ class ChunkFetcher:
                 return connection, status, length
 
     def _connect(self, peer: tuple[str, int], patience: _Patience) -> _Outbound:
-        sock = socket.create_connection(peer, timeout=patience.left_s())
-        connection = self._connections.add(peer, sock)
+        connection = self._connections.add(peer, self._dial(peer, patience))
         try:
             connection.be_patient(patience)
             connection.shake_hands(self._keyring, self._identity, patience)
@@ -598,3 +605,31 @@ class ChunkFetcher:
             self._connections.drop(connection)
             raise
         return connection
+
+    def _dial(self, peer: tuple[str, int], patience: _Patience) -> socket.socket:
+        """Connect to the first of a peer's addresses that takes it. Raises what the last one does,
+        and PeerUnavailable."""
+        *others, last = self._addresses(peer, patience)
+        for address in others:
+            with suppress(OSError):
+                return socket.create_connection(address, timeout=patience.left_s())
+        return socket.create_connection(last, timeout=patience.left_s())
+
+    def _addresses(self, peer: tuple[str, int], patience: _Patience) -> list[tuple[str, int]]:
+        """The numeric ones of a peer, in time. Raises OSError, PeerUnavailable."""
+        host, port = peer
+        with suppress(ValueError):
+            return [(str(ip_address(host)), port)]
+        try:
+            found = self._look_ups.submit(
+                None, host, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM
+            )
+        except NoThread as error:
+            raise PeerUnavailable(str(error)) from error
+        try:
+            return [(str(each[4][0]), port) for each in found.result(patience.left_s())]
+        except TimeoutError as error:
+            found.cancel()
+            raise PeerUnavailable("its name was not found in time") from error
+        except CancelledError as error:
+            raise PeerUnavailable("this node is shutting down") from error

@@ -825,6 +825,33 @@ def test_a_peer_whose_name_cannot_be_one_is_unavailable() -> None:
         fetch(fetcher, ("a..b", 1)).result(10)
 
 
+def test_a_peer_is_found_by_its_name() -> None:
+    with lying_server(honest) as (_, port), fetching() as fetcher:
+        assert fetch(fetcher, ("localhost", port)).result(10) == CHUNK_BYTES
+
+
+def test_a_name_service_that_hangs_keeps_no_thread_for_longer_than_it_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hanging = threading.Event()
+
+    def getaddrinfo(host: str, *args: Any, _found: Any = socket.getaddrinfo) -> Any:
+        if host == "node1":
+            assert hanging.wait(30)
+        return _found(host, *args)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with lying_server(honest) as peer, fetching(threads=1) as fetcher:
+        late = [fetch(fetcher, ("node1", 1), stall_s=0.1) for _ in range(2)]
+        answered = fetch(fetcher, peer).result(10)
+        hanging.set()
+
+    assert answered == CHUNK_BYTES
+    for each in late:
+        with pytest.raises(PeerUnavailable, match=r"node1:1: its name was not found in time"):
+            each.result(0)
+
+
 def test_forgetting_a_peer_closes_its_idle_connections() -> None:
     with fetching() as fetcher, lying_server(honest, honest) as peer:
         fetch(fetcher, peer).result(10)
