@@ -22,7 +22,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -34,6 +36,7 @@ PREFETCH_S_MAX = 60.0
 GRACE_S = 5.0  # for a client that does not end in time, before it is killed
 KILL_S = 2.0
 SCONTROL_S_MAX = 10.0
+DIRECTORY_S_MAX = 10.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # slurmd sets none
 COMMENT = re.compile(r"(?:^| )Comment=(\S+)")
 
@@ -62,8 +65,8 @@ def main() -> int:
     try:
         files = files_in(os.environ.get("SLURM_JOB_COMMENT") or _comment_by_scontrol())
         if files:
-            _get_as(pwd.getpwuid(int(os.environ["SLURM_JOB_UID"])), files)
-    except (OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
+            _get_as(*_user(int(os.environ["SLURM_JOB_UID"])), files)
+    except (OSError, KeyError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         say(f"slurm prolog: {error!r}")
     return 0
 
@@ -81,7 +84,30 @@ def _comment_by_scontrol() -> str:
     return match[1] if match else ""
 
 
-def _get_as(user: pwd.struct_passwd, files: list[bytes]) -> None:
+def _user(uid: int) -> tuple[pwd.struct_passwd, list[int]]:
+    """Who a user is, and their groups. Raises KeyError, OSError, RuntimeError.
+
+    In a thread that does not keep this process: a directory service may hang, and nothing
+    interrupts the C library then.
+    """
+    found: Future[tuple[pwd.struct_passwd, list[int]]] = Future()
+
+    def ask() -> None:
+        try:
+            user = pwd.getpwuid(uid)
+            found.set_result((user, os.getgrouplist(user.pw_name, user.pw_gid)))
+        except Exception as error:  # for whoever waits
+            found.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return found.result(DIRECTORY_S_MAX)
+    except TimeoutError as error:
+        told = f"who uid {uid} is was not told within {DIRECTORY_S_MAX:g} s"
+        raise TimeoutError(told) from error
+
+
+def _get_as(user: pwd.struct_passwd, groups: list[int], files: list[bytes]) -> None:
     """Run ``swarmcache get`` as this user, for a limited time. Raises OSError.
 
     Isolated (-I), so that nothing of the user's is imported outside the job. A process that hangs
@@ -94,7 +120,7 @@ def _get_as(user: pwd.struct_passwd, files: list[bytes]) -> None:
         cwd="/",
         user=user.pw_uid,
         group=user.pw_gid,
-        extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
+        extra_groups=groups,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -481,6 +481,26 @@ def test_a_prolog_whose_complaint_nobody_can_be_told_succeeds() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("call", ["pwd.getpwuid", "os.getgrouplist"])
+def test_a_prolog_does_not_wait_for_a_directory_service_that_hangs(call: str) -> None:
+    program = (
+        "import os, pwd, sys, swarmcache.slurm_prolog as p; p.DIRECTORY_S_MAX = 0.1\n"
+        f"{call} = lambda *_, pipe=os.pipe(): os.read(pipe[0], 1)\n"
+        "sys.exit(p.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        cwd=Path(submit.__file__).parents[1],
+        env={"SLURM_JOB_COMMENT": "swarmcache:/etc/passwd", "SLURM_JOB_UID": "0"},
+        timeout=20,
+        check=False,
+    )
+
+    assert done.returncode == 0
+    assert b"who uid 0 is was not told within 0.1 s" in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a prolog is run by root")
 def test_a_prolog_does_not_wait_for_a_daemon_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
