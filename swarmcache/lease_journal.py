@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from swarmcache.clock import now_s
 from swarmcache.disk_calls import disk_errors, unlink_if_there
@@ -79,7 +80,7 @@ class LeaseJournal:
     def grant(self, lease_id: int, node: str) -> None:
         """Note a lease before its node is told."""
         self._out[lease_id] = node
-        self._append(f"grant {lease_id} {node}\n")
+        self._append(_grant_line(lease_id, node))
 
     def end(self, lease_id: int) -> None:
         """The lease has ended."""
@@ -152,7 +153,7 @@ class LeaseJournal:
         lines = [f"boot {self._boot_id}\n"]
         if self._present_s > -math.inf:
             lines.append(f"present {self._present_s:.3f}\n")
-        lines += [f"grant {lease_id} {node}\n" for lease_id, node in self._out.items()]
+        lines += [_grant_line(*lease) for lease in self._out.items()]
         data = os.fsencode("".join(lines))
         unlink_if_there(_NEW, self._directory_fd)  # of one that was killed, or found no room
         # Whatever else is in its place, a link even, is not written to.
@@ -188,7 +189,7 @@ class LeaseJournal:
         for line in lines[1:]:
             match line.split(" "):
                 case ["grant", number, node] if number.isdecimal():
-                    out[int(number)] = node
+                    out[int(number)] = unquote(node)
                 case ["end", number] if number.isdecimal():
                     out.pop(int(number), None)
                 case ["present", at_s] if at_s.replace(".", "", 1).isdecimal():
@@ -201,6 +202,11 @@ class LeaseJournal:
             log.warning("%s is damaged or from before the last boot; waiting", self._path)
             out[UNKNOWN_LEASE_ID] = UNKNOWN_NODE
         return out
+
+
+def _grant_line(lease_id: int, node: str) -> str:
+    """Nodes call themselves what they like: no name may be several words, or lines."""
+    return f"grant {lease_id} {quote(node, safe=':[]')}\n"
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -92,6 +92,19 @@ def test_a_second_tracker_is_told_and_takes_no_lease_out_of_the_journal(tmp_path
     journal.close()
 
 
+@pytest.mark.parametrize(
+    "node", ["no address", "\nend 1\n", "x\u2028end 1", "", "100%:1", "[fd00::1]:7381", "\0"]
+)
+def test_whatever_a_node_calls_itself_no_lease_is_forgotten(tmp_path: Path, node: str) -> None:
+    journal = LeaseJournal(tmp_path)
+    journal.grant(1, "node1:7381")
+    journal.grant(2, node)
+
+    assert reopened(after_a_kill(tmp_path)) == {1: "node1:7381", 2: node}
+    journal.close()
+    assert reopened(tmp_path) == {1: "node1:7381", 2: node}
+
+
 def test_leases_end(tmp_path: Path) -> None:
     journal = LeaseJournal(tmp_path)
     journal.grant(5, "node1:7381")
