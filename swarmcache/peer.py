@@ -41,7 +41,7 @@ from swarmcache.disk import Cache
 from swarmcache.disk_calls import SharedFile
 from swarmcache.disk_worker import DiskWorker
 from swarmcache.errors import BadMessage, ConfigError, LocalError, NoThread, SwarmcacheError
-from swarmcache.gossip_records import NodeProfile
+from swarmcache.gossip_records import ADDRESS_BYTES_MAX, NodeProfile
 from swarmcache.gossip_server import GossipServer
 from swarmcache.holder_questions import HolderQuestions
 from swarmcache.http_server import serving_on
@@ -249,6 +249,12 @@ class Daemon:
         if len(self._identity) > IDENTITY_MAX_BYTES:
             told = f"the advertised address {advertised} and daemon.rack are too long together"
             raise ConfigError(told)
+        node = self.address.node
+        if self._datagram_socket is not None and len(node.encode()) > ADDRESS_BYTES_MAX:
+            raise ConfigError(
+                f'daemon.advertise = "{node}": expected at most {ADDRESS_BYTES_MAX} bytes, which is'
+                ' what the gossip carries, or gossip.rate_max = "off"'
+            )
         return HostPort(listen.host, port)
 
     def _bind(self, listen: HostPort) -> tuple[socket.socket, socket.socket | None]:

@@ -25,7 +25,7 @@ from swarmcache.messages import (
     encode,
 )
 from swarmcache.quantities import HostPort
-from tests.local_daemons import LocalDaemons, LocalNode
+from tests.local_daemons import EndedEarly, LocalDaemons, LocalNode
 
 KEY = Keyring([ClusterKey.from_secret(None, "default")])
 NOWHERE = NodeAddress("no address", 1, "nowhere")
@@ -155,3 +155,22 @@ def test_locate_names_a_node_that_cannot_be_reached_and_lists_the_others(tmp_pat
         assert copy in done.stdout
         assert b"no address (no address): not an address: 'no address'" in done.stderr
         assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_name_that_is_too_long_for_the_gossip_is_refused_at_the_start(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the secret of this cluster")
+    secret.chmod(0o600)
+    name = ".".join(["name"] * 30)
+    settings = (
+        f'cluster.secret_file = "{secret}"\ndaemon.advertise = "{name}:7381"\n'
+        'gossip.rate_max = "{}"\n'
+    )
+    with LocalDaemons(tmp_path) as local:
+        with pytest.raises(EndedEarly) as refused:
+            local.start_daemon("a", settings.format("13500"))
+        local.start_daemon("b", settings.format("off"))
+
+    assert f'daemon.advertise = "{name}:7381": expected at most 128 bytes' in str(refused.value)
+    assert "Traceback" not in str(refused.value)
