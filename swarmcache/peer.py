@@ -156,6 +156,7 @@ PROGRESS_S = 0.25
 # Replicas in one message of an announcement, of which the next is read when the former is on its
 # way: a million at once would take 200 MiB, and hold up clients for more than a second.
 ANNOUNCED_AT_ONCE = 1000
+ANNOUNCE_AGAIN_S = 5.0
 BINDS_MAX = 16
 # So long after its start a node knows of all others by gossip, with plenty to spare.
 SETTLED_S = 60.0
@@ -552,20 +553,29 @@ class Daemon:
         ]
 
     async def _announce_replicas(self) -> None:
-        async with self._announcing:  # one after the other, or the tracker would mix them up
-            link = self._tracker.link
-            if link is None:
+        """Again after a while where the disk fails, or else nobody would ask for what is here."""
+        link = self._tracker.link
+        while link is not None and link is self._tracker.link:
+            try:
+                async with self._announcing:  # or the tracker would mix them up
+                    await self._announce_to(link)
                 return
-            link.send(encode(Replicas([], more=True)))
-            version_ids = self._cache.replicas()
+            except LocalError as error:
+                log.error("cannot tell the tracker of all replicas, and will try again: %s", error)
+            await asyncio.sleep(ANNOUNCE_AGAIN_S)
 
-            def next_some() -> list[bytes]:
-                return list(islice(version_ids, ANNOUNCED_AT_ONCE))
+    async def _announce_to(self, link: Link) -> None:
+        """Raises LocalError."""
+        link.send(encode(Replicas([], more=True)))
+        version_ids = self._cache.replicas()
 
-            while some := await self._loop.run_in_executor(self._disk_threads, next_some):
-                link.send(encode(Replicas(some, more=True)))
-                await link.drained()
-            link.send(encode(Replicas([], more=False)))
+        def next_some() -> list[bytes]:
+            return list(islice(version_ids, ANNOUNCED_AT_ONCE))
+
+        while some := await self._loop.run_in_executor(self._disk_threads, next_some):
+            link.send(encode(Replicas(some, more=True)))
+            await link.drained()
+        link.send(encode(Replicas([], more=False)))
 
     # --- peers ----------------------------------------------------------------------------------
 

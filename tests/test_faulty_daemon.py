@@ -87,6 +87,27 @@ mmap.mmap = refuse
 sys.exit(main())
 """,
 ]
+# The disk fails when it is first asked for all replicas in order to announce them.
+UNLISTED = [
+    sys.executable,
+    "-c",
+    f"""
+import sys, threading
+sys.path.insert(0, {str(PACKAGE_PARENT)!r})
+from swarmcache.cache_index import CacheIndex
+from swarmcache.cli import main
+from swarmcache.errors import DiskFailed
+
+def fail(index, boot_id, _trusted_ids=CacheIndex.trusted_ids):
+    if not threading.current_thread().name.startswith("disk"):
+        return _trusted_ids(index, boot_id)
+    CacheIndex.trusted_ids = _trusted_ids
+    raise DiskFailed("Input/output error")
+
+CacheIndex.trusted_ids = fail
+sys.exit(main())
+""",
+]
 # While the file exists that is named first, the disk cannot read the beginnings of copies.
 BAD_SECTOR = [
     sys.executable,
@@ -350,4 +371,24 @@ def test_a_copy_that_the_disk_cannot_read_for_a_peer_is_taken_out_at_once(root: 
         bad.unlink()
         (copy,) = node.get(file)
         assert Path(os.fsdecode(copy)).read_bytes() == file.read_bytes()
+        assert_no_bug(node)
+
+
+def test_replicas_of_which_the_disk_could_not_tell_are_announced_later(root: Path) -> None:
+    root.mkdir()
+    (file,) = sources(root, 1)
+    settings = f'[file_servers.fs]\npaths = ["{root}"]\n'
+    with LocalDaemons(root) as local:
+        local.start_tracker()
+        node = local.start_daemon("a", settings)
+        (copy,) = node.get(file)
+        node.end()
+        node = local.start_daemon("a", settings, command=UNLISTED)
+        other = local.start_daemon("b", settings)
+
+        wait_until(
+            lambda: copy in other.run("locate", file).stdout, PATIENCE_S, "the tracker to know"
+        )
+
+        assert "cannot tell the tracker of all replicas" in node.said()
         assert_no_bug(node)
