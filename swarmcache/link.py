@@ -145,12 +145,24 @@ def client_session() -> aiohttp.ClientSession:
     """What ``connect`` needs. To be closed in the end.
 
     How many connections there are is for those who open them: each swarm brings ``peers_max``
-    neighbours. aiohttp would let the 101st wait until another one ends.
+    neighbours. aiohttp would let the 101st wait until another one ends. It would also go wherever a
+    server sends it, before that has proven anything: anybody may have the port of a daemon that is
+    down, and a server on this machine may take a request of root's for more than it is.
     """
+    stay = aiohttp.TraceConfig()
+    stay.on_request_redirect.append(_refuse_redirect)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        trace_configs=[stay],
     )
+
+
+async def _refuse_redirect(
+    _: aiohttp.ClientSession, __: object, redirect: aiohttp.TraceRequestRedirectParams
+) -> None:
+    redirect.response.close()
+    raise aiohttp.ClientError("it sends us elsewhere")
 
 
 async def connect(

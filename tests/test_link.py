@@ -366,6 +366,24 @@ async def test_a_server_of_another_kind_is_unavailable(session: aiohttp.ClientSe
             await dial(session, server.address, purpose="tracker")
 
 
+async def test_nobody_is_sent_elsewhere_by_who_has_not_proven_who_they_are(
+    session: aiohttp.ClientSession,
+) -> None:
+    asked: list[str] = []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        raise web.HTTPFound("/somebody/elses/server")
+
+    application = web.Application()
+    application.router.add_get("/{path:.*}", handle)
+    async with serving_http(application, HostPort("127.0.0.1", 0)) as address:
+        with pytest.raises(PeerUnavailable, match="sends us elsewhere"):
+            await dial(session, address)
+
+    assert asked == ["/v1/peer"]
+
+
 @pytest.mark.slow
 async def test_a_server_that_says_nothing_is_given_up_in_bounded_time(
     session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
