@@ -23,7 +23,13 @@ from swarmcache import answer_stream
 from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client, Source, open_source, real_path_of
 from swarmcache.directories import list_directory
-from swarmcache.errors import BadMessage, DaemonRefused, DaemonUnavailable, SourceUnreadable
+from swarmcache.errors import (
+    BadMessage,
+    DaemonRefused,
+    DaemonUnavailable,
+    DirectoryUnusable,
+    SourceUnreadable,
+)
 from swarmcache.local_protocol import (
     LOCATIONS_FILES_MAX,
     AboutPlaces,
@@ -135,7 +141,8 @@ def local_path(client: Client, path: bytes, config_file: Path | None = None) -> 
     """Where the copy of a file is on this node, or would be; nothing is copied.
 
     For a directory: where its copy is or would be, by the first file in it. Without a daemon it is
-    as the settings say. Raises SourceUnreadable, DaemonRefused, BadMessage, ConfigError.
+    as the settings say. Raises SourceUnreadable, DaemonRefused, BadMessage, ConfigError,
+    DirectoryUnusable.
     """
     if os.path.isdir(path):
         listing = list_directory(path)
@@ -174,9 +181,11 @@ def room_for(client: Client, fds: Sequence[int]) -> Room:
 
 
 def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes:
-    """Where a daemon with these settings has or would have the caller's copy. Raises ConfigError.
+    """Where a daemon with these settings has or would have the caller's copy.
 
-    Of several cache directories, and root's, the first where it is; else the first.
+    Of several cache directories, and root's, the first where it is; else the first. Not in one that
+    is somebody else's: by default it is below /var/tmp, where anybody could have made it, and what
+    is in it. Raises ConfigError, DirectoryUnusable.
     """
     from swarmcache.config import load
 
@@ -187,8 +196,24 @@ def path_by_settings(real_path: bytes, config_file: Path | None = None) -> bytes
         user = str(uid)
     settings = load({}, os.environ, config_file, uid)
     directories = [*map(os.fsencode, settings.cache.dirs), os.fsencode(default_cache_dir(0))]
-    places = [directory + b"/" + os.fsencode(user) + real_path for directory in directories]
-    return next(filter(os.path.lexists, places), places[0])
+    below = b"/" + os.fsencode(user) + real_path
+    owners = {directory: _owner_of(directory) for directory in directories}
+    places = [each + below for each, owner in owners.items() if owner in (None, 0, uid)]
+    if there := next(filter(os.path.lexists, places), None):
+        return there
+    first, owner = next(iter(owners.items()))
+    if owner not in (None, 0, uid):
+        whose = f"belongs to uid {owner}, who is neither you nor root"
+        raise DirectoryUnusable(f"{os.fsdecode(first)} {whose}")
+    return first + below
+
+
+def _owner_of(directory: bytes) -> int | None:
+    """None where it is not there, or cannot be looked at."""
+    try:
+        return os.lstat(directory).st_uid
+    except OSError:
+        return None
 
 
 def files_of(

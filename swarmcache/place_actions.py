@@ -11,7 +11,7 @@ from typing import Any
 
 from swarmcache.bundles import NoBundle, read_if_bundle
 from swarmcache.client import Client
-from swarmcache.errors import DaemonRefused, SourceUnreadable
+from swarmcache.errors import DaemonRefused, DirectoryUnusable, SourceUnreadable
 from swarmcache.get import say
 from swarmcache.listing import JsonArray, path_fields, printing, shown_path
 from swarmcache.locate import FileLocations, local_path, locate, rank_hosts
@@ -71,7 +71,7 @@ def show_paths(
             for each in members:
                 try:
                     copy = local_path(client, each, config_file)
-                except (SourceUnreadable, DaemonRefused) as error:
+                except (SourceUnreadable, DaemonRefused, DirectoryUnusable) as error:
                     complaints.complain(each, str(error))
                 else:
                     sys.stdout.buffer.write(copy + end)

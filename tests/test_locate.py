@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from swarmcache.client import Client
-from swarmcache.errors import DaemonUnavailable, SourceUnreadable
+from swarmcache.errors import DaemonUnavailable, DirectoryUnusable, SourceUnreadable
 from swarmcache.locate import (
     FileLocations,
     NodeBytes,
@@ -23,6 +23,7 @@ from swarmcache.locate import (
     rank_hosts,
 )
 from tests.box import wait_until
+from tests.disk_helpers import needs_root
 from tests.local_daemons import PATIENCE_S, LocalDaemons, LocalNode
 
 pytestmark = pytest.mark.slow
@@ -282,6 +283,29 @@ def test_a_file_of_the_users_own_has_a_place_beside_the_copies(cluster: Cluster)
         Path(os.fsdecode(place)).write_bytes(b"results")
         source = cluster.put("results/input")
         assert client.get(source).cached, "the directory is the daemon's, and goes on to be used"
+
+
+@needs_root
+def test_without_a_daemon_nothing_is_looked_for_in_what_somebody_else_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can be the first to make /var/tmp/swarmcache-UID, and put there what they like."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[cache]\ndir = ["{tmp_path}/one", "{tmp_path}/two"]\n')
+    file = tmp_path / "source"
+    file.write_bytes(b"x")
+    monkeypatch.setenv("SWARMCACHE_SOCKET", str(tmp_path / "no daemon"))
+    with Client() as client:
+        planted = local_path(client, os.fsencode(file), config)
+        os.makedirs(os.path.dirname(planted))
+        Path(os.fsdecode(planted)).write_bytes(b"something else")
+        os.chown(tmp_path / "one", 6003, -1)
+        with pytest.raises(DirectoryUnusable, match="one belongs to uid 6003"):
+            local_path(client, os.fsencode(file), config)
+        copy = planted.replace(b"/one/", b"/two/", 1)
+        os.makedirs(os.path.dirname(copy))
+        Path(os.fsdecode(copy)).write_bytes(b"x")
+        assert local_path(client, os.fsencode(file), config) == copy
 
 
 def test_without_a_daemon_the_path_is_what_the_settings_say(
