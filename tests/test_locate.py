@@ -285,16 +285,23 @@ def test_a_file_of_the_users_own_has_a_place_beside_the_copies(cluster: Cluster)
         assert client.get(source).cached, "the directory is the daemon's, and goes on to be used"
 
 
-@needs_root
-def test_without_a_daemon_nothing_is_looked_for_in_what_somebody_else_has_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Anybody can be the first to make /var/tmp/swarmcache-UID, and put there what they like."""
+@pytest.fixture
+def without_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A source, and settings with the cache directories ``one`` and ``two``, not there yet."""
     config = tmp_path / "config.toml"
     config.write_text(f'[cache]\ndir = ["{tmp_path}/one", "{tmp_path}/two"]\n')
     file = tmp_path / "source"
     file.write_bytes(b"x")
     monkeypatch.setenv("SWARMCACHE_SOCKET", str(tmp_path / "no daemon"))
+    return file, config
+
+
+@needs_root
+def test_without_a_daemon_nothing_is_looked_for_in_what_somebody_else_has_made(
+    tmp_path: Path, without_daemon: tuple[Path, Path]
+) -> None:
+    """Anybody can be the first to make /var/tmp/swarmcache-UID, and put there what they like."""
+    file, config = without_daemon
     with Client() as client:
         planted = local_path(client, os.fsencode(file), config)
         os.makedirs(os.path.dirname(planted))
@@ -309,13 +316,9 @@ def test_without_a_daemon_nothing_is_looked_for_in_what_somebody_else_has_made(
 
 
 def test_without_a_daemon_the_path_is_what_the_settings_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_daemon: tuple[Path, Path]
 ) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(f'[cache]\ndir = ["{tmp_path}/one", "{tmp_path}/two"]\n')
-    file = tmp_path / "source"
-    file.write_bytes(b"x")
-    monkeypatch.setenv("SWARMCACHE_SOCKET", str(tmp_path / "no daemon"))
+    file, config = without_daemon
     with Client() as client:
         by_settings = local_path(client, os.fsencode(file), config)
         user = by_settings.removeprefix(b"%b/one/" % bytes(tmp_path)).partition(b"/")[0]

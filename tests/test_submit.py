@@ -612,6 +612,19 @@ def test_a_scheduler_that_is_not_installed_is_named(
         run("/missing/sbatch", script("cf b"))
 
 
+def run_in(directory: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A program that imports the swarmcache that is tested."""
+    return subprocess.run(
+        command,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(Path(submit.__file__).parents[1])},
+        check=False,
+    )
+
+
 def test_the_command_line_passes_options_and_exit_codes_on(
     programs: Programs, tmp_path: Path
 ) -> None:
@@ -620,15 +633,8 @@ def test_the_command_line_passes_options_and_exit_codes_on(
     command = [sys.executable, "-m", "swarmcache", "submit", "--socket=/missing"]
 
     for separator in ([], ["--"]):
-        done = subprocess.run(
-            [*command, *separator, "sbatch", "--help", "-p", "x", "job.sh"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(submit.__file__).parents[1])},
-            check=False,
-        )
+        words = ["sbatch", "--help", "-p", "x", "job.sh"]
+        done = run_in(tmp_path, [*command, *separator, *words])
 
         assert (done.returncode, done.stdout) == (9, "5\n")
         assert "no node is preferred" in done.stderr
@@ -643,15 +649,7 @@ def test_where_no_temporary_file_can_be_written_the_job_is_submitted_as_it_is(
     (tmp_path / "sbatch").symlink_to("/bin/echo")
     command = [sys.executable, "-m", "swarmcache", "submit", "--", "./sbatch", "job.sh"]
 
-    done = subprocess.run(
-        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(Path(submit.__file__).parents[1])},
-        check=False,
-    )
+    done = run_in(tmp_path, ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *command])
 
     assert (done.returncode, done.stdout) == (0, "job.sh\n"), done.stderr
     assert "No usable temporary directory" in done.stderr
