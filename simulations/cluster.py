@@ -40,7 +40,7 @@ from simulations.stand_ins import StandIns
 from simulations.tracker_host import Host, TrackerHost
 from simulations.transfers import Transfers
 from simulations.writers import Writers
-from swarmcache.chunks import FileVersion, choose_chunk_size
+from swarmcache.chunks import FileVersion
 from swarmcache.messages import encode
 from swarmcache.peer_events import (
     AddReplica,
@@ -169,8 +169,7 @@ class Cluster:
             self.hits += 1
             self._hand_out(node, request, version)
             return
-        chosen_bytes = chunk_size_bytes or self.settings.chunk_size_bytes
-        cut_bytes = chosen_bytes or choose_chunk_size(version.size_bytes)
+        cut_bytes = chunk_size_bytes or self.settings.cut_bytes(version.size_bytes)
         event = FileWanted(request, version, FILE_SERVER, user, cut_bytes, can_read)
         self.hand(node, event)
 

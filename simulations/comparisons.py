@@ -24,7 +24,7 @@ from random import Random
 from simulations.engine import Engine, SimulationFailed
 from simulations.network import Flow, Link, Network
 from simulations.settings import ClusterSettings
-from swarmcache.chunks import ChunkLayout, choose_chunk_size, chunks_in, full_mask
+from swarmcache.chunks import ChunkLayout, chunks_in, full_mask
 
 EVENTS_MAX = 100_000_000
 # Defaults of CacheManager's configuration: copies from one file server and from one node at a time,
@@ -95,8 +95,7 @@ class World:
 
     def __init__(self, settings: ClusterSettings, size_bytes: int) -> None:
         self.settings = settings
-        chunk_size_bytes = settings.chunk_size_bytes or choose_chunk_size(size_bytes)
-        self.layout = ChunkLayout(size_bytes, chunk_size_bytes)
+        self.layout = ChunkLayout(size_bytes, settings.cut_bytes(size_bytes))
         self.full = full_mask(self.layout.chunk_count)
         self.engine = Engine(EVENTS_MAX)
         self.network = Network(self.engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from swarmcache.chunks import choose_chunk_size
 from swarmcache.config import TransferSettings
 from swarmcache.eviction import Policy, least_recently_used, replicas_elsewhere_first
 
@@ -51,3 +52,7 @@ class ClusterSettings:
     rack_nodes: int = 0
     rack_rate: float = math.inf
     rack_labels: bool = True
+
+    def cut_bytes(self, size_bytes: int) -> int:
+        """The size of the chunks of a file of this size."""
+        return self.chunk_size_bytes or choose_chunk_size(size_bytes)
