@@ -426,9 +426,12 @@ def copy_to_server_fail(it: CfCluster, name: str) -> None:
 @row(31)
 def copy_to_server_wait(it: CfCluster, name: str) -> None:
     first, second = it.local(it.here, f"{name}.a", 8 * MIB), it.local(it.here, f"{name}.b")
+    earlier = len(it.box.file_server.writes())  # those of other scenarios
     with it.slow(it.here):
         begun = it.cf(it.here, "-cp", first, it.box.export)
-        wait_until(it.box.file_server.writes, PATIENCE_S, "the first file's bytes")
+        wait_until(
+            lambda: len(it.box.file_server.writes()) > earlier, PATIENCE_S, "the first file's bytes"
+        )
         waiting = it.cf(it.here, "-cp", second, it.box.export)
         waiting.process.wait_for_stderr("LOG: no copy slot available. waiting", PATIENCE_S)
     begun.tells(f"LOG: copied {first} to {it.box.export}/.*").exits(0)
